@@ -1,0 +1,12 @@
+"""The whole method: targets, ground truth, explainers, evaluation, report. What is finished is left as it is."""
+
+from ray_explain.launch import launch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return launch("run_pipeline", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,12 @@
+"""Train the small targets that the config asks for, on the synthetic world. What is finished is left as it is."""
+
+from ray_explain.launch import launch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return launch("make_models", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

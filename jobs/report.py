@@ -1,0 +1,12 @@
+"""Write the report from the scores. What is finished is left as it is."""
+
+from ray_explain.launch import launch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return launch("make_report", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

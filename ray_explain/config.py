@@ -1,0 +1,365 @@
+"""One YAML file describes an experiment. Read strictly: an unknown key or a wrong value is refused, with the way out.
+
+Imports nothing heavy, so that a mistake is told before torch or Ray are loaded.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ray_explain.errors import BadInput
+
+Task = Literal["patching", "ablation", "features"]
+Control = Literal["shuffled", "no_vector", "other_layer", "random"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a path
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the file: no unknown key, nothing changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PretrainConfig(Section):
+    """A small target to train on the synthetic world."""
+
+    architecture: Literal["llama", "qwen3"]
+    seed: int = 0
+    tokens: Positive = 690_000
+    d_model: Positive = 96
+    n_layers: Positive = 4
+    n_heads: Positive = 4
+
+
+class ModelConfig(Section):
+    """A language model: a folder or hub id in `path`, or one to `pretrain`."""
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pretrain: PretrainConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelConfig":
+        if (self.path is None) == (self.pretrain is None):
+            raise ValueError("give either `path` (a folder or hub id) or `pretrain`, not both or neither")
+        return self
+
+
+class Splits(Section):
+    """How many cases of each split."""
+
+    train: Positive
+    validation: Count = 0
+    test: Positive
+
+
+class PatchingConfig(Section):
+    """Activation patching: cases, and the blocks of layers that are patched."""
+
+    source: Literal["world", "counterfact", "jsonl"] = "world"
+    path: str | None = None
+    cases: Splits
+    blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
+
+
+class AblationConfig(Section):
+    """Input ablation: prompts with a span, mostly a hint, that is removed."""
+
+    source: Literal["world", "mmlu", "jsonl"] = "world"
+    path: str | None = None
+    cases: Splits
+
+
+class FeaturesConfig(Section):
+    """Feature descriptions: a small top-k SAE on each layer, described by what the world knows."""
+
+    layers: list[Count] | Literal["all"] = "all"
+    d_sae: Positive = 384
+    k: Positive = 8
+    steps: Positive = 300
+    documents: Positive = 3000
+    min_correlation: Fraction = 0.35
+
+
+class GroundTruthConfig(Section):
+    """What is measured on the targets."""
+
+    patching: PatchingConfig | None = None
+    ablation: AblationConfig | None = None
+    features: FeaturesConfig | None = None
+    wording: Literal["paper", "brief"] = "paper"
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: Positive = 128
+    alpha: Positive = 16
+    dropout: Fraction = 0.1
+
+
+class InjectionConfig(Section):
+    """How a target's vector enters the explainer."""
+
+    mode: Literal["replace", "add"] = "replace"
+    layer: Count | None = None  # for `add`: after which block
+    scale: Literal["raw", "unit", "mean_embedding"] = "raw"
+    projection: Literal["identity", "linear"] = "identity"
+
+
+class TrainConfig(Section):
+    """How an explainer is trained."""
+
+    mixtures: list[list[Task]] = [["patching"], ["ablation"], ["features"]]  # one explainer for each
+    weights: dict[Task, Annotated[float, Field(gt=0)]] = {}  # how often a task's questions are seen; 1 unless given
+    epochs: Positive = 1
+    batch_size: Positive = 32  # questions per optimizer step, over all workers
+    micro_batch_size: Positive | None = None  # questions per worker and forward pass; all of its share unless given
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-5
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup: Fraction = 0.0  # share of the steps
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    replay: Annotated[float, Field(ge=0)] = 0.0  # texts of the world per question, against forgetting
+    max_tokens: Positive = 500  # longer questions are dropped and counted
+    precision: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraConfig | None = None
+    injection: InjectionConfig = InjectionConfig()
+    gradient_checkpointing: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: bool = False
+    workers: Positive = 1
+    checkpoint_every: Positive = 500  # steps
+    max_failures: Count = 3
+
+
+class Pairing(Section):
+    """An explainer and the target it learns to explain; `train` overrides single fields for this pairing."""
+
+    explainer: Name
+    target: Name
+    train: dict[str, Any] = {}
+
+
+class EvaluateConfig(Section):
+    """How explainers are asked and scored."""
+
+    split: Literal["validation", "test"] = "test"
+    controls: list[Control] = ["shuffled", "no_vector", "other_layer", "random"]
+    untrained: bool = True  # ask the untrained models as well
+    batch_size: Positive = 64
+    max_new_tokens: Positive = 50
+    resamples: Annotated[int, Field(ge=100)] = 2000
+
+
+class ClusterConfig(Section):
+    """How much of the cluster is used; changes nothing in the results."""
+
+    actors: Positive = 2
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    rows_per_slice: Positive = 256
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    concurrent_trainings: Positive = 1
+    max_dropped: Fraction = 0.05  # a stage that drops more of its rows fails
+
+
+class Experiment(Section):
+    """The whole file."""
+
+    name: Name
+    storage: str
+    seed: int = 0
+    world_seed: int = 0
+    models: Annotated[dict[Name, ModelConfig], Field(min_length=1)]
+    targets: Annotated[list[Name], Field(min_length=1)]
+    explainers: Annotated[list[Name], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    ground_truth: GroundTruthConfig
+    train: TrainConfig = TrainConfig()
+    pairings: list[Pairing] = []  # overrides for single pairings; every explainer meets every target
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Experiment":
+        for key, names in [("targets", self.targets), ("explainers", self.explainers)]:
+            if len(set(names)) < len(names):
+                raise ValueError(f"`{key}` names a model twice: {names}")
+            for name in names:
+                if name not in self.models:
+                    raise ValueError(
+                        f"`{key}` names {name!r}, which is not among `models`{_nearest(name, self.models)}"
+                    )
+        for pairing in self.pairings:
+            if pairing.target not in self.targets or pairing.explainer not in self.explainers:
+                raise ValueError(
+                    f"`pairings` has {pairing.explainer!r} of {pairing.target!r}: not among the explainers and targets"
+                )
+            try:
+                self.train_config(pairing.explainer, pairing.target)
+            except ValidationError as error:
+                told = "; ".join(_told(fault, TrainConfig) for fault in error.errors())
+                raise ValueError(f"`pairings`, {pairing.explainer!r} of {pairing.target!r}: {told}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_have_ground_truth(self) -> "Experiment":
+        if not self.tasks:
+            raise ValueError("`ground_truth` has none of patching, ablation, features: give at least one")
+        for mixture in self.train.mixtures:
+            if not mixture:
+                raise ValueError("`train.mixtures` holds an empty mixture: name at least one task in each")
+        return self
+
+    @model_validator(mode="after")
+    def _paths_are_given(self) -> "Experiment":
+        for task in ("patching", "ablation"):
+            section = getattr(self.ground_truth, task)
+            if section is not None and (section.source == "world") != (section.path is None):
+                raise ValueError(
+                    f"`ground_truth.{task}`: source {section.source!r} "
+                    + ("reads no file, leave `path` out" if section.path else "needs a `path`")
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> "Experiment":
+        for name in self.targets:
+            pretrain = self.models[name].pretrain
+            if pretrain is not None:
+                self.check_layers(name, pretrain.n_layers)
+        return self
+
+    def check_layers(self, target: str, n_layers: int) -> None:
+        """Raises: ValueError: a block or a layer of `ground_truth` is not one of the target's `n_layers`."""
+        patching, features = self.ground_truth.patching, self.ground_truth.features
+        blocks = patching.blocks if patching and isinstance(patching.blocks, list) else []
+        for first, last in blocks:
+            if not first <= last < n_layers:
+                raise ValueError(
+                    f"`ground_truth.patching.blocks`: [{first}, {last}] is no block of {target!r}, "
+                    f"which has {n_layers} layers, numbered from 0"
+                )
+        for layer in features.layers if features and isinstance(features.layers, list) else []:
+            if layer >= n_layers:
+                raise ValueError(
+                    f"`ground_truth.features.layers`: {target!r} has no layer {layer}; "
+                    f"it has {n_layers}, numbered from 0"
+                )
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks that have ground truth, in the paper's order."""
+        return [task for task in ("features", "patching", "ablation") if getattr(self.ground_truth, task) is not None]
+
+    def train_config(self, explainer: str, target: str) -> TrainConfig:
+        """`train` with the overrides of this pairing."""
+        values = self.train.model_dump()
+        for pairing in self.pairings:
+            if (pairing.explainer, pairing.target) == (explainer, target):
+                values |= pairing.train
+        return TrainConfig.model_validate(values)
+
+
+def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a YAML file, with dotted overrides such as `train.learning_rate=1e-4`.
+
+    Raises:
+        BadInput: the file is missing or no YAML mapping, a key is unknown, or a value is wrong. One line a fault.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"cannot read the config {path}: {getattr(error, 'strerror', None) or 'it is not text'}"
+        ) from error
+    values = _yaml(text, f"the config {path}")
+    if not isinstance(values, dict):
+        raise BadInput(f"the config {path} is not a YAML mapping (`name: ...`)")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise BadInput("\n".join(_told(fault, Experiment) for fault in error.errors())) from error
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{what} is not YAML: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a text, since it has no dot; people mean a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"override {override!r} is not of the form key.path=value, such as train.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    here: Any = values
+    for part in parents:
+        here = here.setdefault(part, {}) if isinstance(here, dict) else None
+        if here is None:
+            raise BadInput(f"override {override!r}: {part!r} holds no keys")
+    if not isinstance(here, dict):
+        raise BadInput(f"override {override!r}: `{'.'.join(parents)}` is a value, it holds no keys")
+    here[last] = _yaml(text, f"the value of override {override!r}")
+
+
+def _told(fault: Any, section: type[BaseModel]) -> str:
+    """One line: the key, the value, the rule, and for an unknown key the nearest valid one."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        valid = _keys_at(section, fault["loc"][:-1])
+        return f"`{where}` = {fault['input']!r}: no such key{_nearest(str(fault['loc'][-1]), valid)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"`{where}` is missing"
+    if not where or fault["type"] == "value_error":
+        return f"`{where}`: {message}" if where else message
+    return f"`{where}` = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The valid keys of the section below `section` that `loc` leads to."""
+    for part in loc:
+        if part not in section.model_fields:  # a key of a mapping or an index of a list: already looked into
+            continue
+        inner = [
+            found for found in _types_in(section.model_fields[str(part)].annotation) if issubclass(found, BaseModel)
+        ]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
+
+
+def _types_in(annotation: Any) -> list[type]:
+    inner = [found for argument in get_args(annotation) for found in _types_in(argument)]
+    return inner or ([annotation] if isinstance(annotation, type) else [])
+
+
+def _nearest(word: str, valid: Any) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    if near:
+        return f"; the nearest is `{near[0]}`"
+    return f"; there are {', '.join(f'`{key}`' for key in valid)}" if valid else ""

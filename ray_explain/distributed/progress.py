@@ -1,0 +1,147 @@
+"""What is being done, for a person to watch: bars on a terminal, a line now and then elsewhere.
+
+Work runs on many actors; each tells a small board on the cluster how far it is, and the driver draws the board.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 10.0  # without a terminal
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class State(NamedTuple):
+    """How far one piece of work is."""
+
+    done: float
+    total: float
+    note: str  # "loss 1.32"
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where workers say how far they are."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, State] = {}
+
+    def tell(self, key: str, done: float, total: float, note: str = "") -> None:
+        """The latest word on `key`; the first one makes its bar."""
+        self._states[key] = State(done, total, note)
+
+    def states(self) -> dict[str, State]:
+        """All that was told so far."""
+        return self._states
+
+
+class Teller:
+    """A worker's end of the board for one key: tells at most twice a second, never waits, drops out with the board."""
+
+    def __init__(self, board: Any, key: str) -> None:
+        self._board, self._key, self._last = board, key, 0.0
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Say that `done` of `total` is done."""
+        now = time.monotonic()
+        if self._board is not None and (done >= total or now - self._last > _SECONDS_BETWEEN_LOOKS):
+            self._last = now
+            self._board.tell.remote(self._key, done, total, note)
+
+
+class _Bars:
+    """Bars on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def draw(self, states: dict[str, State]) -> None:
+        for key, state in states.items():
+            if key not in self._tasks:
+                self._tasks[key] = self._progress.add_task(key, total=state.total, note="")
+            self._progress.update(self._tasks[key], completed=state.done, total=state.total, note=state.note)
+
+
+class _Lines:
+    """Lines in a log: at the start and the end of each piece, and every ten seconds between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._since = console, time.monotonic()
+        self._said: dict[str, tuple[float, bool]] = {}  # when last, and whether its end was told
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def draw(self, states: dict[str, State]) -> None:
+        now = time.monotonic()
+        for key, state in states.items():
+            last, ended = self._said.get(key, (float("-inf"), False))
+            over = state.done >= state.total
+            if ended or (not over and now - last < SECONDS_BETWEEN_LINES):
+                continue
+            self._said[key] = (now, over)
+            self._console.print(
+                f"  {key:<34} {state.done:>7.0f} / {state.total:.0f}  {now - self._since:5.0f} s  {state.note}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+
+
+@contextmanager
+def watching() -> Iterator[Any]:
+    """A board for the block's workers to tell, drawn until the block ends. Ray must be running."""
+    board = Board.remote()  # type: ignore[attr-defined]
+    console = Console(stderr=False)
+    over = threading.Event()
+    drawer: _Bars | _Lines = _Bars(console) if sys.stdout.isatty() else _Lines(console)
+
+    def keep_drawing() -> None:
+        while not over.wait(_SECONDS_BETWEEN_LOOKS):
+            drawer.draw(ray.get(board.states.remote()))
+
+    thread = threading.Thread(target=keep_drawing, daemon=True)
+    with drawer:
+        thread.start()
+        try:
+            yield board
+        finally:
+            over.set()
+            thread.join(timeout=10)
+            if ray.is_initialized():
+                drawer.draw(ray.get(board.states.remote()))
+                ray.kill(board)

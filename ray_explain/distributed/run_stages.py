@@ -1,0 +1,184 @@
+"""Stages over a pool of Ray Data actors: every row once, in the order of the cases, whatever dies on the way.
+
+The driver hands out *slices* (row ranges of the cases' Parquet file), not rows: each actor reads its slice from storage
+and writes what it made as one file named after the slice. So nothing large travels, a slice that an actor lost half-way
+is simply done again, and going on after a stop means doing the slices that have no file yet.
+"""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from ray_explain import storage
+from ray_explain.artifacts import Artifact, Manifest, finish, finished
+from ray_explain.config import ClusterConfig
+from ray_explain.distributed.progress import Teller, watching
+from ray_explain.errors import JobFailed
+from ray_explain.records import conform
+from ray_explain.stages import Stage
+
+_DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
+_EXAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """One stage over one table."""
+
+    stage: type[Stage]
+    config: dict[str, Any]  # what the stage is made from; it may hold paths, so it is not the artifact's config
+    source: str  # directory of the table read
+    artifact: Artifact  # what is made
+    rows_per_slice: int | None = None  # the pool's unless given
+    expands: bool = False  # a case gives any number of rows; then `max_dropped` says nothing
+
+
+class _Worker:
+    """An actor: keeps the stage of the job it works on, and changes it when a slice of another job comes."""
+
+    def __init__(self, jobs: Sequence[StageJob], root: str) -> None:
+        self._jobs, self._root = jobs, root
+        self._stage: tuple[int, Stage] | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch is one slice: columns job, start, stop; comes back with the seconds it took."""
+        started = time.monotonic()
+        self._make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+        return batch | {"seconds": np.array([time.monotonic() - started])}
+
+    def _make(self, number: int, start: int, stop: int) -> None:
+        job = self._jobs[number]
+        if self._stage is None or self._stage[0] != number:
+            self._stage = None  # the old model goes before the new one comes
+            self._stage = (number, job.stage(job.config))
+        stage = self._stage[1]
+        cases = _rows(job.source, start, stop)
+        table, dropped = stage(conform(cases, stage.schema_in))
+        if not job.expands and table.num_rows + len(dropped) != cases.num_rows:
+            raise JobFailed(
+                f"{job.artifact.kind}: {cases.num_rows} cases gave {table.num_rows} rows and {len(dropped)} dropped"
+            )
+        made = conform(table, stage.schema_out).replace_schema_metadata({_DROPPED: json.dumps(dropped).encode()})
+        storage.write_table(made, f"{job.artifact.path(self._root)}/{_part_name(start, stop)}")
+
+
+def _part_name(start: int, stop: int) -> str:
+    return f"part-{start:010d}-{stop:010d}.parquet"
+
+
+def _rows(folder: str, start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of a table, reading only the row groups they lie in."""
+    system, path = storage.filesystem(folder)
+    pieces, seen = [], 0
+    for name in storage.list_files(folder, ".parquet"):
+        with system.open_input_file(f"{path}/{name}") as file:
+            parquet = pq.ParquetFile(file)
+            for group in range(parquet.num_row_groups):
+                size = parquet.metadata.row_group(group).num_rows
+                low, high = max(start - seen, 0), min(stop - seen, size)
+                if low < high:
+                    pieces.append(parquet.read_row_group(group).slice(low, high - low))
+                seen += size
+    return pa.concat_tables(pieces).replace_schema_metadata(None)
+
+
+def count_rows(folder: str) -> int:
+    """Rows of the Parquet files of a directory, from their footers."""
+    system, path = storage.filesystem(folder)
+    return sum(
+        pq.read_metadata(f"{path}/{name}", filesystem=system).num_rows
+        for name in storage.list_files(folder, ".parquet")
+    )
+
+
+def run_stages(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> list[Manifest]:
+    """Make each job's artifact; those that are finished are left as they are, a half-made one goes on.
+
+    All jobs share one pool of actors, so that models and interpreters start once per actor, not once per stage.
+
+    Raises:
+        JobFailed: a stage dropped more than `pool.max_dropped` of its cases; the first are shown.
+    """
+    open_jobs = [job for job in jobs if finished(job.artifact, root) is None]
+    if open_jobs:
+        sizes = [count_rows(job.source) for job in open_jobs]
+        with watching() as board:
+            seconds = _run_slices(open_jobs, sizes, root, pool, board)
+        for number, (job, size) in enumerate(zip(open_jobs, sizes)):
+            _finish(job, size, root, pool.max_dropped, seconds[number])
+    manifests = [finished(job.artifact, root) for job in jobs]
+    return [manifest for manifest in manifests if manifest is not None]
+
+
+def _run_slices(
+    jobs: Sequence[StageJob], sizes: Sequence[int], root: str, pool: ClusterConfig, board: Any
+) -> Mapping[int, float]:
+    """Make every slice that has no part yet; returns the seconds that actors spent on each job."""
+    done, seconds = Counter[int](), defaultdict[int, float](float)
+    todo = []
+    for number, (job, size) in enumerate(zip(jobs, sizes)):
+        parts = set(storage.list_files(job.artifact.path(root), ".parquet"))
+        step = job.rows_per_slice or pool.rows_per_slice
+        slices = [(start, min(start + step, size)) for start in range(0, size, step)]
+        missing = [(start, stop) for start, stop in slices if _part_name(start, stop) not in parts]
+        todo += [{"job": number, "start": start, "stop": stop} for start, stop in missing]
+        done[number] = size - sum(stop - start for start, stop in missing)
+    tellers = [Teller(board, f"{job.artifact.kind} {job.artifact.label}") for job in jobs]
+    for number, size in enumerate(sizes):
+        tellers[number](done[number], size)
+    for batch in _slices_made(jobs, todo, root, pool):
+        number = int(batch["job"][0])
+        done[number] += int(batch["stop"][0] - batch["start"][0])
+        seconds[number] += float(batch["seconds"][0])
+        tellers[number](done[number], sizes[number])
+    return seconds
+
+
+def _slices_made(
+    jobs: Sequence[StageJob], todo: list[dict[str, int]], root: str, pool: ClusterConfig
+) -> Iterable[dict[str, np.ndarray]]:
+    if not todo:
+        return []
+    # Half a CPU each: actors that took every CPU would leave none for the tasks that feed them.
+    made = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+        _Worker,
+        fn_constructor_args=(list(jobs), root),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(pool.actors, len(todo))),
+        num_cpus=0.5,
+        num_gpus=pool.gpus_per_actor or None,
+    )
+    return made.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0)
+
+
+def dropped_rows(folder: str) -> list[tuple[str, str]]:
+    """(id, reason) of the cases that gave no row, from the parts of an artifact."""
+    system, path = storage.filesystem(folder)
+    found: list[tuple[str, str]] = []
+    for name in storage.list_files(folder, ".parquet"):
+        metadata = pq.read_schema(f"{path}/{name}", filesystem=system).metadata or {}
+        found.extend((case, reason) for case, reason in json.loads(metadata.get(_DROPPED, b"[]")))
+    return found
+
+
+def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
+    folder = job.artifact.path(root)
+    dropped = dropped_rows(folder)
+    if not job.expands and len(dropped) > max_dropped * size:
+        shown = "; ".join(f"{case}: {reason}" for case, reason in dropped[:_EXAMPLES_SHOWN])
+        raise JobFailed(
+            f"{job.artifact.kind} {job.artifact.label}: {len(dropped)} of {size} cases were dropped, more than "
+            f"`cluster.max_dropped` = {max_dropped}; the first: {shown}"
+        )
+    reasons = Counter(reason for _, reason in dropped)
+    finish(job.artifact, root, rows=count_rows(folder), dropped=reasons, seconds=seconds)

@@ -1,0 +1,101 @@
+"""What every job does before and after its one call: read the config, keep a log, and end with a sentence.
+
+Exit codes: 0 done, 2 the input cannot be used, 1 the work failed, 130 stopped by hand.
+"""
+
+import argparse
+import faulthandler
+import importlib
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ray_explain import storage
+from ray_explain.config import Experiment, read_experiment
+from ray_explain.errors import BadInput, JobFailed
+
+logger = logging.getLogger(__name__)
+
+
+def launch(step: str, what: str, argv: Sequence[str] | None = None) -> int:
+    """Run a step, a function of `ray_explain.distributed.experiment`, as the command line says; returns the exit code.
+
+    Nothing heavy is imported before the config has been read, so a mistake is told at once.
+    """
+    faulthandler.enable()
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--config", required=True, help="YAML file that describes the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.learning_rate=1e-4")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        experiment = read_experiment(arguments.config, arguments.overrides)
+    except BadInput as error:
+        return _say(2, error)
+    log = _start_log(experiment)
+    try:
+        steps = importlib.import_module("ray_explain.distributed.experiment")
+        getattr(steps, step)(experiment)
+    except KeyboardInterrupt:
+        print("\nstopped; start it again and it goes on with what was finished", file=sys.stderr)
+        return 130
+    except Exception as error:  # the last place where an error can become a sentence
+        logger.error("%s", "".join(traceback.format_exception(error)))
+        return _say(2 if _caused_by(error, BadInput) else 1, error, log)
+    return 0
+
+
+def log_folder(experiment: Experiment) -> Path:
+    """Where this machine's logs of the experiment go: below its storage, or here when that is remote."""
+    root = storage.absolute(experiment.storage)
+    return Path(f"runs/{experiment.name}").absolute() / "logs" if storage.is_remote(root) else Path(root) / "logs"
+
+
+def _start_log(experiment: Experiment) -> Path:
+    """Logs go to a file, so that bars stay readable; the resolved config lies beside it."""
+    folder = log_folder(experiment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.log"
+        handler = logging.FileHandler(path)
+        (folder.parent / "config.yaml").write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+    except OSError as error:
+        print(f"cannot write to {folder}: {error.strerror}; set another `storage`", file=sys.stderr)
+        raise SystemExit(1) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return path
+
+
+def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether the error is of this kind or came from one: Ray wraps what its workers raise."""
+    while error is not None:
+        if isinstance(error, kind) or isinstance(getattr(error, "cause", None), kind):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _say(code: int, error: BaseException, log: Path | None = None) -> int:
+    known = _caused_by(error, BadInput) or _caused_by(error, JobFailed)
+    last_line = (str(error).strip().splitlines() or [""])[-1]
+    text = _sentence(error) if known else f"{type(error).__name__}: {last_line}"
+    print(f"{'bad input' if code == 2 else 'failed'}: {text}", file=sys.stderr)
+    if log is not None:
+        print(f"(details in {log})", file=sys.stderr)
+    return code
+
+
+def _sentence(error: BaseException | None) -> str:
+    while error is not None:
+        for one in (error, getattr(error, "cause", None)):
+            if isinstance(one, BadInput | JobFailed) and type(one).__module__ == BadInput.__module__:
+                return str(one)
+        if isinstance(error, BadInput | JobFailed):  # Ray's own subclass of it: the last line holds our sentence
+            return str(error).strip().splitlines()[-1]
+        error = error.__cause__
+    return ""

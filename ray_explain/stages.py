@@ -1,0 +1,33 @@
+"""What a step of ground truth is: tables in, tables out, every row accounted for. Knows nothing of Ray."""
+
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+
+
+class Result(NamedTuple):
+    """The rows a stage made of a table, and why it made none of others."""
+
+    table: pa.Table  # of the stage's schema_out
+    dropped: list[tuple[str, str]]  # (id of the row, reason); a reason is a short fixed phrase, it is counted
+
+
+class Stage(Protocol):
+    """Loads what it needs once, when made from its config, then turns tables into tables.
+
+    A row's output may not depend on the other rows of its table, nor on how many tables came before.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None: ...
+
+    @property
+    def schema_in(self) -> pa.Schema:
+        """Schema of the tables it takes; like that of what it makes, it may depend on the model that was loaded."""
+        ...
+
+    @property
+    def schema_out(self) -> pa.Schema:
+        """Schema of what is made."""
+        ...
+
+    def __call__(self, table: pa.Table) -> Result: ...
