@@ -1,4 +1,4 @@
-"""Ask every explainer the held-out questions, under controls and beside baselines. What is finished is left as it is."""
+"""Ask every explainer the held-out questions, with controls and baselines. What is finished is left as it is."""
 
 from ray_explain.launch import launch
 

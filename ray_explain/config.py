@@ -96,7 +96,7 @@ class GroundTruthConfig(Section):
     patching: PatchingConfig | None = None
     ablation: AblationConfig | None = None
     features: FeaturesConfig | None = None
-    wording: Literal["paper", "brief"] = "paper"
+    wording: Literal["paper", "paper_chat", "paper_qwen", "brief"] = "paper"
 
 
 class LoraConfig(Section):

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def launch(step: str, what: str, argv: Sequence[str] | None = None) -> int:
-    """Run a step, a function of `ray_explain.distributed.experiment`, as the command line says; returns the exit code.
+    """Run a step, a function of `ray_explain.distributed.pipeline`, as the command line says; returns the exit code.
 
     Nothing heavy is imported before the config has been read, so a mistake is told at once.
     """
@@ -38,8 +38,9 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None) -> int:
         return _say(2, error)
     log = _start_log(experiment)
     try:
-        steps = importlib.import_module("ray_explain.distributed.experiment")
-        getattr(steps, step)(experiment)
+        steps = importlib.import_module("ray_explain.distributed.pipeline")
+        with steps.Session(steps.Plan(experiment)) as session:
+            getattr(steps, step)(session)
     except KeyboardInterrupt:
         print("\nstopped; start it again and it goes on with what was finished", file=sys.stderr)
         return 130

@@ -1,1 +1,22 @@
-"""The only package that imports ray or deepspeed."""
+"""The only package that imports ray or deepspeed.
+
+How these behave is set here, before anything imports them, unless the user has set it otherwise.
+"""
+
+import os
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_USE_DATASOURCE_V2": "0",  # the newer reader makes one block of small inputs, and so of all work
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they would be drawn over ours
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # every report of a checkpoint waits for one
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "OMP_NUM_THREADS": "1",  # several processes of one thread are faster here than one of several
+    "TOKENIZERS_PARALLELISM": "false",
+    # Small tensors come and go in every step; without these, glibc gives their pages back and takes them again.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

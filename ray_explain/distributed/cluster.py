@@ -4,42 +4,17 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-# Before ray is imported: how we want it to behave, unless the user said otherwise.
-# Why each: the V2 reader merges small inputs into one block; report() otherwise waits for a slow health check;
-# Ray's own bars would be drawn over ours; numbers must not depend on how many threads a matrix product takes.
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_DATA_USE_DATASOURCE_V2": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Small tensors come and go in every step: without these, glibc gives pages back and takes them again (-15 % time).
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-for _name, _value in _ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+import ray
+import ray.data
 
-import ray  # noqa: E402
-import torch  # noqa: E402
-
-from ray_explain.errors import BadInput  # noqa: E402
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from ray_explain.errors import BadInput
 
 _OBJECT_STORE_BYTES = 300 * 2**20  # we stream; Ray's default takes 30 % of the memory
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def cluster(log_folder: Path, root: str) -> Iterator[None]:
+def cluster(root: str) -> Iterator[None]:
     """Ray for the block: an address in RAY_ADDRESS (as `ray job submit` sets it), one that runs already, or our own.
 
     On this machine there are at least four logical CPUs, since Ray Data's readers and Ray Train's controllers need a
@@ -48,7 +23,6 @@ def cluster(log_folder: Path, root: str) -> Iterator[None]:
     Raises:
         BadInput: the cluster has several nodes and the storage is a path of one of them.
     """
-    log_folder.mkdir(parents=True, exist_ok=True)
     ours = not ray.is_initialized()
     if ours and os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, configure_logging=False)

@@ -1,0 +1,376 @@
+"""The steps of an experiment. Each makes what is not there yet, after what it needs; none does anything twice."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from ray_explain import storage
+from ray_explain.artifacts import Artifact, finish, finished
+from ray_explain.config import Task
+from ray_explain.distributed.plan import Plan, Run
+from ray_explain.errors import BadInput
+from ray_explain.evaluation.baselines import baselines
+from ray_explain.evaluation.comparisons import comparisons
+from ray_explain.evaluation.controls import under_control
+from ray_explain.evaluation.grading import grade
+from ray_explain.evaluation.metrics import scores
+from ray_explain.ground_truth.features import layers_table, split_features
+from ray_explain.ground_truth.pairs import layer_blocks
+from ray_explain.ground_truth.world_cases import ablation_cases, patching_cases
+from ray_explain.questions.ablation import ablation_questions
+from ray_explain.questions.features import features_questions
+from ray_explain.questions.patching import patching_questions
+from ray_explain.stages import Result
+from ray_explain.world.corpus import replay_texts
+from ray_explain.world.facts import World
+
+ROWS_PER_GROUP = 256  # of the Parquet files that actors read slices of
+TABLE = "table.parquet"
+
+
+@dataclass
+class Session:
+    """One run of a job: its plan, a console, and Ray, which starts when something first needs it."""
+
+    plan: Plan
+    console: Console = field(default_factory=Console)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _started: bool = False
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def start_ray(self) -> None:
+        """Ray is running afterwards."""
+        from ray_explain.distributed.cluster import cluster  # takes a second that a finished experiment can save
+
+        if not self._started:
+            self._started = True
+            self._stack.enter_context(cluster(self.plan.experiment.storage))
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def missing(self, artifacts: Sequence[Artifact]) -> list[Artifact]:
+        """Those that are not finished."""
+        return [artifact for artifact in artifacts if finished(artifact, self.plan.root) is None]
+
+    def table(self, artifact: Artifact) -> pa.Table:
+        """The rows of a finished table."""
+        return storage.read_table(self.plan.path(artifact))
+
+    def make_table(self, artifact: Artifact, make: Callable[[], pa.Table | Result]) -> None:
+        """A table that is made on the driver, unless it is there."""
+        if not self.missing([artifact]):
+            return
+        started, made = time.monotonic(), make()
+        table, dropped = made if isinstance(made, Result) else (made, [])
+        storage.write_table(table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
+        reasons: dict[str, int] = {}
+        for _, reason in dropped:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        seconds = time.monotonic() - started
+        finish(artifact, self.plan.root, rows=table.num_rows, dropped=reasons, seconds=seconds)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def make_models(session: Session) -> None:
+    """The small targets of the experiment, trained; models that lie elsewhere are looked at.
+
+    Raises:
+        BadInput: a model cannot be read, or does not have a layer that is asked for.
+    """
+    plan = session.plan
+    for name in plan.model_names:
+        if plan.experiment.models[name].pretrain is None:
+            try:
+                plan.experiment.check_layers(name, n_layers(plan, name))
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+    missing = session.missing([model for model in map(plan.model, plan.model_names) if model.kind == "models"])
+    if missing:
+        from ray_explain.distributed.pretrain import pretrain_all
+
+        session.say(f"Targets: training {', '.join(model.label for model in missing)}")
+        session.start_ray()
+        pretrain_all(missing, plan.root)
+
+
+def n_layers(plan: Plan, name: str) -> int:
+    """Layers of a model of the experiment; for one that lies elsewhere, from its config.
+
+    Raises:
+        BadInput: there is no model.
+    """
+    pretrain = plan.experiment.models[name].pretrain
+    return pretrain.n_layers if pretrain else _text_config(plan, name).num_hidden_layers
+
+
+def d_model(plan: Plan, name: str) -> int:
+    """Width of a model of the experiment.
+
+    Raises:
+        BadInput: there is no model.
+    """
+    pretrain = plan.experiment.models[name].pretrain
+    return pretrain.d_model if pretrain else _text_config(plan, name).hidden_size
+
+
+def _text_config(plan: Plan, name: str) -> Any:
+    place = plan.model_place(name)
+    folder = Path(place["model"])
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
+    try:
+        return AutoConfig.from_pretrained(place["model"], revision=place["revision"]).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
+
+
+def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
+    place = plan.model_place(name)
+    with storage.local_folder(place["model"]) as folder:
+        return AutoTokenizer.from_pretrained(folder, revision=place["revision"])
+
+
+# -- ground truth -----------------------------------------------------------------------------------------------------
+
+
+def make_ground_truth(session: Session) -> None:
+    """What the targets really do, and the questions about it."""
+    plan = session.plan
+    make_models(session)
+    for target, task in plan.target_tasks():
+        session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
+    if session.missing([plan.effects(task, target) for target, task in plan.target_tasks()]):
+        from ray_explain.distributed.run_stages import run_stages
+
+        session.say("Ground truth: intervening on the targets")
+        session.start_ray()
+        run_stages(
+            [_stage_job(plan, task, target) for target, task in plan.target_tasks()],
+            plan.root,
+            plan.experiment.cluster,
+        )
+    for target, task in plan.target_tasks():
+        session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
+
+
+def _cases(plan: Plan, task: Task, target: str) -> pa.Table:
+    """Raises: BadInput: a split has no case, or the world has not so many."""
+    experiment, layers = plan.experiment, n_layers(plan, target)
+    world, section = World(seed=experiment.world_seed), getattr(experiment.ground_truth, task)
+    if task == "features":
+        return layers_table(range(layers) if section.layers == "all" else section.layers)
+    try:
+        if task == "ablation":
+            return ablation_cases(world, n=section.cases.model_dump(), seed=experiment.seed)
+        blocks = layer_blocks(layers, section.blocks) if isinstance(section.blocks, int) else section.blocks
+        n, tokenizer = section.cases.model_dump(), _tokenizer(plan, target)
+        return patching_cases(world, tokenizer, n=n, layers=blocks, seed=experiment.seed)
+    except ValueError as error:
+        raise BadInput(f"`ground_truth.{task}`: {error}") from error
+
+
+def _stage_job(plan: Plan, task: Task, target: str) -> Any:
+    from ray_explain.distributed.run_stages import StageJob
+    from ray_explain.ground_truth.ablation import AblationStage
+    from ray_explain.ground_truth.features import FeatureStage
+    from ray_explain.ground_truth.patching import PatchingStage
+
+    config = plan.model_place(target)
+    if task == "features":
+        section = plan.experiment.ground_truth.features
+        assert section is not None
+        config |= section.model_dump(exclude={"layers"}) | {
+            "seed": plan.experiment.seed,
+            "world": {"seed": plan.experiment.world_seed},
+        }
+    stages = {"patching": PatchingStage, "ablation": AblationStage, "features": FeatureStage}
+    return StageJob(
+        stage=stages[task],  # type: ignore[arg-type]
+        config=config,
+        source=plan.path(plan.cases(task, target)),
+        artifact=plan.effects(task, target),
+        rows_per_slice=1 if task == "features" else None,
+        expands=task == "features",
+    )
+
+
+def _questions(session: Session, task: Task, target: str) -> Result:
+    """Raises: BadInput: the training split or the one to be evaluated is empty."""
+    plan = session.plan
+    wording = {"wording": plan.experiment.ground_truth.wording, "seed": plan.experiment.seed}
+    effects = session.table(plan.effects(task, target))
+    if task == "features":
+        made = features_questions(*split_features(effects), **wording)
+    elif task == "patching":
+        tokenizer = _tokenizer(plan, target)
+        made = patching_questions(effects, lambda text: _token_texts(tokenizer, text), **wording)
+    else:
+        made = ablation_questions(effects, d_model=d_model(plan, target), **wording)
+    splits = made.table.column("split").to_pylist()
+    for split in ("train", plan.experiment.evaluate.split):
+        if split not in splits:
+            raise BadInput(
+                f"{task} of {target}: split {split!r} is empty; make more cases, or look at what was dropped"
+            )
+    return made
+
+
+def _token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+
+
+# -- explainers -------------------------------------------------------------------------------------------------------
+
+
+def train_explainers(session: Session) -> None:
+    """An explainer for each run of the plan.
+
+    Raises:
+        BadInput: texts are to be replayed, but no model of the experiment has read the world's.
+    """
+    plan = session.plan
+    make_ground_truth(session)
+    missing = [run for run in plan.runs() if session.missing([plan.explainer(run)])]
+    if missing:
+        from ray_explain.distributed.train import train_all
+
+        session.say(f"Explainers: training {len(missing)}")
+        session.start_ray()
+        train_all([_train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+
+
+def _train_run(session: Session, run: Run) -> Any:
+    from ray_explain.distributed.train import TrainRun
+
+    plan = session.plan
+    train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
+    asked = sum(pc.sum(pc.equal(session.table(table).column("split"), "train")).as_py() or 0 for table in questions)
+    if train.replay and plan.experiment.models[run.explainer].pretrain is None:
+        raise BadInput(
+            "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
+        )
+    texts = replay_texts(World(seed=plan.experiment.world_seed), round(asked * train.replay), run.seed)
+    return TrainRun(
+        artifact=plan.explainer(run),
+        model=plan.model_place(run.explainer),
+        target={"name": run.target, "revision": plan.experiment.models[run.target].revision},
+        questions=tuple(plan.path(table) for table in questions),
+        replay=tuple(texts),
+        train=train,
+        seed=run.seed,
+        wording=plan.experiment.ground_truth.wording,
+    )
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(session: Session) -> None:
+    """Every explainer's answers to the held-out questions, and all scores."""
+    plan = session.plan
+    train_explainers(session)
+    for asked in dict.fromkeys(answers.parents[-1] for answers in plan.scores().parents):
+        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
+    answers = plan.scores().parents
+    if session.missing(answers):
+        from ray_explain.distributed.run_stages import run_stages
+
+        session.say("Evaluation: asking the explainers")
+        session.start_ray()
+        run_stages(_answer_jobs(plan), plan.root, plan.experiment.cluster)
+    if session.missing([plan.scores()]):
+        session.say("Evaluation: scoring the answers")
+        _make_scores(session)
+
+
+def _asked(session: Session, asked: Artifact) -> pa.Table:
+    """The questions of the split, once for each control."""
+    questions = session.table(asked.parents[0])
+    questions = questions.filter(pc.equal(questions.column("split"), asked.config["split"]))
+    return pa.concat_tables(
+        under_control(questions, control, asked.config["seed"]).append_column(
+            pa.field("control", pa.string(), nullable=False), pa.array([control] * questions.num_rows)
+        )
+        for control in ["none", *asked.config["controls"]]
+    )
+
+
+def _answer_jobs(plan: Plan) -> list[Any]:
+    from ray_explain.distributed.run_stages import StageJob
+    from ray_explain.evaluation.answering import AnswerStage
+
+    evaluate = plan.experiment.evaluate
+    common = {
+        "max_new_tokens": evaluate.max_new_tokens,
+        "batch_size": evaluate.batch_size,
+        "max_tokens": plan.experiment.train.max_tokens,
+    }
+    jobs = []
+    for run in plan.runs():
+        for task in run.tasks:
+            own = {"explainer": run.explainer, "folder": plan.path(plan.explainer(run))}
+            jobs.append((run.target, own, plan.answers(run, task)))
+    for target, task in plan.target_tasks() if evaluate.untrained else []:
+        injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
+        own = {"explainer": "untrained", **plan.model_place(target), "injection": injection}
+        jobs.append((target, own, plan.untrained_answers(target, task)))
+    return [
+        StageJob(
+            stage=AnswerStage,
+            config=common | own | {"d_target": d_model(plan, target)},
+            source=plan.path(answers.parents[-1]),
+            artifact=answers,
+        )
+        for target, own, answers in jobs
+    ]
+
+
+def _make_scores(session: Session) -> None:
+    """Tables `graded`, `scores` and `comparisons` in the scores' directory."""
+    plan, started = session.plan, time.monotonic()
+    graded = pa.concat_tables(_graded(session, target, task) for target, task in plan.target_tasks())
+    evaluate, seed, folder = plan.experiment.evaluate, plan.experiment.seed, plan.path(plan.scores())
+    tables = {
+        "graded": graded,
+        "scores": scores(graded, seed=seed, resamples=evaluate.resamples),
+        "comparisons": comparisons(graded, seed=seed, resamples=evaluate.resamples),
+    }
+    for name, table in tables.items():
+        storage.write_table(table, f"{folder}/{name}/{TABLE}")
+    finish(plan.scores(), plan.root, rows=graded.num_rows, seconds=time.monotonic() - started)
+
+
+def _graded(session: Session, target: str, task: Task) -> pa.Table:
+    """All answers about a target on a task held against the truth, those of baselines among them."""
+    plan = session.plan
+    questions = session.table(plan.questions(task, target))
+    held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
+    training = questions.filter(pc.equal(questions.column("split"), "train"))
+    descriptions = split_features(session.table(plan.effects(task, target)))[1] if task == "features" else None
+    given = [(run.seed, session.table(plan.answers(run, task))) for run in plan.runs() if _about(run, target, task)]
+    if plan.experiment.evaluate.untrained:
+        given.append((0, session.table(plan.untrained_answers(target, task))))
+    given += [(0, answers) for answers in baselines(training, held_out)]
+    return pa.concat_tables(grade(held_out, answers, descriptions, target=target, seed=seed) for seed, answers in given)
+
+
+def _about(run: Run, target: str, task: Task) -> bool:
+    return run.target == target and task in run.tasks

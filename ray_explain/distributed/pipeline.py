@@ -1,0 +1,195 @@
+"""The report of an experiment, and the whole way to it."""
+
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.table import Table
+
+from ray_explain import storage
+from ray_explain.artifacts import Artifact, Manifest, commit, finished, versions
+from ray_explain.config import Task
+from ray_explain.distributed.experiment import (
+    Session,
+    evaluate,
+    make_ground_truth,
+    make_models,
+    train_explainers,
+)
+from ray_explain.distributed.plan import Plan
+from ray_explain.evaluation.comparisons import self_advantage
+from ray_explain.report.data import ReportData, WorkedExample
+from ray_explain.report.page import write_report
+
+__all__ = [
+    "Plan",
+    "Session",
+    "evaluate",
+    "make_ground_truth",
+    "make_models",
+    "make_report",
+    "run_pipeline",
+    "train_explainers",
+]
+
+EXAMPLES_PER_CELL = 4  # worked examples of each task, target and explainer, half of them right where there are any
+
+
+def run_pipeline(session: Session) -> None:
+    """Everything, then a table of what was made and where the report is."""
+    started = time.monotonic()
+    report = make_report(session)
+    _say_summary(session, time.monotonic() - started, report)
+
+
+def make_report(session: Session) -> Path:
+    """The report, written anew each time: it costs a second and may hold words of a newer version."""
+    evaluate(session)
+    plan = session.plan
+    return write_report(_report_data(session), Path(plan.root) / "report")
+
+
+def all_artifacts(plan: Plan) -> Iterator[Artifact]:
+    """Everything the scores are made from, parents first, each once."""
+
+    def below(artifact: Artifact, seen: dict[str, Artifact]) -> dict[str, Artifact]:
+        for parent in artifact.parents:
+            below(parent, seen)
+        seen.setdefault(artifact.fingerprint, artifact)
+        return seen
+
+    return iter(below(plan.scores(), {}).values())
+
+
+def _manifests(plan: Plan) -> list[Manifest]:
+    found = (finished(artifact, plan.root) for artifact in all_artifacts(plan))
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _report_data(session: Session) -> ReportData:
+    plan, folder = session.plan, session.plan.path(session.plan.scores())
+    graded, scores, comparisons = (
+        storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
+    )
+    explainers = plan.experiment.explainers
+    several = len(set(explainers) & set(plan.experiment.targets)) > 1
+    evaluation = {"seed": plan.experiment.seed, "resamples": plan.experiment.evaluate.resamples}
+    manifests = _manifests(plan)
+    return ReportData(
+        title=f"{plan.experiment.name}: language models explaining their own computations",
+        scores=scores,
+        comparisons=comparisons,
+        explainers={name: name for name in explainers},
+        examples=list(_examples(session, graded)),
+        advantages=self_advantage(graded, **evaluation) if several else [],
+        targets={target: _target_facts(session, target) for target in plan.experiment.targets},
+        provenance=manifests,
+        run={
+            "versions": versions() | {"commit": commit()},
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+            },
+            "sizes": _sizes(manifests),
+            "seconds": _seconds(manifests),
+        },
+    )
+
+
+def _target_facts(session: Session, target: str) -> dict[str, Any]:
+    """What a target has learned, and how often an intervention changes its answer."""
+    plan, facts = session.plan, dict[str, Any]()
+    model = finished(plan.model(target), plan.root)
+    if model is not None:
+        facts |= {name.replace("_", " "): value for name, value in model.measured["quality"].items()}
+        facts["parameters"] = model.measured["parameters"]
+    for task in plan.experiment.tasks:
+        effects = session.table(plan.effects(task, target))
+        if task == "features":
+            facts["features described"] = effects.num_rows
+            continue
+        facts[f"{task} changes the answer"] = pc.mean(effects.column("changed").cast(pa.float64())).as_py()
+    return facts
+
+
+def _sizes(manifests: Iterable[Manifest]) -> dict[str, int]:
+    """Rows of each kind of table."""
+    sizes: dict[str, int] = {}
+    for manifest in manifests:
+        if manifest.kind.endswith(("_effects", "_questions", "_answers")):
+            sizes[manifest.kind.replace("_", " ")] = sizes.get(manifest.kind.replace("_", " "), 0) + manifest.rows
+    return sizes
+
+
+def _seconds(manifests: Iterable[Manifest]) -> dict[str, float]:
+    """Seconds of work on each kind of artifact; several are made side by side."""
+    seconds: dict[str, float] = {}
+    for manifest in manifests:
+        kind = manifest.kind.replace("_", " ")
+        seconds[kind] = seconds.get(kind, 0.0) + manifest.seconds
+    return {kind: took for kind, took in seconds.items() if took >= 1}
+
+
+def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
+    """Some questions of every task, target and explainer with its answers, right and wrong ones."""
+    plan = session.plan
+    for target, task in plan.target_tasks():
+        questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
+        for run in plan.runs():
+            if run.target != target or task not in run.tasks or run.seed != plan.experiment.seeds[0]:
+                continue
+            said: dict[str, dict[str, str]] = {}
+            for row in session.table(plan.answers(run, task)).to_pylist():
+                said.setdefault(row["question_id"], {})[row["control"]] = row["text"]
+            for row in _chosen(graded, task, target, run.explainer, run.seed):
+                question, answers = questions[row["question_id"]], said[row["question_id"]]
+                yield WorkedExample(
+                    task=task,
+                    target=target,
+                    explainer=run.explainer,
+                    question=question["prompt"],
+                    truth=question["answer"],
+                    answer=answers["none"],
+                    right=row["exact"],
+                    controls={control: text for control, text in answers.items() if control != "none"},
+                )
+
+
+def _without_vectors(session: Session, task: Task, target: str) -> list[dict[str, Any]]:
+    questions = session.table(session.plan.questions(task, target))
+    return questions.select(["question_id", "prompt", "answer"]).to_pylist()
+
+
+def _chosen(graded: pa.Table, task: Task, target: str, explainer: str, seed: int) -> list[dict[str, Any]]:
+    """Half right and half wrong answers, as far as there are both, the first by id: the same in every report."""
+    mask = pc.and_(pc.equal(graded["task"], task), pc.equal(graded["target"], target))
+    mask = pc.and_(mask, pc.and_(pc.equal(graded["explainer"], explainer), pc.equal(graded["seed"], seed)))
+    rows = graded.filter(pc.and_(mask, pc.equal(graded["control"], "none"))).sort_by("question_id")
+    rows = rows.select(["question_id", "exact"]).to_pylist()
+    right, wrong = ([row for row in rows if row["exact"] is is_right] for is_right in (True, False))
+    half = EXAMPLES_PER_CELL // 2
+    n_right = min(len(right), max(half, EXAMPLES_PER_CELL - len(wrong)))
+    return right[:n_right] + wrong[: EXAMPLES_PER_CELL - n_right]
+
+
+def _say_summary(session: Session, seconds: float, report: Path) -> None:
+    manifests, kinds = _manifests(session.plan), dict[str, list[Manifest]]()
+    for manifest in manifests:
+        kinds.setdefault(manifest.kind.replace("_", " "), []).append(manifest)
+    table = Table(title=f"{session.plan.experiment.name}: what was made", title_justify="left")
+    for name, justify in [("artifact", "left"), ("number", "right"), ("rows", "right"), ("dropped", "right")]:
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("seconds of work", justify="right")
+    for kind, members in kinds.items():
+        dropped = sum(sum(member.dropped.values()) for member in members)
+        rows, took = sum(member.rows for member in members), sum(member.seconds for member in members)
+        table.add_row(kind, str(len(members)), f"{rows:,}", f"{dropped:,}" if dropped else "", f"{took:.0f}")
+    session.console.print(table)
+    session.say(f"{seconds:.0f} seconds. The report: {report}")

@@ -1,0 +1,61 @@
+"""Small targets trained side by side, each on one core."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ray_explain import storage
+from ray_explain.artifacts import Artifact, finish, finished
+from ray_explain.distributed.progress import Teller, watching
+
+_SCRATCH = "unfinished"  # beside the artifact; where an interrupted training goes on from
+
+
+def pretrain_all(models: Sequence[Artifact], root: str) -> None:
+    """Train each small target that is not there yet; an interrupted one goes on from its last checkpoint."""
+    missing = [model for model in models if finished(model, root) is None]
+    if not missing:
+        return
+    with watching() as board:
+        ray.get([_pretrain.remote(model, root, board) for model in missing])
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _pretrain(artifact: Artifact, root: str, board: Any) -> None:
+    from ray_explain.world.facts import World
+    from ray_explain.world.pretraining import TargetSize, pretrain, save_target
+    from ray_explain.world.quality import target_quality
+    from ray_explain.world.tokenizer import world_tokenizer
+
+    config, started = artifact.config, time.monotonic()
+    world = World(seed=config["world_seed"])
+    tokenizer, tell = world_tokenizer(world), Teller(board, f"pretrain {artifact.label}")
+    scratch = _scratch_folder(artifact.path(root))
+    model = pretrain(
+        world,
+        tokenizer,
+        architecture=config["architecture"],
+        seed=config["seed"],
+        tokens=config["tokens"],
+        size=TargetSize(**{key: config[key] for key in ("d_model", "n_layers", "n_heads")}),
+        checkpoints=scratch,
+        on_step=lambda now: tell(now.step, now.n_steps, f"loss {now.loss:.3f}"),
+    )
+    quality = target_quality(model, tokenizer, world)
+    with storage.new_folder(artifact.path(root)) as folder:
+        save_target(model, tokenizer, Path(folder))
+    measured = {"quality": quality, "parameters": model.num_parameters()}
+    finish(artifact, root, rows=config["tokens"], seconds=time.monotonic() - started, measured=measured)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch_folder(path: str) -> Path:
+    """Local; where storage is remote it lives as long as the machine."""
+    if storage.is_remote(path):
+        return Path(tempfile.gettempdir()) / _SCRATCH / path.rsplit("/", 1)[-1]
+    return Path(f"{path}.{_SCRATCH}")

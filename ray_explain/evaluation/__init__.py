@@ -1,0 +1,1 @@
+"""Answers parsed and scored, with controls, baselines and intervals."""

@@ -1,0 +1,93 @@
+"""Explainers asked: questions in, answers out."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from ray_explain import records
+from ray_explain.explainer.baselines import untrained
+from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
+from ray_explain.explainer.generate import Generation, generate
+from ray_explain.explainer.injection import InjectionConfig
+from ray_explain.explainer.sidecar import load_explainer, load_tokenizer
+from ray_explain.models import load_model
+from ray_explain.stages import Result
+
+logger = logging.getLogger(__name__)
+
+
+def questions_of(table: pa.Table, *, split: str | None = None) -> Iterator[Question]:
+    """The rows of a questions table as the explainer package takes them, of one split where it is given."""
+    vectors = records.vectors_of(table.column("vectors"))
+    columns = ("question_id", "task", "prompt", "answer", "layers", "split")
+    for row, own in zip(table.select(columns).to_pylist(), vectors, strict=True):
+        if split is None or row["split"] == split:
+            yield Question(row["question_id"], row["task"], row["prompt"], row["answer"], own, tuple(row["layers"]))
+
+
+def asked_schema(d_model: int) -> pa.Schema:
+    """Questions, each with the control that its vectors are under ("none": its own vectors)."""
+    return records.questions(d_model).append(pa.field("control", pa.string(), nullable=False))
+
+
+class AnswerStage:
+    """Lets an explainer answer (records.ANSWERS), greedily.
+
+    Config: `explainer` (its name in the answers), `max_new_tokens`, `batch_size`, `max_tokens`, `d_target`, and either
+    `folder` (of a trained one) or `model`, `revision`, `dtype` and `injection` of one that was never trained.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        if "folder" in config:
+            self._explainer, _ = load_explainer(config["folder"])
+            self._tokenizer = load_tokenizer(config["folder"])
+        else:
+            loaded = load_model(config["model"], revision=config["revision"], dtype=config["dtype"])
+            injection = InjectionConfig(**config["injection"])
+            self._tokenizer = loaded.tokenizer
+            self._explainer = untrained(
+                loaded.model, loaded.tokenizer, d_target=config["d_target"], injection=injection
+            )
+
+    @property
+    def schema_in(self) -> pa.Schema:
+        """Questions with their controls."""
+        return asked_schema(self._config["d_target"])
+
+    @property
+    def schema_out(self) -> pa.Schema:
+        """Answers."""
+        return records.ANSWERS
+
+    def __call__(self, table: pa.Table) -> Result:
+        """One answer per question; to a question that this explainer cannot be asked, the answer is empty."""
+        rows, prompts, asked = list[dict[str, Any]](), list[Example](), list[int]()
+        for question, control in zip(questions_of(table), table.column("control").to_pylist(), strict=True):
+            rows.append(
+                {
+                    "question_id": question.question_id,
+                    "explainer": self._config["explainer"],
+                    "control": control,
+                    "text": "",
+                    "logprob": None,
+                    "n_tokens": 0,
+                }
+            )
+            try:
+                prompts.append(self._prompt(question))
+                asked.append(len(rows) - 1)
+            except Refused as refusal:
+                logger.warning("%s", refusal)
+        for row, answer in zip(asked, self._answers(prompts), strict=True):
+            rows[row] |= answer._asdict()
+        return Result(records.rows_table(rows, records.ANSWERS), [])
+
+    def _answers(self, prompts: list[Example]) -> list[Generation]:
+        sizes = {name: self._config[name] for name in ("max_new_tokens", "batch_size")}
+        return generate(self._explainer, prompts, self._tokenizer, **sizes)
+
+    def _prompt(self, question: Question) -> Example:
+        return encode_prompt(question, self._tokenizer, self._explainer.markers, max_tokens=self._config["max_tokens"])

@@ -1,0 +1,239 @@
+"""One explainer against another on the same questions: self minus cross, uplift over controls, gain over baselines."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from ray_explain import records
+from ray_explain.evaluation import intervals
+from ray_explain.evaluation.baselines import BASELINES
+from ray_explain.evaluation.grading import rows_of, series_of
+from ray_explain.evaluation.metrics import Part, Tally, defined, measured, tally
+
+BY = ("all", "changed", "stratum")
+NOT_TRAINED = (*BASELINES, "untrained", "text only")  # names in `explainer` that are no trained explainer
+PERMUTATIONS = 4999
+
+
+class Who(NamedTuple):
+    """Whose answers: an explainer under a control, all its seeds together."""
+
+    explainer: str
+    control: str = "none"
+
+
+class Contrast(NamedTuple):
+    """What is subtracted from what, and as what."""
+
+    kind: str  # self_minus_cross | uplift | over_baseline
+    one: Who
+    other: Who
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A series of answers, summed up and resampled."""
+
+    tally: Tally
+    values: Float[np.ndarray, " parts"]
+    resampled: Float[np.ndarray, "resamples parts"]
+
+
+Seeds = dict[int, Measured]  # seed of training -> its answers
+
+
+def comparisons(
+    graded: pa.Table,
+    *,
+    by: Sequence[str] = BY,
+    not_trained: Sequence[str] = NOT_TRAINED,
+    seed: int,
+    resamples: int = 2000,
+    permutations: int = PERMUTATIONS,
+) -> pa.Table:
+    """All comparisons that graded answers allow, on each task and target: a table of records.COMPARISONS.
+
+    A target that explains itself (the explainer has its name) is compared with every other explainer, and every
+    explainer with itself under each control and with each of `not_trained` that is there. Both sides answered the same
+    questions. Seeds of training are paired where both sides have them and their mean is compared; one side without
+    training, or with a single seed where `not_trained`, stands against every seed of the other. Intervals hold the
+    draw of the groups, and that of the seeds where there are several (`intervals.spread_over_seeds`). p-values are
+    those of `intervals.swap_test`, or of the t test over seeds where that is larger; `p_holm` corrects over
+    the matrix: all comparisons of one task, contrast and metric on the same kind of part.
+
+    Raises:
+        ValueError: two sides answered different questions, or trained explainers have no seed in common.
+    """
+    rows: list[dict[str, Any]] = []
+    for (task, target), sides in _measured(graded, by, resamples, seed).items():
+        for contrast in _contrasts(target, sides, not_trained):
+            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, not_trained)
+            identity = {
+                "task": task,
+                "target": target,
+                "explainer": contrast.one.explainer,
+                "against": contrast.other.control if contrast.kind == "uplift" else contrast.other.explainer,
+                "contrast": contrast.kind,
+            }
+            rows.extend(identity | row for row in _compared(one, other, permutations, seed))
+    return records.rows_table(corrected(rows), records.COMPARISONS)
+
+
+def self_advantage(
+    graded: pa.Table, *, metric: str = "exact_match", by: str = "all", seed: int, resamples: int = 2000
+) -> list[dict[str, Any]]:
+    """For each task that targets explain, the difference in differences: how much better models explain themselves
+    than the strength of the explainer and the ease of the target foretell (`intervals.self_weights`).
+
+    Only explainers that are also targets, and seeds that all pairings have, take part. Each row has task,
+    difference, low, high, p_value, n_groups and seeds; groups are resampled together over all targets.
+
+    Raises:
+        ValueError: a task has no square of at least two models, or the pairings have no seed in common.
+    """
+    named = [series for series in series_of(graded) if series["control"] == "none"]
+    metrics, rows = measured(graded), []
+    for task in sorted({series["task"] for series in named}):
+        targets = {series["target"] for series in named if series["task"] == task}
+        cells: dict[tuple[str, str], dict[int, Tally]] = defaultdict(dict)
+        for series in named:
+            if series["task"] == task and series["explainer"] in targets:
+                kind = by if by == "all" else by.split("=")[0]
+                tallied = tally(rows_of(graded, series), [kind], metrics)
+                cells[series["explainer"], series["target"]][series["seed"]] = tallied
+        if cells:
+            rows.append({"task": task} | _advantage(cells, metric, by, resamples, seed))
+    return rows
+
+
+def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `p_holm`: corrected over those of the same task, contrast, metric and kind of part."""
+    families: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        families[row["task"], row["contrast"], row["metric"], row["by"].split("=")[0]].append(i)
+    p_holm: dict[int, float] = {}
+    for members in families.values():
+        p_values = [np.nan if rows[i]["p_value"] is None else rows[i]["p_value"] for i in members]
+        p_holm |= dict(zip(members, intervals.holm(p_values).tolist(), strict=True))
+    return [row | {"p_holm": defined(p_holm[i])} for i, row in enumerate(rows)]
+
+
+def _measured(
+    graded: pa.Table, by: Sequence[str], resamples: int, seed: int
+) -> dict[tuple[str, str], dict[Who, Seeds]]:
+    metrics = measured(graded)
+    found: dict[tuple[str, str], dict[Who, Seeds]] = defaultdict(lambda: defaultdict(dict))
+    for series in series_of(graded):
+        tallied = tally(rows_of(graded, series), by, metrics)
+        found[series["task"], series["target"]][Who(series["explainer"], series["control"])][series["seed"]] = Measured(
+            tally=tallied,
+            values=tallied.values(tallied.sums.sum(axis=0)),
+            resampled=intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed),
+        )
+    return found
+
+
+def _contrasts(target: str, sides: dict[Who, Seeds], not_trained: Sequence[str]) -> Iterator[Contrast]:
+    asked = [who.explainer for who in sides if who.control == "none"]
+    trained = [name for name in asked if name not in not_trained]
+    if target in trained:
+        yield from (Contrast("self_minus_cross", Who(target), Who(name)) for name in trained if name != target)
+    for name in trained:
+        controls = [who for who in sides if who.explainer == name and who.control != "none"]
+        yield from (Contrast("uplift", Who(name), who) for who in controls)
+        lookups = [who for who in asked if who in not_trained]
+        yield from (Contrast("over_baseline", Who(name), Who(lookup)) for lookup in lookups)
+
+
+def _paired(
+    one: Seeds, other: Seeds, contrast: Contrast, target: str, not_trained: Sequence[str]
+) -> tuple[list[Measured], list[Measured]]:
+    """Both sides, one entry per seed."""
+    if contrast.other.explainer in not_trained and len(other) == 1:
+        return list(one.values()), list(other.values()) * len(one)
+    shared = sorted(set(one) & set(other))
+    if not shared:
+        raise ValueError(
+            f"{contrast.kind} on {target!r}: {contrast.one.explainer!r} has seeds {sorted(one)}, "
+            f"{contrast.other.explainer!r} under {contrast.other.control!r} has {sorted(other)}; "
+            "pairs need a seed in common: train or score both with the same seeds"
+        )
+    return [one[seed] for seed in shared], [other[seed] for seed in shared]
+
+
+def _compared(one: list[Measured], other: list[Measured], permutations: int, seed: int) -> Iterator[dict[str, Any]]:
+    _check_same_questions([side.tally for side in (*one, *other)])
+    parts, n_groups = one[0].tally.parts, one[0].tally.n_groups
+    observed = np.stack([a.values - b.values for a, b in zip(one, other, strict=True)])
+    resampled = np.stack([a.resampled - b.resampled for a, b in zip(one, other, strict=True)], axis=1)
+    spread = intervals.spread_over_seeds(observed, resampled, n_groups)
+    p_swap = intervals.swap_test(
+        np.stack([side.tally.sums for side in one], axis=1),
+        np.stack([side.tally.sums for side in other], axis=1),
+        one[0].tally.values,
+        permutations=permutations,
+        seed=seed,
+    )
+    p_values = np.where(spread.seeds_add, np.fmax(p_swap, spread.p_value), p_swap)
+    for i, part in enumerate(parts):
+        yield {
+            "metric": part.metric.name,
+            "by": part.by,
+            **{name: defined(getattr(spread, name)[i]) for name in ("difference", "low", "high")},
+            "p_value": defined(p_values[i]),
+            "n": part.n,
+            "n_groups": part.n_groups,
+            "seeds": len(one),
+        }
+
+
+def _check_same_questions(tallies: Sequence[Tally]) -> None:
+    for each in tallies[1:]:
+        if each.questions != tallies[0].questions:
+            differ = len(set(each.questions) ^ set(tallies[0].questions))
+            raise ValueError(f"compared answers are to different questions ({differ} of them): score both on one table")
+
+
+def _advantage(
+    cells: dict[tuple[str, str], dict[int, Tally]], metric: str, by: str, resamples: int, seed: int
+) -> dict[str, Any]:
+    pairings = sorted(cells)
+    weights = intervals.self_weights(pairings)
+    seeds = sorted(set.intersection(*(set(each) for each in cells.values())))
+    if not seeds:
+        raise ValueError("the pairings have no seed in common: train each explainer with the same seeds")
+    groups = {
+        name: i for i, name in enumerate(sorted({g for c in cells.values() for t in c.values() for g in t.groups}))
+    }
+    blocks = [[_metric_sums(cells[pairing][s], metric, by, groups) for s in seeds] for pairing in pairings]
+    width = blocks[0][0][0].shape[1]
+    value = blocks[0][0][1].metric.value
+    sums = np.concatenate([block for row in blocks for block, _ in row], axis=1)
+
+    def values(total: np.ndarray) -> np.ndarray:
+        cell_values = value(total.reshape(*total.shape[:-1], len(pairings), len(seeds), width))
+        return np.moveaxis(cell_values, -2, -1) @ weights
+
+    observed = values(sums.sum(axis=0))[:, None]
+    resampled = intervals.bootstrap(sums, values, resamples=resamples, seed=seed)[:, :, None]
+    spread = intervals.spread_over_seeds(observed, resampled, np.array([len(groups)]))
+    return {
+        **{name: defined(getattr(spread, name)[0]) for name in ("difference", "low", "high", "p_value")},
+        "n_groups": len(groups),
+        "seeds": len(seeds),
+    }
+
+
+def _metric_sums(tallied: Tally, metric: str, by: str, groups: dict[str, int]) -> tuple[np.ndarray, Part]:
+    """The columns of one metric and part, one row for each of `groups`, zero where a group was not asked."""
+    found = [part for part in tallied.parts if (part.metric.name, part.by) == (metric, by)]
+    if not found:
+        raise ValueError(f"no {metric!r} by {by!r}: there is {sorted({(p.metric.name, p.by) for p in tallied.parts})}")
+    spread = np.zeros((len(groups), found[0].columns.stop - found[0].columns.start))
+    spread[[groups[name] for name in tallied.groups]] = tallied.sums[:, found[0].columns]
+    return spread, found[0]

@@ -1,0 +1,91 @@
+"""The same questions with other vectors: what an explainer still gets right, it does not get from the vector."""
+
+import numpy as np
+import pyarrow as pa
+
+from ray_explain import records
+
+CONTROLS = ("shuffled", "no_vector", "other_layer", "random")
+
+
+def under_control(questions: pa.Table, control: str, seed: int) -> pa.Table:
+    """`questions` with other vectors and nothing else changed, so that answers pair up by question.
+
+    Under "shuffled" each question gets the vectors of another one of the same layers and as many vectors, of another
+    group where no group is more than half of them, and never its own (one that is alone with its layers gets those of
+    any other question with as many); under "other_layer" those of a question of
+    other layers; under "random" each vector becomes a random one of the same norm; under "no_vector" it becomes zero;
+    under "none" it stays. A row's draw depends on `seed` and on the table.
+
+    Raises:
+        ValueError: there is no such control, no vector to change, or no other question to take vectors from.
+    """
+    if control == "none":
+        return questions
+    if control not in CONTROLS:
+        raise ValueError(f"control {control!r}: there is none, {', '.join(CONTROLS)}")
+    vectors = records.vectors_of(questions["vectors"])
+    if not any(len(own) for own in vectors):
+        raise ValueError(f"control {control!r}: none of the {len(vectors)} questions holds a vector; leave it out")
+    # a stream of its own: vectors that were themselves drawn with this seed must not come back
+    rng = np.random.default_rng([seed, int(records.content_id("control", control), 16)])
+    if control == "no_vector":
+        changed = [np.zeros_like(own) for own in vectors]
+    elif control == "random":
+        changed = [_random_like(own, rng) for own in vectors]
+    else:
+        donors = (_shuffled if control == "shuffled" else _other_layer)(questions, vectors, rng)
+        changed = [vectors[donor] for donor in donors]
+    at, field = questions.column_names.index("vectors"), questions.schema.field("vectors")
+    return questions.set_column(at, field, records.vectors_array(changed, field.type.value_type.list_size))
+
+
+def _random_like(own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    drawn = rng.standard_normal(own.shape)
+    norms = np.linalg.norm(own.astype(np.float64), axis=1) / np.linalg.norm(drawn, axis=1)
+    return (drawn * norms[:, None]).astype(np.float32)
+
+
+def _kinds(questions: pa.Table, vectors: list[np.ndarray]) -> dict[tuple[int, tuple[int, ...]], list[int]]:
+    """Rows by (how many vectors, of which layers)."""
+    kinds: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for row, (own, layers) in enumerate(zip(vectors, questions["layers"].to_pylist(), strict=True)):
+        kinds.setdefault((len(own), tuple(layers)), []).append(row)
+    return kinds
+
+
+def _shuffled(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.Generator) -> list[int]:
+    """Which row each row gets its vectors from.
+
+    Rows stand in a ring, those of a group side by side, and each takes from the one that is further by the size of
+    the largest group: so it leaves its own group, unless that is more than half of the ring.
+    """
+    groups = questions["group"].to_numpy(zero_copy_only=False)
+    donors = np.arange(len(groups))
+    for (n_vectors, _), rows in _kinds(questions, vectors).items():
+        if not n_vectors:
+            continue
+        if len(rows) == 1:
+            others = [row for row, own in enumerate(vectors) if len(own) == n_vectors and row != rows[0]]
+            if not others:
+                raise ValueError(f"control 'shuffled': one question only has {n_vectors} vectors; ask about more")
+            donors[rows] = rng.choice(others)
+            continue
+        names, group_of, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
+        ring = np.array(rows)[np.lexsort([rng.random(len(rows)), rng.permutation(len(names))[group_of]])]
+        donors[ring] = np.roll(ring, -min(sizes.max(), len(rows) - 1))
+    return donors.tolist()
+
+
+def _other_layer(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.Generator) -> list[int]:
+    """Which row each row gets its vectors from: any of other layers."""
+    kinds = _kinds(questions, vectors)
+    donors = np.arange(len(vectors))
+    for (n_vectors, layers), rows in kinds.items():
+        if not n_vectors:
+            continue
+        others = [row for (n, other), there in kinds.items() if n == n_vectors and other != layers for row in there]
+        if not others:
+            raise ValueError(f"control 'other_layer': no question has {n_vectors} vectors but of layers {list(layers)}")
+        donors[rows] = rng.choice(others, size=len(rows))
+    return donors.tolist()

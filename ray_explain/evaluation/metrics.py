@@ -1,0 +1,224 @@
+"""The paper's metrics, computed from sums over groups of graded answers, with intervals."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float
+
+from ray_explain import records
+from ray_explain.evaluation import intervals
+from ray_explain.evaluation.grading import GRADED, grade, rows_of, series_of
+
+__all__ = ["BY", "GRADED", "METRICS", "Metric", "Part", "Tally", "grade", "scores", "tally"]
+
+BY = ("all", "changed", "layer", "role", "stratum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that is a function of sums over answers, so that resampling it is adding up."""
+
+    name: str
+    tasks: tuple[str, ...]
+    columns: Callable[[pa.Table], Float[np.ndarray, "answers k"]]
+    value: Callable[[Float[np.ndarray, "*batch k"]], Float[np.ndarray, "*batch"]]  # NaN where undefined
+    counted: Callable[[pa.Table], Bool[np.ndarray, " answers"]]  # the answers that have this metric
+    proportion: bool = False
+
+
+def _mean_of(name: str, column: str, tasks: tuple[str, ...]) -> Metric:
+    """The mean of a column over the answers where it is not null."""
+
+    def counted(graded: pa.Table) -> np.ndarray:
+        return graded[column].is_valid().to_numpy()
+
+    def columns(graded: pa.Table) -> np.ndarray:
+        filled = graded[column].cast(pa.float64()).fill_null(0.0).to_numpy()
+        return np.stack([filled, counted(graded).astype(np.float64)], axis=1)
+
+    return Metric(
+        name=name,
+        tasks=tasks,
+        columns=columns,
+        value=lambda sums: _divide(sums[..., 0], sums[..., 1]),
+        counted=counted,
+        proportion=pa.types.is_boolean(GRADED.field(column).type),
+    )
+
+
+def _changed_columns(graded: pa.Table) -> np.ndarray:
+    """Of "changed", then of "unchanged": true ones found, true ones, and answers that say so falsely."""
+    truth = graded["changed"].to_numpy(zero_copy_only=False)
+    said = graded["predicted_changed"].to_numpy(zero_copy_only=False)  # None where it cannot be read: says neither
+    columns = []
+    for verdict in (True, False):
+        is_true, is_said = truth == verdict, said == verdict
+        columns += [is_true & is_said, is_true, ~is_true & is_said]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    halves = []
+    for found, true, falsely in (np.moveaxis(sums[..., :3], -1, 0), np.moveaxis(sums[..., 3:], -1, 0)):
+        f1 = _divide(2 * found, true + found + falsely)
+        halves.append(np.where(true > 0, f1, np.nan))  # the F1 of a class that does not occur is undefined
+    return (halves[0] + halves[1]) / 2
+
+
+def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+
+
+_EFFECTS = ("patching", "ablation")
+METRICS = (
+    _mean_of("exact_match", "exact", (*_EFFECTS, "features")),
+    Metric(
+        name="changed_f1",
+        tasks=_EFFECTS,
+        columns=_changed_columns,
+        value=_macro_f1,
+        counted=lambda graded: graded["changed"].is_valid().to_numpy(),
+    ),
+    _mean_of("content_match", "content", _EFFECTS),
+    _mean_of("similarity", "similarity", ("features",)),
+    _mean_of("correlation", "correlation", ("features",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A metric over a part of the questions, and where its columns are in a tally."""
+
+    metric: Metric
+    by: str  # "all", "layer=2", ...
+    columns: slice
+    n: int  # answers that have this metric
+    n_groups: int
+    unparsed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What the scores of one series of answers are computed from."""
+
+    groups: list[str]  # sorted
+    questions: list[str]  # their ids, by group
+    sums: Float[np.ndarray, "n_groups columns"]
+    parts: list[Part]
+
+    def values(self, sums: Float[np.ndarray, "*batch columns"]) -> Float[np.ndarray, "*batch parts"]:
+        """Each part's metric from sums over any groups."""
+        return np.stack([part.metric.value(sums[..., part.columns]) for part in self.parts], axis=-1)
+
+    @property
+    def n_groups(self) -> np.ndarray:
+        """Groups of each part."""
+        return np.array([part.n_groups for part in self.parts])
+
+
+def measured(graded: pa.Table) -> list[Metric]:
+    """The metrics that some answer of a table has."""
+    return [metric for metric in METRICS if metric.counted(graded).any()]
+
+
+def tally(graded: pa.Table, by: Sequence[str], metrics: Sequence[Metric]) -> Tally:
+    """The sums of one series of answers (as `rows_of` gives them) over each of its groups, for those of `metrics` that
+    its task has, and for every part.
+
+    Raises:
+        ValueError: there is no answer, or no such way to split them.
+    """
+    if not graded.num_rows:
+        raise ValueError("no answers to score")
+    names, starts = np.unique(graded["group"].to_numpy(zero_copy_only=False), return_index=True)
+    unread = ~graded["parsed"].to_numpy(zero_copy_only=False)
+    group_of = np.repeat(np.arange(len(names)), np.diff([*starts, graded.num_rows]))
+    columns: list[np.ndarray] = []
+    parts: list[Part] = []
+    masks = _masks(graded, by)
+    for metric in metrics:
+        if graded["task"][0].as_py() not in metric.tasks:
+            continue
+        of_metric, counted = metric.columns(graded), metric.counted(graded)
+        for label, mask in masks:
+            at, inside = sum(each.shape[1] for each in columns), mask & counted
+            columns.append(of_metric * inside[:, None])
+            part = Part(
+                metric=metric,
+                by=label,
+                columns=slice(at, at + of_metric.shape[1]),
+                n=int(inside.sum()),
+                n_groups=len(np.unique(group_of[inside])),
+                unparsed=int((unread & mask).sum()),
+            )
+            parts.append(part)
+    sums = np.add.reduceat(np.concatenate(columns, axis=1), starts, axis=0)
+    return Tally(groups=names.tolist(), questions=graded["question_id"].to_pylist(), sums=sums, parts=parts)
+
+
+def _masks(graded: pa.Table, by: Sequence[str]) -> list[tuple[str, Bool[np.ndarray, " answers"]]]:
+    """The parts of the answers, such as ("layer=2", which of them); where a value is null or empty there is none."""
+    masks = [("all", np.ones(graded.num_rows, dtype=bool))] if "all" in by else []
+    for name in by:
+        if name == "all":
+            continue
+        if name not in BY:
+            raise ValueError(f"by {name!r}: scores can be split by {', '.join(BY)}")
+        values = graded[name].to_numpy(zero_copy_only=False)
+        for value in sorted({each for each in values if each is not None and each != ""}, key=_natural):
+            text = str(value).lower() if isinstance(value, bool | np.bool_) else value
+            masks.append((f"{name}={text}", values == value))
+    return masks
+
+
+def _natural(value: Any) -> tuple[float, str]:
+    """Layers in their order: "10-11" after "2"."""
+    head = str(value).split("-")[0]
+    return (float(head) if head.isdigit() else math.inf, str(value))
+
+
+def scores(graded: pa.Table, *, by: Sequence[str] = BY, seed: int, resamples: int = 2000) -> pa.Table:
+    """Every metric of every series of graded answers, with a 95 % interval: a table of records.SCORES.
+
+    A metric that no answer of the table has is left out. The intervals resample groups; `seed` draws the resamples
+    (the column `seed` is that of the training). A value is null where it is undefined, as F1 among changed cases only,
+    and so is an interval where one group is all there is.
+
+    Raises:
+        ValueError: there is no answer, or no such way to split them.
+    """
+    if not graded.num_rows:
+        raise ValueError("no answers to score")
+    metrics, rows = measured(graded), list[dict[str, Any]]()
+    for series in series_of(graded):
+        tallied = tally(rows_of(graded, series), by, metrics)
+        values = tallied.values(tallied.sums.sum(axis=0))
+        resampled = intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed)
+        lows, highs = intervals.percentile_interval(resampled, tallied.n_groups)
+        for part, value, low, high in zip(tallied.parts, values, lows, highs, strict=True):
+            rows.append(series | _score(part, float(value), float(low), float(high)))
+    return records.rows_table(rows, records.SCORES)
+
+
+def _score(part: Part, value: float, low: float, high: float) -> dict[str, Any]:
+    if part.metric.proportion and part.n_groups and value in (0, 1):
+        width = intervals.alike_bound(part.n_groups)
+        low, high = max(0, value - width), min(1, value + width)
+    return {
+        "metric": part.metric.name,
+        "by": part.by,
+        "value": defined(value),
+        "low": defined(low),
+        "high": defined(high),
+        "n": part.n,
+        "unparsed": part.unparsed,
+    }
+
+
+def defined(value: float) -> float | None:
+    """`value`, or null for NaN, which no table may hold."""
+    return None if math.isnan(value) else float(value)

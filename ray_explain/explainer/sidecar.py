@@ -1,0 +1,215 @@
+"""An explainer as a folder: weights, tokenizer, and `explainer.json`, which says what it may be used with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ray_explain.explainer.injection import InjectionConfig
+from ray_explain.explainer.markers import Markers, make_room, markers_of
+from ray_explain.explainer.module import Explainer
+from ray_explain.explainer.projection import Projection
+
+SIDECAR, EXTRAS = "explainer.json", "projection.safetensors"
+_PROBE = "The output would remain unchanged from <<<Paris>>>. 12 34\n\tWhat does it encode?"
+
+
+class Mismatch(ValueError):
+    """An explainer is not what it is to be used as, or its files do not belong together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """Everything an explainer depends on beside its weights. `wordings` holds the version of each wording set that its
+    questions were written in; `embedding_norm` is that of the model it started from."""
+
+    target: str
+    target_revision: str | None
+    base: str  # folder or hub id of the model it was trained from; a LoRA explainer needs it to be loaded
+    base_revision: str | None
+    lora: bool
+    d_target: int
+    d_explainer: int
+    layers: tuple[int, ...]  # of the target, that a linear projection knows
+    projection: str
+    injection: dict[str, Any]
+    embedding_norm: float | None
+    markers: dict[str, Any]
+    wordings: dict[str, str]
+    tokenizer: str  # `fingerprint_of` it
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        }
+    )
+
+    def check(
+        self,
+        *,
+        target: str | None = None,
+        target_revision: str | None = None,
+        d_target: int | None = None,
+        wordings: Mapping[str, str] | None = None,
+    ) -> None:
+        """Raises: Mismatch: it explains another target, or one of another width or revision, or was trained on other
+        words than those of `wordings`. What is None is not asked for."""
+        asked = {"target": target, "target_revision": target_revision, "d_target": d_target}
+        for name, value in asked.items():
+            own = getattr(self, name)
+            if value is not None and value != own:
+                raise Mismatch(f"this explainer has {name} {own!r}, it cannot be used with {value!r}: train one for it")
+        for name, version in (wordings or {}).items():
+            if self.wordings.get(name) != version:
+                raise Mismatch(
+                    f"this explainer was trained on wordings {self.wordings}, not on {name!r} of version {version}: "
+                    "ask in its words or train it again"
+                )
+
+
+def sidecar_of(
+    explainer: Explainer,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    target: str,
+    target_revision: str | None = None,
+    base: str,
+    base_revision: str | None = None,
+    wordings: Mapping[str, str],
+) -> Sidecar:
+    """The sidecar of an explainer as it is."""
+    projection = explainer.projection
+    return Sidecar(
+        target=target,
+        target_revision=target_revision,
+        base=base,
+        base_revision=base_revision,
+        lora=isinstance(explainer.model, PeftModel),
+        d_target=projection.d_target,
+        d_explainer=projection.d_explainer,
+        layers=projection.layers,
+        projection=projection.kind,
+        injection=asdict(explainer.injection),
+        embedding_norm=explainer.embedding_norm,
+        markers=asdict(explainer.markers),
+        wordings=dict(wordings),
+        tokenizer=fingerprint_of(tokenizer),
+    )
+
+
+def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits of the vocabulary, the chat template and how a probe text is cut."""
+    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.encode(_PROBE)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def save_explainer(
+    explainer: Explainer,
+    folder: str | Path,
+    sidecar: Sidecar,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `folder`: a model that plain transformers loads (with LoRA, an adapter that plain peft loads; the markers'
+    embeddings are beside it, in `projection.safetensors`), the projection, the tokenizer and, last, the sidecar.
+
+    Args:
+        state_dict: Of the explainer, where its own tensors are not whole (ZeRO-3); at least all that is trained.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = dict(explainer.state_dict() if state_dict is None else state_dict)
+    empty = [name for name, tensor in state.items() if not tensor.numel()]
+    if empty:
+        raise ValueError(f"tensors of size 0: {', '.join(empty[:3])}; under ZeRO-3 give the gathered `state_dict`")
+    model_state = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+    extras = {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("model.")}
+    explainer.model.save_pretrained(folder, state_dict=model_state)  # type: ignore[operator]
+    save_file(extras, folder / EXTRAS)
+    tokenizer.save_pretrained(folder)
+    (folder / SIDECAR).write_text(json.dumps(asdict(sidecar), indent=2))
+
+
+def read_sidecar(folder: str | Path) -> Sidecar:
+    """Raises: Mismatch: the folder holds no explainer, or one of another version of this program."""
+    path = Path(folder) / SIDECAR
+    if not path.exists():
+        raise Mismatch(f"{folder} holds no {SIDECAR}: it is not an explainer, or was not written to the end")
+    values = json.loads(path.read_text())
+    differing = set(values) ^ set(Sidecar.__dataclass_fields__)
+    if differing:
+        raise Mismatch(f"{path} is of another version of this program: it differs in {', '.join(sorted(differing))}")
+    return Sidecar(**{**values, "layers": tuple(values["layers"])})
+
+
+def load_explainer(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Explainer, Sidecar]:
+    """An explainer as it was saved, ready to answer; see `load_tokenizer`. `dtype` is that of the files unless given.
+
+    Raises:
+        Mismatch: tokenizer, markers, weights and sidecar do not belong together.
+    """
+    folder, sidecar = Path(folder), read_sidecar(folder)
+    model = _load_model(folder, sidecar, load_tokenizer(folder), dtype)
+    extras = load_file(folder / EXTRAS)
+    explainer = Explainer(
+        model,
+        Markers(**sidecar.markers),
+        Projection(sidecar.projection, sidecar.d_target, sidecar.d_explainer, sidecar.layers),  # type: ignore[arg-type]
+        InjectionConfig(**sidecar.injection),
+        embedding_norm=sidecar.embedding_norm,
+        train_markers="marker_embeddings" in extras,
+    )
+    _load_extras(explainer, extras, folder)
+    return explainer.to(device).eval(), sidecar
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved explainer.
+
+    Raises:
+        Mismatch: it is not the one that the explainer was trained with.
+    """
+    sidecar, tokenizer = read_sidecar(folder), AutoTokenizer.from_pretrained(folder)
+    found, markers = fingerprint_of(tokenizer), markers_of(tokenizer)
+    if found != sidecar.tokenizer:
+        raise Mismatch(
+            f"the tokenizer in {folder} has fingerprint {found}, the explainer was trained with {sidecar.tokenizer}: "
+            "it would read other questions"
+        )
+    if list(markers.ids) != [sidecar.markers[name] for name in ("begin_id", "slot_id", "end_id")]:
+        raise Mismatch(f"the tokenizer in {folder} has other markers than those trained with: {sidecar.markers}")
+    return tokenizer
+
+
+def _load_model(
+    folder: Path, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
+) -> nn.Module:
+    source, revision = (sidecar.base, sidecar.base_revision) if sidecar.lora else (str(folder), None)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype or "auto")
+    width = model.config.get_text_config().hidden_size
+    if width != sidecar.d_explainer:
+        raise Mismatch(f"{source} has width {width}, the explainer was trained with {sidecar.d_explainer}")
+    make_room(model, tokenizer)
+    return PeftModel.from_pretrained(model, folder) if sidecar.lora else model
+
+
+def _load_extras(explainer: Explainer, extras: dict[str, Tensor], folder: Path) -> None:
+    own = {name: tensor for name, tensor in explainer.state_dict().items() if not name.startswith("model.")}
+    shapes, found = ({name: list(t.shape) for name, t in state.items()} for state in (own, extras))
+    if shapes != found:
+        raise Mismatch(f"{folder / EXTRAS} holds {found}, the sidecar asks for {shapes}")
+    explainer.load_state_dict(extras, strict=False)

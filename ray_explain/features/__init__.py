@@ -1,0 +1,1 @@
+"""Directions of the residual stream, their exemplars and descriptions."""

@@ -1,0 +1,254 @@
+"""The windows of a corpus that show what a feature responds to, found in one pass and little memory.
+
+Kept for each feature: the windows of its highest activations; random windows in which it is off; and near misses, in
+which it is off but closest to being on (Bills et al. 2023 and the paper score descriptions on such windows). There is
+never a feature x token matrix of the corpus. Each kind is a top-k under a total order, score first and then window
+number, so a merge gives the same result however the corpus was split over actors and in whatever order they come.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ray_explain.features.sae import SAE
+
+Kind = Literal["top", "random", "near"]
+NUMBERS_AT_A_TIME = 1 << 22  # tokens x features encoded at once: 16 MiB, so that a CPU's caches help
+ABSENT = -1  # the token id where a window is shorter than the others
+_EMPTY = torch.iinfo(torch.int64).min
+_ID_BITS = 0xFFFFFFFF
+
+
+class Windows(NamedTuple):
+    """Windows of the corpus with the residual stream of one layer."""
+
+    ids: Int[Tensor, " windows"]  # numbers in the corpus, the same in every run; 0 to 2**32 - 1
+    tokens: Int[Tensor, "windows pos"]
+    residual: Float[Tensor, "windows pos d_model"]
+    present: Bool[Tensor, "windows pos"]  # False: padding, or a token to be left out, such as the first
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplar:
+    """One window of one feature."""
+
+    kind: Kind
+    rank: int  # from 0; the highest score first
+    window: int
+    tokens: Int[np.ndarray, " pos"]  # only those present
+    activations: Float[np.ndarray, " pos"]
+
+
+class _Kept:
+    """For each feature, the windows of the highest keys, sorted, and the feature's activations in them."""
+
+    def __init__(self, n_features: int, size: int, positions: int, device: torch.device) -> None:
+        self.keys = torch.full((n_features, size), _EMPTY, dtype=torch.int64, device=device)
+        self.activations = torch.zeros(n_features, size, positions, device=device)
+
+    def add(self, keys: Int[Tensor, "windows d_sae"], activations: Float[Tensor, "windows pos d_sae"]) -> None:
+        if not self.keys.shape[1]:
+            return
+        better = (keys.amax(dim=0) > self.keys[:, -1]).nonzero().squeeze(1)
+        offered = keys[:, better].T
+        size = self.keys.shape[1]
+        best = torch.cat([self.keys[better], offered], dim=1).topk(size, dim=1)
+        slot = best.indices - size  # below 0: a window kept before
+        merged = _rows(self.activations[better], best.indices.clamp_max(size - 1))
+        row, place = (slot >= 0).nonzero(as_tuple=True)
+        merged[row, place] = activations[slot[row, place], :, better[row]]
+        self.keys[better], self.activations[better] = best.values, merged
+
+    def merge(self, other: "_Kept") -> None:
+        if not self.keys.shape[1]:
+            return
+        theirs = other.keys.to(self.keys.device)
+        again = ((theirs & _ID_BITS)[:, :, None] == (self.keys & _ID_BITS)[:, None]).any(dim=2)
+        best = torch.cat([self.keys, theirs.masked_fill(again, _EMPTY)], dim=1).topk(self.keys.shape[1], dim=1)
+        both = torch.cat([self.activations, other.activations.to(self.keys.device)], dim=1)
+        self.keys, self.activations = best.values, _rows(both, best.indices)
+
+
+def _rows(
+    activations: Float[Tensor, "d_sae kept pos"], places: Int[Tensor, "d_sae chosen"]
+) -> Float[Tensor, "d_sae chosen pos"]:
+    return activations.gather(1, places[..., None].expand(-1, -1, activations.shape[2]))
+
+
+class TopWindows:
+    """Windows of each feature, gathered batch by batch and merged over actors."""
+
+    def __init__(
+        self,
+        n_features: int,
+        positions: int,
+        *,
+        top: int = 20,
+        random: int = 10,
+        near: int = 10,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.n_features, self.positions, self.seed = n_features, positions, seed
+        self.sizes: dict[Kind, int] = {"top": top, "random": random, "near": near}
+        where = torch.device(device)
+        self._kept = {kind: _Kept(n_features, size, positions, where) for kind, size in self.sizes.items()}
+        self._tokens: dict[int, Int[np.ndarray, " pos"]] = {}
+        self._tokens_after_pruning = 0
+        self.n_tokens = 0  # seen
+        self.fired = torch.zeros(n_features, dtype=torch.int64, device=where)  # tokens each feature was on
+
+    def add(
+        self,
+        ids: Int[Tensor, " windows"],
+        tokens: Int[Tensor, "windows pos"],
+        activations: Float[Tensor, "windows pos d_sae"],
+        nearness: Float[Tensor, "windows d_sae"] | None = None,
+    ) -> None:
+        """Take in windows that were not taken in before; absent tokens are `ABSENT` and their activations 0.
+
+        `nearness`: how near a feature came to being on in a window, such as its largest pre-activation; without it no
+        near misses are gathered. A feature is off in a window where all its activations are 0.
+
+        Raises:
+            ValueError: another number of features or positions, or a window number out of range.
+        """
+        self._check(ids, activations)
+        if not len(ids):
+            return
+        score = activations.amax(dim=1)
+        off = score <= 0
+        self._kept["top"].add(_keys(score, ids).masked_fill_(off, _EMPTY), activations)
+        self._kept["random"].add(self._random_keys(ids).masked_fill_(~off, _EMPTY), activations)
+        if nearness is not None:
+            self._kept["near"].add(_keys(nearness, ids).masked_fill_(~off, _EMPTY), activations)
+        self.n_tokens += int((tokens != ABSENT).sum())
+        self.fired += (activations > 0).sum(dim=(0, 1))
+        self._tokens.update(zip(ids.tolist(), tokens.to(torch.int32).cpu().numpy(), strict=True))
+        if len(self._tokens) > 2 * self._tokens_after_pruning + 1024:
+            self._prune()
+
+    def merge(self, other: "TopWindows") -> "TopWindows":
+        """This one with what `other` gathered from other windows; `other` stays as it is.
+
+        Raises:
+            ValueError: they were made with other sizes or another seed.
+        """
+        mine, theirs = (self.n_features, self.positions, self.sizes, self.seed), (
+            other.n_features, other.positions, other.sizes, other.seed
+        )  # fmt: skip
+        if mine != theirs:
+            raise ValueError(f"features, positions, sizes, seed {mine} and {theirs}: only alike ones can be merged")
+        for kind, kept in self._kept.items():
+            kept.merge(other._kept[kind])
+        self.n_tokens += other.n_tokens
+        self.fired += other.fired.to(self.fired.device)
+        self._tokens.update(other._tokens)
+        self._prune()
+        return self
+
+    def exemplars(self, feature: int) -> list[Exemplar]:
+        """The windows of one feature: top first, then random, then near misses; fewer where the corpus has fewer.
+
+        A window can be both random and near.
+        """
+        found = []
+        for kind in get_args(Kind):
+            kept = self._kept[kind]
+            for rank, key in enumerate(kept.keys[feature].tolist()):
+                if key != _EMPTY:
+                    window = _ID_BITS - (key & _ID_BITS)
+                    tokens, activations = self._tokens[window], kept.activations[feature, rank].cpu().numpy()
+                    here = tokens != ABSENT
+                    found.append(Exemplar(kind, rank, window, tokens[here], activations[here]))
+        return found
+
+    def __iter__(self) -> Iterator[tuple[int, list[Exemplar]]]:
+        for feature in range(self.n_features):
+            yield feature, self.exemplars(feature)
+
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """The part of the tokens seen that each feature is on in."""
+        return self.fired.double() / max(1, self.n_tokens)
+
+    def _random_keys(self, ids: Int[Tensor, " windows"]) -> Int[Tensor, "windows d_sae"]:
+        """A priority for each pair, that no other window or feature has a part in: so a sample without replacement."""
+        features = torch.arange(self.n_features, device=ids.device)
+        mixed = _hash(_hash(ids + (self.seed << 32))[:, None] ^ _hash(features))
+        return (mixed >> 32 << 32) | (_ID_BITS - ids)[:, None]
+
+    def _prune(self) -> None:
+        """Forget the tokens of windows that no feature keeps any more."""
+        keys = torch.cat([kept.keys.flatten() for kept in self._kept.values()])
+        live = (_ID_BITS - (keys[keys != _EMPTY] & _ID_BITS)).unique().tolist()
+        self._tokens = {window: self._tokens[window] for window in live}
+        self._tokens_after_pruning = len(live)
+
+    def _check(self, ids: Int[Tensor, " windows"], activations: Float[Tensor, "windows pos d_sae"]) -> None:
+        if tuple(activations.shape[1:]) != (self.positions, self.n_features):
+            raise ValueError(
+                f"activations {list(activations.shape)}: these hold windows of {self.positions} positions and "
+                f"{self.n_features} features"
+            )
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= _ID_BITS:
+            raise ValueError(f"window numbers {int(ids.min())} to {int(ids.max())}: they must be from 0 to 2**32 - 1")
+
+
+@torch.no_grad()
+def search(sae: SAE, batches: Iterable[Windows], found: TopWindows) -> TopWindows:
+    """`found`, with the windows of `batches` taken in.
+
+    To search raw directions (neurons, activations, differences), give them as the encoder of a ReLU SAE without biases;
+    see `projecting`.
+
+    Raises:
+        ValueError: as `SAE.encode` and `TopWindows.add`.
+    """
+    want_near = found.sizes["near"] > 0
+    for batch in batches:
+        n_windows = max(1, NUMBERS_AT_A_TIME // (found.positions * sae.d_sae))
+        buffer = torch.empty(n_windows * found.positions, sae.d_sae, device=batch.residual.device)
+        for part in (Windows(*columns) for columns in zip(*(column.split(n_windows) for column in batch), strict=True)):
+            here = part.present.reshape(-1, 1)
+            x = part.residual.flatten(0, 1).masked_fill(~here, 0)  # padding may hold anything
+            pre = sae.pre_activations(x, out=buffer[: len(x)])
+            by_window = (len(part.ids), found.positions, sae.d_sae)
+            nearness = pre.masked_fill(~here, -torch.inf).view(by_window).amax(dim=1) if want_near else None
+            activations = sae.activate(pre).masked_fill_(~here, 0).view(by_window)
+            found.add(part.ids, part.tokens.masked_fill(~part.present, ABSENT), activations, nearness)
+    return found
+
+
+def projecting(vectors: Float[Tensor, "n d_model"], layer: int) -> SAE:
+    """Raw vectors as features: a vector's activation on a token is its dot product with the residual, if positive.
+
+    That is the paper's activation for vectors without an SAE (2.1, out-of-distribution sets), as far as it is known.
+    """
+    vectors = vectors.float()
+    return SAE(
+        encoder=vectors,
+        encoder_bias=vectors.new_zeros(len(vectors)),
+        directions=vectors,
+        decoder_bias=vectors.new_zeros(vectors.shape[1]),
+        layer=layer,
+        origin="projection",
+    )
+
+
+def _keys(score: Float[Tensor, "windows d_sae"], ids: Int[Tensor, " windows"]) -> Int[Tensor, "windows d_sae"]:
+    """One integer that sorts as (score, then the lower window number first)."""
+    bits = (score + 0.0).view(torch.int32)  # + 0.0 makes one of the two zeros
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the bits of negative floats sort the wrong way round
+    return (ordered.to(torch.int64) << 32) | (_ID_BITS - ids)[:, None]
+
+
+def _hash(numbers: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Mixed bits, the same on every machine (splitmix64's finaliser, in wrapping 64-bit arithmetic)."""
+    mixed = (numbers ^ ((numbers >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ ((mixed >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)

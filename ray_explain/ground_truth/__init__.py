@@ -1,0 +1,1 @@
+"""Cases, and the stages that measure what a target really does."""

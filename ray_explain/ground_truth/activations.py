@@ -1,0 +1,161 @@
+"""Directions that no dictionary names: whole residual vectors of any text, and differences of pairs of prompts.
+
+The paper's out-of-distribution vectors (Li et al. 2025, 2.1): activations on web text, and the residual differences of
+CounterFact pairs.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from ray_explain import records
+from ray_explain.ground_truth.outcomes import NOT_FINITE, with_columns
+from ray_explain.ground_truth.positions import Unusable, prompt_tokens
+from ray_explain.ground_truth.splits import split_of
+from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
+from ray_explain.interventions.extraction import residuals
+from ray_explain.stages import Result
+
+UNMATCHED = "a difference of one prompt only"
+
+ACTIVATION_CASES = pa.schema(
+    [
+        *(records.PATCHING_CASES.field(name) for name in ("case_id", "group", "split")),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # activation | difference
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),  # token of the unpadded prompt
+        pa.field("minus_prompt", pa.string()),  # what a difference takes away; null for an activation
+        pa.field("minus_position", pa.int32()),
+    ]
+)
+
+
+def text_cases(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, layers: Sequence[int], per_text: int = 1, seed: int = 0
+) -> Result:
+    """The residual vectors of each text at `layers`, at `per_text` of its tokens drawn at random (fewer if it is
+    shorter; never a special token). A group is a text.
+
+    Texts without a token, or with an unknown one, are dropped.
+    """
+    rows, dropped = [], []
+    for text in dict.fromkeys(texts):
+        group = records.content_id("text", text)
+        try:
+            tokens = prompt_tokens(tokenizer, text)
+        except Unusable as reason:
+            dropped.append((group, str(reason)))
+            continue
+        own = [at for at in range(len(tokens.ids)) if tokens.is_text(at)]
+        drawn = random.Random(f"{seed} {text}").sample(own, min(per_text, len(own)))
+        rows += [_case(group, split_of(group), layer, (text, at)) for at in sorted(drawn) for layer in layers]
+    return Result(records.rows_table(rows, ACTIVATION_CASES), dropped)
+
+
+def difference_cases(pairs: pa.Table) -> pa.Table:
+    """For each of records.PATCHING_CASES that patches one position: the source's residual vector minus the base's, at
+    the last layer of its block."""
+    rows = [
+        _case(
+            row["group"],
+            row["split"],
+            row["last_layer"],
+            (row["source_prompt"], row["source_positions"][0]),
+            (row["base_prompt"], row["base_positions"][0]),
+        )
+        for row in pairs.to_pylist()
+        if len(row["base_positions"]) == len(row["source_positions"]) == 1
+    ]
+    unique = {row["case_id"]: row for row in rows}
+    return records.rows_table(unique.values(), ACTIVATION_CASES)
+
+
+def _case(
+    group: str, split: str, layer: int, place: tuple[str, int], minus: tuple[str | None, int | None] = (None, None)
+) -> dict[str, Any]:
+    source = "activation" if minus[0] is None else "difference"
+    return {
+        "case_id": records.content_id(source, layer, place, minus),
+        "group": group,
+        "split": split,
+        "layer": layer,
+        "source": source,
+        "prompt": place[0],
+        "position": place[1],
+        "minus_prompt": minus[0],
+        "minus_position": minus[1],
+    }
+
+
+class ActivationStage:
+    """The residual vectors of ACTIVATION_CASES, as records.features whose number is the token's position.
+
+    The config is that of `Target`.
+    """
+
+    schema_in: ClassVar[pa.Schema] = ACTIVATION_CASES
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._target = Target(config)
+
+    @property
+    def schema_out(self) -> pa.Schema:
+        return records.features(self._target.layout.d_model)
+
+    def __call__(self, table: pa.Table) -> Result:
+        rows, places, dropped = [], [], []
+        cases = table.to_pylist()
+        for row, case in enumerate(cases):
+            try:
+                places.append(self._places(case))
+                rows.append(row)
+            except Unusable as reason:
+                dropped.append((case["case_id"], str(reason)))
+        read = self._read(sorted({place for some in places for place in some}))
+        vectors = [read[some[0]] - read[some[1]] if len(some) > 1 else read[some[0]] for some in places]
+        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
+        dropped += [(cases[row]["case_id"], NOT_FINITE) for row, fine in zip(rows, finite) if not fine]
+        kept = [(row, vector[None]) for row, vector, fine in zip(rows, vectors, finite) if fine]
+        return Result(self._features(table, kept), dropped)
+
+    def _places(self, case: dict[str, Any]) -> list[tuple[tuple[int, ...], int, int]]:
+        """(prompt, layer, position) of the activation, and of the one taken from it if there is one."""
+        self._target.check_layers(case["layer"], case["layer"])
+        if (case["minus_prompt"] is None) != (case["minus_position"] is None):
+            raise Unusable(UNMATCHED)
+        wanted = [(case["prompt"], case["position"]), (case["minus_prompt"], case["minus_position"])]
+        places = []
+        for prompt, position in wanted[: 1 if case["minus_prompt"] is None else 2]:
+            ids = self._target.read(prompt).ids
+            if not 0 <= position < len(ids):
+                raise Unusable(NO_SUCH_POSITION)
+            places.append((ids, case["layer"], position))
+        return places
+
+    def _read(self, places: Sequence[tuple[tuple[int, ...], int, int]]) -> dict[tuple, np.ndarray]:
+        """The vector at each place, float32; each layer's prompts run once."""
+        found: dict[tuple, np.ndarray] = {}
+        for layer in sorted({layer for _, layer, _ in places}):
+            wanted: dict[tuple[int, ...], list[int]] = {}
+            for ids, at_layer, position in places:
+                if at_layer == layer:
+                    wanted.setdefault(ids, []).append(position)
+            prompts, positions = list(wanted), list(wanted.values())
+            read = residuals(self._target.model, prompts, [layer], positions, memory_budget=self._target.memory_budget)
+            for ids, own in zip(prompts, read):
+                vectors = own[0].float().cpu().numpy()
+                found |= {(ids, layer, at): vector for at, vector in zip(wanted[ids], vectors)}
+        return found
+
+    def _features(self, table: pa.Table, kept: Sequence[tuple[int, np.ndarray]]) -> pa.Table:
+        rows = table.take(pa.array([row for row, _ in kept], type=pa.int64()))
+        columns = {
+            "feature_id": rows["position"].combine_chunks(),
+            "vectors": records.vectors_array([vector for _, vector in kept], self._target.layout.d_model),
+        }
+        return with_columns(rows.select(["case_id", "group", "split", "layer", "source"]), columns, self.schema_out)

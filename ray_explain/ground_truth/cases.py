@@ -1,0 +1,52 @@
+"""Cases from wherever an experiment wants them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ray_explain.ground_truth import counterfact, jsonl, mmlu, world_cases
+from ray_explain.ground_truth.pairs import Block
+from ray_explain.stages import Result
+from ray_explain.world.facts import World
+
+
+def patching_cases(
+    source: World | str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: Literal["counterfact", "jsonl"] = "jsonl",
+    form: counterfact.Form = "completion",
+    n: Mapping[str, int],
+    blocks: Sequence[Block],
+    seed: int,
+) -> Result:
+    """Patching cases of a world or of a file in one of the formats: `n` of each split, of a file no more than it gives.
+
+    Raises:
+        ValueError: the world does not give that many, or the file is not of that format.
+        OSError: the file cannot be read.
+    """
+    if isinstance(source, World):
+        return Result(world_cases.patching_cases(source, tokenizer, n=n, layers=blocks, seed=seed), [])
+    if format == "counterfact":
+        return counterfact.counterfact_cases(source, tokenizer, blocks=blocks, n=n, form=form, seed=seed)
+    return jsonl.patching_cases(source, tokenizer, blocks=blocks, n=n)
+
+
+def ablation_cases(
+    source: World | str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: Literal["mmlu", "jsonl"] = "jsonl",
+    form: mmlu.Form = "completion",
+    hint: mmlu.Hint = "random",
+    n: Mapping[str, int],
+    seed: int,
+) -> Result:
+    """Ablation cases, as `patching_cases`."""
+    if isinstance(source, World):
+        return Result(world_cases.ablation_cases(source, n=n, seed=seed), [])
+    if format == "mmlu":
+        return mmlu.mmlu_cases(source, tokenizer, n=n, hint=hint, form=form, seed=seed)
+    return jsonl.ablation_cases(source, n=n)

@@ -1,0 +1,174 @@
+"""Cases from anyone's JSON lines: pairs of prompts to patch between, and prompts with a span to remove.
+
+A patching line has `base_prompt`, `source_prompt`, `base_span` and `source_span`. Spans are [start, end] characters.
+The tokens that hold any of them are patched, so both spans must have as many. An ablation line has `prompt` and `span`.
+Every line may have `group` (default: its content), `split` (default: drawn by group) and `stratum`; further
+`role`, `base_truth` and `source_truth`, or `kind` and `truth`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ray_explain import records
+from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, patching_case
+from ray_explain.ground_truth.positions import Unusable, checked_span, prompt_tokens, span_positions
+from ray_explain.ground_truth.splits import split_of
+from ray_explain.stages import Result
+
+NOT_JSON = "not JSON"
+NOT_AN_OBJECT = "no JSON object"
+NO_TEXT = "a prompt is missing or no text"
+NO_SPAN = "a span is missing or not [start, end]"
+NO_SPLIT = "an unknown split"
+NO_STRING = "a field that is no text"
+UNMATCHED = "positions of base and source do not match"
+REPEATED = "the same case as before"
+
+
+class Lines(NamedTuple):
+    """Rows of a file, and (place, reason) of each that is no row. Places read "line 3", from 1."""
+
+    rows: list[tuple[str, Any]]
+    dropped: list[tuple[str, str]]
+
+
+def read_lines(path: str | Path) -> Lines:
+    """The JSON objects of a file with one a line; empty lines say nothing.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    rows, dropped = [], []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            dropped.append((f"line {number}", NOT_JSON))
+            continue
+        if isinstance(row, dict):
+            rows.append((f"line {number}", row))
+        else:
+            dropped.append((f"line {number}", NOT_AN_OBJECT))
+    return Lines(rows, dropped)
+
+
+def patching_cases(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, blocks: Sequence[Block], n: Mapping[str, int]
+) -> Result:
+    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    lines = read_lines(path)
+    rows, dropped = [], list(lines.dropped)
+    for place, row in lines.rows:
+        try:
+            rows.append(_patching_rows(row, tokenizer, blocks))
+        except Unusable as reason:
+            dropped.append((place, str(reason)))
+    return _limited(rows, n, dropped, records.PATCHING_CASES)
+
+
+def ablation_cases(path: str | Path, *, n: Mapping[str, int]) -> Result:
+    """Up to `n` cases of each split (records.ABLATION_CASES), lines in order.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    lines = read_lines(path)
+    rows, dropped = [], list(lines.dropped)
+    for place, row in lines.rows:
+        try:
+            rows.append([_ablation_row(row)])
+        except Unusable as reason:
+            dropped.append((place, str(reason)))
+    return _limited(rows, n, dropped, records.ABLATION_CASES)
+
+
+def _patching_rows(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Block]
+) -> list[dict[str, Any]]:
+    prompts, positions = [], []
+    for name in ("base", "source"):
+        text, span = _text(row, f"{name}_prompt"), _span(row, f"{name}_span")
+        prompts.append(SubjectPrompt(text, span, _string(row, f"{name}_truth", None)))
+        tokens = prompt_tokens(tokenizer, text)
+        positions.append(span_positions(tokens, text, checked_span(text, span)))
+    if len(positions[0]) != len(positions[1]):
+        raise Unusable(UNMATCHED)
+    group, split = _group_and_split(row, [(prompt.text, prompt.subject) for prompt in prompts])
+    pair = Pair(prompts[0], prompts[1], group=group, split=split, stratum=_string(row, "stratum", "all"))
+    return [patching_case(pair, _string(row, "role", "other"), block, *positions) for block in blocks]
+
+
+def _ablation_row(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = _text(row, "prompt")
+    start, end = checked_span(prompt, _span(row, "span"))
+    group, split = _group_and_split(row, [prompt, start, end])
+    return {
+        "case_id": records.content_id("ablation", prompt, (start, end)),
+        "group": group,
+        "split": split,
+        "prompt": prompt,
+        "span_start": start,
+        "span_end": end,
+        "kind": _string(row, "kind", "span"),
+        "stratum": _string(row, "stratum", "all"),
+        "truth": _string(row, "truth", None),
+    }
+
+
+def _group_and_split(row: dict[str, Any], content: list[Any]) -> tuple[str, str]:
+    group = _string(row, "group", records.content_id("line", content))
+    split = _string(row, "split", split_of(group))
+    if split not in records.SPLITS:
+        raise Unusable(NO_SPLIT)
+    return group, split
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise Unusable(NO_TEXT)
+    return row[name]
+
+
+def _span(row: dict[str, Any], name: str) -> tuple[int, int]:
+    span = row.get(name)
+    if not (isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)):
+        raise Unusable(NO_SPAN)
+    return span[0], span[1]
+
+
+def _string(row: dict[str, Any], name: str, otherwise: Any) -> Any:
+    value = row.get(name)
+    if value is None:
+        return otherwise
+    if not isinstance(value, str):
+        raise Unusable(NO_STRING)
+    return value
+
+
+def _limited(
+    rows_of_lines: Sequence[list[dict[str, Any]]],
+    n: Mapping[str, int],
+    dropped: list[tuple[str, str]],
+    schema: Any,
+) -> Result:
+    """The first `n` cases of each split; a case that was there before is dropped."""
+    counts, kept, seen = Counter[str](), [], set[str]()
+    for row in (row for rows in rows_of_lines for row in rows):
+        if row["case_id"] in seen:
+            dropped.append((row["case_id"], REPEATED))
+        elif counts[row["split"]] < n.get(row["split"], 0):
+            kept.append(row)
+            counts[row["split"]] += 1
+        seen.add(row["case_id"])
+    return Result(records.rows_table(kept, schema), dropped)

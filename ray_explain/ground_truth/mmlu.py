@@ -1,0 +1,138 @@
+"""MMLU (Hendrycks et al. 2021) with a hint in the prompt, to be removed (Li et al. 2025, 2.3)."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ray_explain import records
+from ray_explain.ground_truth.chats import chat_prompt
+from ray_explain.ground_truth.jsonl import read_lines
+from ray_explain.ground_truth.splits import split_of
+from ray_explain.stages import Result
+
+Hint = Literal["random", "right", "sentence"]
+"""A line with a random letter, with the right one, or a doubtful sentence that names a random one."""
+Form = Literal["completion", "chat"]
+
+LETTERS = "ABCD"
+SYSTEM = (
+    "The following are multiple choice questions (with a correct answer). Output only the answer letter "
+    "(A, B, C, or D) and nothing else, in the format Answer: x, where x is one of A, B, C, or D."
+)
+HINTS = {
+    "random": "Hint: {letter}",
+    "right": "Hint: {letter}",
+    "sentence": "I think the answer is ({letter}) but I'm curious what you think.",
+}
+ANSWER = "Answer:"
+NOT_AN_ITEM = "no MMLU question"
+REPEATED = "the same question as before"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with four choices; `answer` is the letter of the right one, `index` its number in its subject."""
+
+    subject: str
+    index: int
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+
+    @property
+    def group(self) -> str:
+        """The unit that splits resample: equal questions, wherever they stand."""
+        return records.content_id("mmlu", self.question, self.choices)
+
+    @property
+    def text(self) -> str:
+        """The question and its lettered choices, a line each."""
+        return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.choices))])
+
+
+def read_mmlu(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
+    """The questions of JSON lines with `subject`, `question`, `choices` and `answer` (letter, or number from 0), and
+    (place, reason) of each line that is none or repeats one.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    lines = read_lines(path)
+    items, dropped = dict[str, Item](), list(lines.dropped)
+    for number, (place, row) in enumerate(lines.rows):
+        item = _item(row, number)
+        if item is None or item.group in items:
+            dropped.append((place, NOT_AN_ITEM if item is None else REPEATED))
+        else:
+            items[item.group] = item
+    return list(items.values()), dropped
+
+
+def _item(row: dict[str, Any], number: int) -> Item | None:
+    choices, answer, index = row.get("choices"), row.get("answer"), row.get("index", number)
+    if not isinstance(choices, list) or len(choices) != len(LETTERS):
+        return None
+    if type(answer) is int and 0 <= answer < len(LETTERS):
+        answer = LETTERS[answer]
+    texts = [row.get("subject"), row.get("question"), *choices]
+    if type(index) is not int or not all(isinstance(text, str) and text.strip() for text in texts):
+        return None
+    if answer not in tuple(LETTERS):
+        return None
+    return Item(row["subject"], index, row["question"], tuple(choices), answer)
+
+
+def mmlu_cases(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: Mapping[str, int],
+    hint: Hint = "random",
+    form: Form = "completion",
+    seed: int = 0,
+) -> Result:
+    """Up to `n` cases of each split (records.ABLATION_CASES), questions in random order; the span is the line of the
+    hint, the stratum whether it is right, the truth the right letter. Dropped are lines of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a chat is asked for and the tokenizer has no chat template.
+    """
+    items, dropped = read_mmlu(path)
+    by_split: dict[str, list[Item]] = {split: [] for split in records.SPLITS}
+    for item in items:
+        by_split[split_of(item.group)].append(item)
+    rows = []
+    for split, size in n.items():
+        own = random.Random(f"mmlu {split} {seed}").sample(by_split[split], len(by_split[split]))
+        rows += [hinted_case(item, tokenizer, hint=hint, form=form, seed=seed) for item in own[:size]]
+    return Result(records.rows_table(rows, records.ABLATION_CASES), dropped)
+
+
+def hinted_case(item: Item, tokenizer: PreTrainedTokenizerBase, *, hint: Hint, form: Form, seed: int) -> dict[str, Any]:
+    """The row of one question. Which letter the hint names depends on the question and the seed alone."""
+    letter = item.answer if hint == "right" else random.Random(f"{seed} {item.group}").choice(LETTERS)
+    line = "\n" + HINTS[hint].format(letter=letter)
+    prompt = _prompt(item.text + line, tokenizer, form)
+    start = prompt.index(item.text) + len(item.text)
+    return {
+        "case_id": records.content_id("ablation", prompt, (start, start + len(line))),
+        "group": item.group,
+        "split": split_of(item.group),
+        "prompt": prompt,
+        "span_start": start,
+        "span_end": start + len(line),
+        "kind": "hint",
+        "stratum": "right hint" if letter == item.answer else "wrong hint",
+        "truth": item.answer,
+    }
+
+
+def _prompt(user: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> str:
+    if form == "chat":
+        return chat_prompt(tokenizer, system=SYSTEM, user=user, begun=ANSWER)
+    return f"{SYSTEM}\n\n{user}\n{ANSWER}"

@@ -1,0 +1,62 @@
+"""What a target answers with and without an intervention."""
+
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+NOT_FINITE = "the model gave NaN or infinity"
+
+
+class Outcome(NamedTuple):
+    """Greedy next tokens of two runs as text, their log-probabilities in their own run, and the divergence of the
+    runs, all in nats. `changed` compares the texts: tokens that read the same are the same answer."""
+
+    before: str
+    after: str
+    changed: bool
+    before_logprob: float
+    after_logprob: float
+    kl: float  # from the distribution before to the one after
+
+
+def outcomes(
+    tokenizer: PreTrainedTokenizerBase, before: Float[Tensor, "rows d_vocab"], after: Float[Tensor, "rows d_vocab"]
+) -> list[Outcome | None]:
+    """One outcome per row of the two runs' logits; None where a logit is NaN or infinite."""
+    finite = torch.isfinite(before).all(1) & torch.isfinite(after).all(1)
+    first, second = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    # Rounding can bring the divergence of two equal distributions below zero.
+    kl = (first.exp() * (first - second)).sum(-1).clamp(min=0).tolist()
+    best, best_after = first.max(-1), second.max(-1)
+    columns = (finite, best.indices, best_after.indices, best.values, best_after.values)
+    found: list[Outcome | None] = []
+    for row, (fine, a, b, logprob, logprob_after) in enumerate(zip(*(column.tolist() for column in columns))):
+        texts = answer_text(tokenizer, a), answer_text(tokenizer, b)
+        outcome = Outcome(*texts, texts[0] != texts[1], logprob, logprob_after, kl[row])
+        found.append(outcome if fine else None)
+    return found
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as an answer: its text without spaces around it.
+
+    A token that is nothing but space, or part of a character, has no such text and is written as the tokenizer's
+    vocabulary has it ("Ċ" for a line break); one beyond the vocabulary as its number ("<32001>").
+    """
+    text = str(tokenizer.decode([token], skip_special_tokens=False)).strip()
+    if text and "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    piece = tokenizer.convert_ids_to_tokens(token)
+    return piece if isinstance(piece, str) and piece else f"<{token}>"
+
+
+def with_columns(table: pa.Table, columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """`table` with further columns (values, or a finished Arrow array), as a table of `schema`."""
+    for name, values in columns.items():
+        array = values if isinstance(values, pa.Array) else pa.array(values, type=schema.field(name).type)
+        table = table.append_column(schema.field(name), array)
+    return table.cast(schema)

@@ -1,0 +1,1 @@
+"""Activation patching, ablation and extraction on Hugging Face causal language models."""

@@ -1,0 +1,146 @@
+"""Read and write activations during a model's own forward pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ray_explain.interventions.layout import SITES, Layout, Site, layout_of
+
+Kind = Literal["replace", "add", "zero", "mean"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One vector per batch row, written at one position of one layer.
+
+    `positions` count padded tokens. `values` is None for `zero` and for `mean`, which writes the mean over all the
+    positions of the batch row (no padding, then).
+
+    Raises:
+        ValueError: an unknown site or kind, values missing or not wanted, or not one position per row of values.
+    """
+
+    layer: int
+    positions: Int[Tensor, " batch"]
+    values: Float[Tensor, "batch d_model"] | None = None
+    site: Site = "resid_post"
+    kind: Kind = "replace"
+
+    def __post_init__(self) -> None:
+        check_kind(self.site, self.kind, self.values is not None)
+        if self.values is not None and self.values.shape[0] != self.positions.shape[0]:
+            raise ValueError(
+                f"{self.values.shape[0]} vectors for {self.positions.shape[0]} positions: one per batch row"
+            )
+
+
+def check_kind(site: str, kind: str, has_vectors: bool) -> None:
+    """Raises ValueError: unknown site or kind, or vectors missing (replace, add) or not wanted (zero, mean)."""
+    if site not in SITES:
+        raise ValueError(f"site {site!r}: it is one of {', '.join(SITES)}")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}: it is one of {', '.join(KINDS)}")
+    if has_vectors != (kind in ("replace", "add")):
+        raise ValueError(f"kind {kind!r} {'takes no vectors' if has_vectors else 'needs vectors to write'}")
+
+
+@contextmanager
+def capturing(
+    model: nn.Module, layers: Sequence[int], site: Site = "resid_post"
+) -> Iterator[dict[int, Float[Tensor, "batch pos d_model"]]]:
+    """Collect the activations at `site` of each of `layers` during the next forward pass.
+
+    Layer i of `resid_post` is the residual stream after block i (transformers' hidden state i + 1, but the last one is
+    taken before the final norm).
+    """
+    layout = layout_of(model)
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Tensor], None]:
+        return lambda activation: found.__setitem__(layer, activation.detach())
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(at_site(layout, layout.checked_layer(layer), site, keep(layer)))
+        yield found
+
+
+@contextmanager
+def writing(model: nn.Module, *patches: Patch) -> Iterator[None]:
+    """Change the activations as `patches` say, in order, in every forward pass until the block is left."""
+    layout = layout_of(model)
+    with ExitStack() as hooks:
+        for patch in patches:
+            layer = layout.checked_layer(patch.layer)
+            hooks.enter_context(at_site(layout, layer, patch.site, partial(_written, patch)))
+        yield
+
+
+def replacing(model: nn.Module, *patches: Patch) -> Any:
+    """`writing` for patches that overwrite.
+
+    Raises:
+        ValueError: a patch of another kind.
+    """
+    for patch in patches:
+        if patch.kind != "replace":
+            raise ValueError(f"replacing was given a patch of kind {patch.kind!r}: use writing")
+    return writing(model, *patches)
+
+
+@contextmanager
+def at_site(layout: Layout, layer: int, site: Site, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `change` with the activations at a site in every forward pass; what it returns (if anything) goes on.
+
+    The hook is gone when the block is left, also by an error.
+    """
+    module = layout.module(layer, site)
+    if site == "resid_pre":
+        handle = module.register_forward_pre_hook(_before(change), with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(_after(change))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _before(change: Callable[[Tensor], Tensor | None]) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        changed = change(args[0] if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    return hook
+
+
+def _after(change: Callable[[Tensor], Tensor | None]) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        changed = change(output[0] if isinstance(output, tuple) else output)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook
+
+
+def _written(patch: Patch, activation: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    rows = torch.arange(activation.shape[0], device=activation.device)
+    at = (rows, patch.positions.to(activation.device))
+    written = activation.clone()
+    if patch.kind == "zero":
+        written[at] = 0
+    elif patch.kind == "mean":
+        written[at] = activation.float().mean(1).to(activation.dtype)
+    else:
+        values = patch.values.to(activation)  # type: ignore[union-attr]  # checked in Patch
+        written[at] = values if patch.kind == "replace" else activation[at] + values
+    return written

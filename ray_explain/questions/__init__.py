@@ -1,0 +1,1 @@
+"""Effects turned into questions and answers for an explainer."""

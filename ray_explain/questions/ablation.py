@@ -1,0 +1,35 @@
+"""Questions about ablations: would the answer change, and to what, if the hint were not in the prompt?"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_explain.questions.asking import asked, plain_columns
+from ray_explain.questions.wordings import Wording, drawing
+from ray_explain.stages import Result
+
+
+def ablation_questions(effects: pa.Table, *, d_model: int, wording: str, seed: int) -> Result:
+    """One question per ablation effect (records.ABLATION_EFFECTS); it holds no vector.
+
+    `d_model` is that of the table it will share a file with. The role of a question is the kind of its span.
+    """
+    draw = drawing(wording, "ablation", seed)
+    rows = [_question(effect, draw(effect["case_id"])) for effect in plain_columns(effects)]
+    return asked(rows, [np.empty((0, d_model), np.float32)] * len(rows), d_model, [])
+
+
+def _question(effect: dict[str, Any], wording: Wording) -> dict[str, Any]:
+    word = effect["ablated_answer" if effect["changed"] else "full_answer"].strip()
+    answer = wording.effect(effect["changed"], word if wording.brief else f"Answer: {word}")
+    return {
+        **{name: effect[name] for name in ("case_id", "group", "split", "stratum", "changed")},
+        "task": "ablation",
+        "prompt": wording.prompt(prompt=effect["prompt"]),
+        "answer": answer,
+        "answers": [answer],
+        "layers": [],
+        "role": effect["kind"],
+        "wording": wording.id,
+    }

@@ -1,0 +1,55 @@
+"""What the three kinds of questions have in common: rows become a table, and what cannot be asked is dropped."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_explain import records
+from ray_explain.evaluation import answers
+from ray_explain.questions import wordings
+from ray_explain.stages import Result
+
+
+def plain_columns(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table without their vectors, which are too many numbers for Python objects."""
+    return table.drop_columns([name for name in table.column_names if name == "vectors"]).to_pylist()
+
+
+def fault(question: dict[str, Any], n_vectors: int) -> str | None:
+    """Why a question cannot be asked or its answer not be scored; None if it can."""
+    if question["prompt"].count(wordings.VECTOR) != n_vectors:
+        return f"text holds the mark {wordings.VECTOR}"
+    if question["task"] == "features":
+        return None
+    parsed = answers.parse(question["answer"], question["task"])
+    readable = parsed.verdict == ("changed" if question["changed"] else "unchanged")
+    return None if readable else "answer cannot be read back"
+
+
+def asked(
+    rows: Iterable[dict[str, Any]], vectors: list[np.ndarray], d_model: int, dropped: list[tuple[str, str]]
+) -> Result:
+    """The questions table of `rows` (all its columns but vectors and question_id), each with its vectors [n, d_model].
+
+    A row with a `fault` is dropped, after those `dropped` already. `question_id` depends on what is asked and on the
+    right answer, but not on the vectors, whose last bits differ between machines.
+    """
+    kept: list[dict[str, Any]] = []
+    kept_vectors: list[np.ndarray] = []
+    for row, row_vectors in zip(rows, vectors, strict=True):
+        if reason := fault(row, len(row_vectors)):
+            dropped.append((row["case_id"], reason))
+            continue
+        identity = records.content_id(row["case_id"], row["wording"], row["prompt"], row["answer"])
+        kept.append({"question_id": identity, **row})
+        kept_vectors.append(row_vectors)
+    schema = records.questions(d_model)
+    columns = {
+        field.name: records.vectors_array(kept_vectors, d_model)
+        if field.name == "vectors"
+        else pa.array([row[field.name] for row in kept], type=field.type)
+        for field in schema
+    }
+    return Result(records.conform(pa.table(columns), schema), dropped)

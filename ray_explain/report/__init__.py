@@ -1,0 +1,1 @@
+"""Scores turned into pages that a person reads."""

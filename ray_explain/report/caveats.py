@@ -1,0 +1,132 @@
+"""What to keep in mind when reading the numbers, said with the numbers at hand."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ray_explain.report import numbers
+from ray_explain.report.data import ReportData
+from ray_explain.report.estimates import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caveat:
+    """A sentence to remember, and why."""
+
+    title: str
+    text: str
+
+
+def caveats(data: ReportData, scores: Scores) -> list[Caveat]:
+    """The most important first; only those that concern the tasks of this report."""
+    makers: list[Callable[[ReportData, Scores], Caveat | None]] = [
+        _whether_and_what,
+        _shared_basis,
+        _not_ranked,
+        _what_intervals_hold,
+        _unparsed,
+        _what_self_means,
+    ]
+    return [caveat for make in makers if (caveat := make(data, scores))]
+
+
+def _whether_and_what(data: ReportData, scores: Scores) -> Caveat | None:
+    tasks = [task for task in data.tasks if scores.has(task, "changed_f1")]
+    if not tasks:
+        return None
+    measured = [text for task in tasks if (text := _f1_text(task, data, scores))]
+    here = f"Here {'; '.join(measured)}. " if measured else ""
+    return Caveat(
+        title="Whether an answer changes is easier to learn than what it becomes.",
+        text="Where a patch sits, or what kind of question holds a hint, already tells most of whether the answer will "
+        "change, so has-changed F1 can be high without any knowledge of the target. "
+        f"{here}The headline is therefore exact match, and content on the cases that changed.",
+    )
+
+
+def _f1_text(task: str, data: ReportData, scores: Scores) -> str:
+    """The best baseline beside the best self-explainer, over targets; empty where one of them has no F1."""
+    best: dict[str, tuple[float, str]] = {}
+    for target in data.targets_of(task):
+        for row in scores.rows(task, target):
+            value = scores.get(task, target, row, "changed_f1").value
+            if row.kind in ("self", "baseline") and value is not None:
+                best[row.kind] = max(best.get(row.kind, (value, row.label)), (value, row.label))
+    if set(best) != {"self", "baseline"}:
+        return ""
+    (lookup, name), (own, _) = best["baseline"], best["self"]
+    return (
+        f"the baseline “{name}” reaches {numbers.decimal(lookup)} on {numbers.task_label(task)}, "
+        f"the best model that explains itself {numbers.decimal(own)}"
+    )
+
+
+def _shared_basis(data: ReportData, scores: Scores) -> Caveat | None:
+    if "patching" not in data.tasks:
+        return None
+    cleaner = " Input ablation has no vector, so it is the cleaner evidence." if "ablation" in data.tasks else ""
+    return Caveat(
+        title="A gap on patching is partly about reading the vector, not about knowing the target.",
+        text="An explainer that started as the target gets the vector in its own basis; another model gets it in a "
+        "foreign one. In small models, whose embeddings have little in common, most of the gap between self and cross "
+        f"on patching comes from that.{cleaner}",
+    )
+
+
+def _not_ranked(data: ReportData, scores: Scores) -> Caveat | None:
+    told = []
+    for task in data.tasks:
+        rates = {target: scores.changed_rate(task, target) for target in data.targets_of(task)}
+        known = [f"{target} {100 * rate:.0f}{numbers.THIN}%" for target, rate in rates.items() if rate is not None]
+        if len(known) > 1:
+            told.append(f"{numbers.task_label(task)}: {', '.join(known)}")
+    if not told:
+        return None
+    return Caveat(
+        title="Targets are not ranked against each other.",
+        text="To say “unchanged” is right more often on a target whose answer changes less often, so exact match is "
+        f"compared between explainers of one target only. Share of answers that changed on {'; on '.join(told)}.",
+    )
+
+
+def _what_intervals_hold(data: ReportData, scores: Scores) -> Caveat:
+    seeds = len(data.seeds)
+    drawn = (
+        f"There are {seeds} seeds of training: a difference holds their draw too, a score is the mean over them."
+        if seeds > 1
+        else "Each explainer was trained once, so the intervals do not hold what another seed would give."
+    )
+    return Caveat(
+        title="The intervals hold the draw of the questions, not of everything.",
+        text="They resample groups of test questions: an entity, an item or a feature with all its questions. "
+        f"{drawn} Differences are paired on the same questions, and p-values are corrected (Holm) over the comparisons "
+        "of one kind on one task. Other models, other data or another recipe could give other numbers.",
+    )
+
+
+def _unparsed(data: ReportData, scores: Scores) -> Caveat | None:
+    counts: dict[str, int] = defaultdict(int)
+    for key, estimate in scores.estimates.items():
+        if key.by == "all" and key.row.kind in ("self", "cross") and key.metric == scores.headline(key.task)[0][0]:
+            counts[key.task] += estimate.unparsed
+    told = [f"{numbers.count(n)} on {numbers.task_label(task)}" for task, n in counts.items() if n]
+    if not told:
+        return None
+    return Caveat(
+        title="An answer that cannot be read counts as wrong.",
+        text=f"Answers of trained explainers that could not be read: {', '.join(told)}. None is left out of a score.",
+    )
+
+
+def _what_self_means(data: ReportData, scores: Scores) -> Caveat | None:
+    if not any(
+        data.is_self(name, target)
+        for task in data.tasks
+        for target in data.targets_of(task)
+        for name in data.explainers
+    ):
+        return None
+    return Caveat(
+        title="“Self” means the same starting weights.",
+        text="The target stays as it was; the explainer starts as a copy of it and is then trained to explain.",
+    )

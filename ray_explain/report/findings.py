@@ -1,0 +1,281 @@
+"""The sentences that the data allow, and how firmly."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray_explain.report import numbers
+from ray_explain.report.data import ReportData
+from ray_explain.report.estimates import Scores
+
+# shown: the interval leaves out 0 in the expected direction, and p is below .05 after correction
+Verdict = Literal["shown", "weak", "mixed", "not shown", "opposite", "unknown"]
+ALPHA = 0.05
+WHEN = {
+    "shuffled": "when vectors are shuffled between questions",
+    "no_vector": "when there is no vector",
+    "other_layer": "when the vector comes from another layer",
+    "random": "when the vector is a random one of the same norm",
+}
+# A vector of another layer may say nearly the same, so it does not decide whether the vector is used.
+SPARED = ("other_layer",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A sentence, how firmly the data allow it, and the differences it rests on."""
+
+    verdict: Verdict
+    text: str
+    differences: Sequence[dict[str, Any]] = ()  # rows of the comparisons
+    is_self: bool = True  # whether it speaks of a target that explains itself
+
+
+def verdict_of(row: dict[str, Any]) -> Verdict:
+    """What one difference allows to say. Its p-value may be missing: then the interval alone decides."""
+    if row["difference"] is None or row["low"] is None or row["high"] is None:
+        return "unknown"
+    if row["low"] <= 0 <= row["high"]:
+        return "not shown"
+    p_value = row["p_value"] if row["p_holm"] is None else row["p_holm"]
+    if p_value is not None and p_value < ALPHA:
+        return "weak"
+    return "shown" if row["difference"] > 0 else "opposite"
+
+
+def verdict_of_all(rows: Iterable[dict[str, Any]]) -> Verdict:
+    """Of several differences: their common verdict, or mixed."""
+    found = {verdict_of(row) for row in rows}
+    if not found:
+        return "unknown"
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def difference_text(row: dict[str, Any], *, p_value: bool = True) -> str:
+    """`+.21 exact match (95 % interval +.17 to +.25, Holm p < .001)`."""
+    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
+    where = "" if row["by"] == "all" else f" on {numbers.by_label(row['by'])}"
+    head = f"{numbers.signed(row['difference'], digits)} {numbers.metric_label(row['metric'])}{where}"
+    if row["difference"] is None:
+        return f"{numbers.metric_label(row['metric'])}{where} undefined"
+    if row["low"] is None or row["high"] is None:
+        return f"{head} (no interval)"
+    bounds = f"{numbers.signed(row['low'], digits)} to {numbers.signed(row['high'], digits)}"
+    return f"{head} (95{numbers.THIN}% interval {bounds}{_p_text(row) if p_value else ''})"
+
+
+def _p_text(row: dict[str, Any]) -> str:
+    if row["p_holm"] is not None:
+        return f", Holm {numbers.p_text(row['p_holm'])}"
+    return f", {numbers.p_text(row['p_value'])}" if row["p_value"] is not None else ""
+
+
+class Findings:
+    """The sentences of one report, by what they are about."""
+
+    def __init__(self, data: ReportData, scores: Scores) -> None:
+        self.data, self.scores = data, scores
+
+    def summary(self) -> list[Finding]:
+        """For each task a sentence on privileged access, then for each with vectors one on their use."""
+        told = [task for task in self.data.tasks if task not in _WITHOUT_VECTOR or self._of("uplift", task)]
+        return [self._access_summary(task) for task in self.data.tasks] + [self._vector_summary(task) for task in told]
+
+    def access(self) -> list[Finding]:
+        """For each target and each other model: does the target explain itself better than that model explains it?"""
+        return [self._access(rows) for rows in self._grouped("self_minus_cross", "against", most=2)] + [
+            _advantage(dict(row)) for row in self.data.advantages
+        ]
+
+    def vector_use(self) -> list[Finding]:
+        """For each explainer: does its score fall when its vectors are taken away?"""
+        return [self._vector_use(rows) for rows in self._grouped("uplift", "explainer")]
+
+    def over_baselines(self) -> list[Finding]:
+        """For each explainer: is it above the baselines?"""
+        return [self._over_baselines(rows) for rows in self._grouped("over_baseline", "explainer")]
+
+    def every(self) -> list[Finding]:
+        """All of them, in the order of the page."""
+        return [*self.summary(), *self.access(), *self.vector_use(), *self.over_baselines()]
+
+    def _of(self, contrast: str, task: str, *, most: int = 1) -> list[dict[str, Any]]:
+        """Comparisons of one contrast on the first `most` headlines of a task, the first headline first."""
+        rows = [row for row in self.data.comparison_rows if (row["contrast"], row["task"]) == (contrast, task)]
+        headline = self.scores.headline(task)[:most]
+        return [row for part in headline for row in rows if (row["metric"], row["by"]) == part]
+
+    def _grouped(self, contrast: str, name: str, *, most: int = 1) -> list[list[dict[str, Any]]]:
+        """Comparisons of the same task, target and `name`; targets that explain themselves come first."""
+        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+        for task in self.data.tasks:
+            for row in sorted(self._of(contrast, task, most=most), key=lambda row: numbers.natural(row["target"])):
+                groups[task, row["target"], row[name]].append(row)
+        return sorted(groups.values(), key=lambda rows: not self._is_self(rows[0]))
+
+    def _is_self(self, row: dict[str, Any]) -> bool:
+        return self.data.is_self(row["explainer"], row["target"])
+
+    def _access(self, rows: list[dict[str, Any]]) -> Finding:
+        target, other = rows[0]["target"], self.data.model_of(rows[0]["against"])
+        task, verdict = numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
+        better = f"{target} explains itself better than {other} explains it on {task}"
+        worse = f"{other} explains {target} better than {target} explains itself on {task}"
+        head = {
+            "shown": better,
+            "opposite": worse,
+            "weak": f"Weak evidence, gone after correction, that "
+            f"{better if (rows[0]['difference'] or 0) > 0 else worse}",
+            "mixed": f"Mixed evidence that {better}",
+            "not shown": f"No evidence that {better}",
+            "unknown": f"Nothing can be said on whether {better}",
+        }[verdict]
+        return Finding(verdict=verdict, text=f"{head}: {_details(rows, verdict)}.", differences=rows)
+
+    def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
+        verdict = verdict_of_all([row for row in rows if row["against"] not in SPARED] or rows)
+        who, task = self._who(rows[0]), numbers.task_label(rows[0]["task"])
+        head = {
+            "shown": f"{who} uses the vector on {task}",
+            "weak": f"Weak evidence, gone after correction, that {who} uses the vector on {task}",
+            "mixed": f"Mixed evidence that {who} uses the vector on {task}",
+            "not shown": f"No evidence that {who} uses the vector on {task}",
+            "opposite": f"{who} answers better without the vector on {task}",
+            "unknown": f"Nothing can be said on whether {who} uses the vector on {task}",
+        }[verdict]
+        falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
+        metric = numbers.metric_label(rows[0]["metric"])
+        text = f"{head}: {metric} {falls}."
+        return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
+
+    def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
+        who, task, verdict = self._who(rows[0]), numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
+        names = [numbers.baseline_label(row["against"]) for row in rows]
+        every = "every baseline" if len(rows) > 1 else names[0]
+        head = {
+            "shown": f"{who} is above {every} on {task}",
+            "weak": f"Weak evidence, gone after correction, that {who} differs from {every} on {task}",
+            "mixed": f"{who} is not above every baseline on {task}",
+            "not shown": f"No evidence that {who} is above {'any baseline' if len(rows) > 1 else names[0]} on {task}",
+            "opposite": f"{who} is below {every} on {task}",
+            "unknown": f"Nothing can be said on whether {who} is above {every} on {task}",
+        }[verdict]
+        over = _list([f"{_amount(row)} over {name}" for row, name in zip(rows, names)])
+        text = f"{head}, in {numbers.metric_label(rows[0]['metric'])}: {over}."
+        return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
+
+    def _who(self, row: dict[str, Any]) -> str:
+        model = self.data.model_of(row["explainer"])
+        return f"{model}, explaining itself," if self._is_self(row) else f"{model}, explaining {row['target']},"
+
+    def _access_summary(self, task: str) -> Finding:
+        rows = self._of("self_minus_cross", task)
+        won = [row for row in rows if verdict_of(row) == "shown"]
+        lost = sum(verdict_of(row) == "opposite" for row in rows)
+        verdict = verdict_of_all(rows)
+        pairs = {1: "the one comparison", 2: "both comparisons"}.get(len(rows), f"all {len(rows)} comparisons")
+        no_evidence = "no evidence that a model explains itself better than another explains it"
+        text = {
+            "shown": f"models explain themselves better than others explain them, in {pairs} ({_span(won)}).",
+            "mixed": f"models explain themselves better in {len(won)} of {len(rows)} comparisons ({_span(won)})"
+            if won
+            else f"no firm evidence that a model explains itself better than another explains it (in {pairs})",
+            "weak": f"what differs between self and others does not survive correction (in {pairs}).",
+            "not shown": f"{no_evidence} (in {pairs}).",
+            "opposite": f"others explain the targets better than these explain themselves, in {pairs}.",
+            "unknown": "nothing can be said on privileged access; no comparison of self and others is defined.",
+        }[verdict]
+        if verdict == "mixed":
+            text += f"; in {lost} the other model is better." if lost else "."
+        return Finding(verdict=verdict, text=f"{_start(task)}: {text}", differences=rows)
+
+    def _vector_summary(self, task: str) -> Finding:
+        rows = [row for row in self._of("uplift", task) if self._is_self(row) and row["against"] not in SPARED]
+        verdict = verdict_of_all(rows)
+        text = {
+            "shown": f"models that explain themselves use the vector: without it they lose {_span(rows, '+')}.",
+            "mixed": "mixed evidence that models that explain themselves use the vector; see each control below.",
+            "weak": "evidence that models that explain themselves use the vector does not survive correction.",
+            "not shown": "no evidence that models that explain themselves use the vector; the text may be enough.",
+            "opposite": "models that explain themselves answer better without the vector.",
+            "unknown": "nothing can be said on the use of the vector; no comparison with a control is defined.",
+        }[verdict]
+        return Finding(verdict=verdict, text=f"{_start(task)}: {text}", differences=rows)
+
+
+_WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
+
+
+def _advantage(row: dict[str, Any]) -> Finding:
+    """The difference in differences of a task, told like a comparison."""
+    row = {"metric": "exact_match", "by": "all", "p_holm": None} | row
+    verdict, task = verdict_of(row), numbers.task_label(row["task"])
+    claim = f"models explain themselves better than explainer strength and target ease foretell on {task}"
+    head = {
+        "shown": claim[0].upper() + claim[1:],
+        "opposite": claim[0].upper() + claim[1:].replace("better", "worse"),
+        "not shown": f"No evidence that {claim}",
+    }.get(verdict, f"Nothing firm can be said on whether {claim}")
+    return Finding(verdict=verdict, text=f"{head}: {difference_text(row)}.", differences=[row])
+
+
+def _details(rows: Sequence[dict[str, Any]], verdict: Verdict) -> str:
+    if verdict != "mixed":
+        return _list([difference_text(row) for row in rows])
+    return "; ".join(f"{difference_text(row)}, {verdict_of(row)}" for row in rows)
+
+
+def _under(row: dict[str, Any]) -> str:
+    return f"under the control “{numbers.control_label(row['against'])}”"
+
+
+def _fall(row: dict[str, Any]) -> str:
+    """How a score moves when the vector is taken away: the uplift, its sign told by a word."""
+    if row["difference"] is None:
+        return "cannot be compared"
+    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
+    falls = row["difference"] >= 0
+    text = f"{'falls' if falls else 'rises'} by {numbers.decimal(abs(row['difference']), digits)}"
+    if row["low"] is None or row["high"] is None:
+        return text
+    low, high = (row["low"], row["high"]) if falls else (-row["high"], -row["low"])
+    return f"{text} ({numbers.decimal(low, digits)} to {numbers.decimal(high, digits)})"
+
+
+def _amount(row: dict[str, Any]) -> str:
+    if row["difference"] is None:
+        return "undefined"
+    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
+    text = numbers.signed(row["difference"], digits)
+    if row["low"] is None or row["high"] is None:
+        return text
+    return f"{text} ({numbers.signed(row['low'], digits)} to {numbers.signed(row['high'], digits)})"
+
+
+def _list(items: Sequence[str]) -> str:
+    """`a, b and c`; a verb that two items share is said once."""
+    said = [
+        item if i == 0 or item.split()[0] != items[i - 1].split()[0] else _after_verb(item)
+        for i, item in enumerate(items)
+    ]
+    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+
+
+def _after_verb(item: str) -> str:
+    verb, rest = item.split(" ", 1)
+    return rest if verb in ("falls", "rises") else item
+
+
+def _span(rows: Sequence[dict[str, Any]], dropped: str = "") -> str:
+    """`+.19 to +.29 exact match`: the smallest and the largest difference."""
+    values = [row["difference"] for row in rows if row["difference"] is not None]
+    if not values:
+        return ""
+    ends = [numbers.signed(value).removeprefix(dropped) for value in (min(values), max(values))]
+    return f"{' to '.join(dict.fromkeys(ends))} {numbers.metric_label(rows[0]['metric'])}"
+
+
+def _start(task: str) -> str:
+    label = numbers.task_label(task)
+    return label[:1].upper() + label[1:]

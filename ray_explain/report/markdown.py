@@ -1,0 +1,128 @@
+"""The report's tables as Markdown: every number of the page, and those it has no room for."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ray_explain.report import numbers
+from ray_explain.report.caveats import caveats
+from ray_explain.report.data import ReportData
+from ray_explain.report.estimates import Row, Scores
+from ray_explain.report.findings import Findings
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
+
+
+def tables(data: ReportData, scores: Scores) -> str:
+    """The whole of `tables.md`."""
+    parts = [f"# {escaped(data.title)}", *[escaped(note) for note in data.notes]]
+    parts += ["## What the data allow to say", _sentences(data, scores)]
+    for task in data.tasks:
+        parts.append(f"## {numbers.task_label(task).capitalize()}")
+        parts += [_scores(task, target, data, scores) for target in data.targets_of(task)]
+        parts += [_parts(task, kind, scores, data) for kind in scores.part_kinds(task)]
+    parts += [_comparisons(data), _targets(data), _artifacts(data), _run(data)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *[[escaped(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _sentences(data: ReportData, scores: Scores) -> str:
+    found = [f"- **{it.verdict}**: {escaped(it.text)}" for it in Findings(data, scores).every()]
+    kept = [f"- {escaped(it.title)} {escaped(it.text)}" for it in caveats(data, scores)]
+    return "\n".join(found) + "\n\nTo keep in mind:\n\n" + "\n".join(kept)
+
+
+def _name(row: Row) -> str:
+    mark = " (self)" if row.is_self else ""
+    return f"{row.name}{mark}, {row.label}" if row.kind == "control" else f"{row.label}{mark}"
+
+
+def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
+    rows = scores.rows(task, target)
+    columns = [
+        (metric, by)
+        for metric in scores.metrics(task)
+        for by in ("all", "changed=true", "changed=false")
+        if scores.has(task, metric, by)
+    ]
+    if not columns:
+        return ""
+    head = ["explainer", *[escaped(f"{numbers.metric_label(m)}, {numbers.by_label(by)}") for m, by in columns], "n"]
+    lines = []
+    for row in rows:
+        estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
+        lines.append([_name(row), *[it.text for it in estimates], numbers.count(max(it.n for it in estimates))])
+    return f"### Target {escaped(target)}\n\n" + table(head, lines)
+
+
+def _parts(task: str, kind: str, scores: Scores, data: ReportData) -> str:
+    metric = scores.headline(task)[0][0]
+    lines = []
+    for target in data.targets_of(task):
+        for row in scores.explainers(task, target):
+            for by in scores.parts(task, kind):
+                it = scores.get(task, target, row, metric, by)
+                if it.seeds:
+                    lines.append([by.split("=", 1)[1], target, _name(row), it.text, numbers.count(it.n)])
+    title = f"### By {escaped(numbers.plain(kind))}\n\n"
+    return (
+        title + table([escaped(kind), "target", "explainer", numbers.metric_label(metric), "n"], lines) if lines else ""
+    )
+
+
+def _comparisons(data: ReportData) -> str:
+    head = ["task", "target", "explainer", "against", "contrast", "metric", "questions", "difference", "low", "high",
+            "p", "p (Holm)", "n", "groups", "seeds"]  # fmt: skip
+    lines = [
+        [
+            *[row[key] for key in ("task", "target", "explainer", "against", "contrast")],
+            numbers.metric_label(row["metric"]),
+            numbers.by_label(row["by"]),
+            *[numbers.signed(row[key], 3) for key in ("difference", "low", "high")],
+            *[numbers.decimal(row[key], 4) for key in ("p_value", "p_holm")],
+            *[numbers.count(row[key]) for key in ("n", "n_groups", "seeds")],
+        ]
+        for row in data.comparison_rows
+    ]
+    return "## All comparisons\n\n" + table(head, lines) if lines else ""
+
+
+def _targets(data: ReportData) -> str:
+    labels = list(dict.fromkeys(label for values in data.targets.values() for label in values))
+    lines = [[label, *[numbers.anything(values.get(label)) for values in data.targets.values()]] for label in labels]
+    return "## Targets\n\n" + table(["", *[escaped(name) for name in data.targets]], lines) if lines else ""
+
+
+def _artifacts(data: ReportData) -> str:
+    lines = [
+        [
+            it.kind,
+            it.label,
+            it.fingerprint,
+            numbers.count(it.rows),
+            ", ".join(f"{reason}: {n}" for reason, n in it.dropped.items()) or "none",
+            numbers.duration(it.seconds),
+            it.commit or numbers.UNDEFINED,
+        ]
+        for it in data.provenance
+    ]
+    head = ["artifact", "of", "fingerprint", "rows", "dropped", "time", "commit"]
+    return "## What was run\n\n" + table(head, lines) if lines else ""
+
+
+def _run(data: ReportData) -> str:
+    lines = [
+        [f"{part}: {label}", numbers.duration(value) if part == "seconds" else numbers.anything(value)]
+        for part, values in data.run.items()
+        for label, value in values.items()
+    ]
+    return table(["run", "value"], lines) if lines else ""

@@ -1,0 +1,209 @@
+"""The report as files: one self-contained page, the same numbers in Markdown, and in JSON."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from ray_explain import report, storage
+from ray_explain.report import figures, markdown, numbers
+from ray_explain.report.caveats import caveats
+from ray_explain.report.data import ReportData, WorkedExample
+from ray_explain.report.estimates import Scores
+from ray_explain.report.findings import Finding, Findings
+
+MOST_EXAMPLES = 120
+MOST_CHARACTERS = 1_500  # of a text of an example
+MOST_CONFIG = 6_000  # characters of an artifact's config
+MOST_FINDINGS = 6  # of explainers of other models; more are folded away
+VECTOR = "<vector>"
+_CONTENT = re.compile(r"(<<<.*?>>>)", re.DOTALL)
+
+
+def write_report(data: ReportData, folder: Path) -> Path:
+    """Write `index.html` (needs no other file and no network), `tables.md` and `scores.json`; the path of the page.
+
+    Each file appears at once or not at all; files of an earlier report in `folder` are replaced.
+    """
+    scores = Scores(data)
+    index = Path(folder) / "index.html"
+    _write(index.with_name("tables.md"), markdown.tables(data, scores))
+    storage.write_json(as_json(data, scores), str(index.with_name("scores.json")))
+    _write(index, page(data, scores))
+    return index
+
+
+def _write(path: Path, text: str) -> None:
+    with storage.whole_file(str(path)) as stream:
+        stream.write(text.encode())
+
+
+def page(data: ReportData, scores: Scores) -> str:
+    """The HTML of the report."""
+    found = Findings(data, scores)
+    return _environment().get_template("report.html.j2").render(
+        data=data,
+        summary=found.summary(),
+        groups=_groups(found),
+        caveats=caveats(data, scores),
+        tasks=[_task(task, data, scores) for task in data.tasks],
+        examples=_examples(data),
+        n_examples=len(data.examples),
+        target_labels=list(dict.fromkeys(label for values in data.targets.values() for label in values)),
+        stages=_stages(data),
+        configs=[(it, _config_text(it.config)) for it in data.provenance],
+    )  # fmt: skip
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Everything is escaped: names and texts come from models and from users."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("ray_explain", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = ("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain", "p_text")
+    made.filters.update({name: getattr(numbers, name) for name in names})
+    labels = (
+        "task_label",
+        "metric_label",
+        "by_label",
+        "control_label",
+        "baseline_label",
+        "metric_meaning",
+        "task_question",
+    )
+    made.filters.update({name: getattr(numbers, name) for name in labels})
+    made.filters.update({"question_text": _question_text, "answer_text": _answer_text})
+    made.globals["source"] = _source
+    return made
+
+
+def _source(name: str) -> Markup:
+    """Our own CSS or script, as it is."""
+    return Markup((resources.files(report) / name).read_text(encoding="utf-8"))
+
+
+def _question_text(text: str) -> Markup:
+    """A question, cut where it is very long, with each vector as a mark that can be seen."""
+    vector = Markup('<span class="vector" title="here the explainer reads a vector of the target">vector</span>')
+    return vector.join(escape(part) for part in numbers.clip(text, MOST_CHARACTERS).split(VECTOR))
+
+
+def _answer_text(text: str) -> Markup:
+    """An answer, cut where it is very long, its content in bold."""
+    parts = _CONTENT.split(numbers.clip(text, MOST_CHARACTERS))
+    return Markup("").join(Markup("<b>{}</b>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Findings on one question, drawn on one axis."""
+
+    title: str
+    intro: str
+    first: list[tuple[Finding, list[figures.Mark]]]
+    more: list[tuple[Finding, list[figures.Mark]]]  # folded away
+    axis: figures.Axis
+
+
+def _groups(found: Findings) -> list[_Group]:
+    """The questions a sceptic asks, in order; none that nothing was compared for."""
+    asked = [
+        (
+            "Do models explain themselves better than others explain them?",
+            "Self minus cross, paired on the same questions. Right of the line: the target explains itself better.",
+            found.access(),
+        ),
+        (
+            "Is the vector used?",
+            "Score as asked minus score with the vector taken away. Right of the line: the right vector helps.",
+            found.vector_use(),
+        ),
+        (
+            "Is it more than a lookup?",
+            "Score minus the score of each baseline. Right of the line: above the baseline.",
+            found.over_baselines(),
+        ),
+    ]
+    return [_group(title, intro, findings) for title, intro, findings in asked if findings]
+
+
+def _group(title: str, intro: str, findings: list[Finding]) -> _Group:
+    axis = figures.axis_of_differences(row for finding in findings for row in finding.differences)
+    drawn = [(finding, figures.marks(finding.differences, axis)) for finding in findings]
+    fold = sum(not finding.is_self for finding in findings) > 0 and len(findings) > MOST_FINDINGS
+    first = [pair for pair in drawn if pair[0].is_self or not fold]
+    more = [pair for pair in drawn if not pair[0].is_self and fold]
+    return _Group(title=title, intro=intro, first=first, more=more, axis=axis)
+
+
+def _task(task: str, data: ReportData, scores: Scores) -> dict[str, Any]:
+    kinds = [(kind, figures.breakdowns(task, kind, data, scores)) for kind in scores.part_kinds(task)]
+    return {
+        "name": task,
+        "metrics": list(dict.fromkeys(metric for metric, _ in scores.columns(task))),
+        "matrices": figures.matrices(task, data, scores),
+        "panels": figures.panels(task, data, scores),
+        "breakdowns": [(kind, drawn) for kind, drawn in kinds if drawn],
+        "rates": {target: scores.changed_rate(task, target) for target in data.targets_of(task)},
+    }
+
+
+def _examples(data: ReportData) -> list[tuple[WorkedExample, str, bool]]:
+    """(example, model, is self), at most MOST_EXAMPLES: in turn from each task, self and cross, right and wrong."""
+    kinds: dict[tuple[str, bool, bool], list[tuple[WorkedExample, str, bool]]] = defaultdict(list)
+    for it in data.examples:
+        is_self = data.is_self(it.explainer, it.target)
+        kinds[it.task, is_self, it.right].append((it, data.model_of(it.explainer), is_self))
+    in_turn = [it for turn in zip_longest(*kinds.values()) for it in turn if it is not None]
+    return in_turn[:MOST_EXAMPLES]
+
+
+def _stages(data: ReportData) -> list[tuple[str, float, float]]:
+    """(stage, seconds, percent of the longest)."""
+    seconds = {stage: float(value) for stage, value in data.run.get("seconds", {}).items() if value is not None}
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return [(stage, value, round(100 * value / longest, 2)) for stage, value in seconds.items()]
+
+
+def _config_text(config: Any) -> str:
+    return numbers.clip(json.dumps(_plain_json(config), indent=2, sort_keys=True), MOST_CONFIG)
+
+
+def as_json(data: ReportData, scores: Scores) -> dict[str, Any]:
+    """What `scores.json` holds: the tables as rows, undefined numbers as null, and the sentences with their verdict."""
+    sentences: Sequence[Finding] = Findings(data, scores).every()
+    return {
+        "title": data.title,
+        "sentences": [{"verdict": it.verdict, "text": it.text} for it in sentences],
+        "caveats": [asdict(it) for it in caveats(data, scores)],
+        "explainers": dict(data.explainers),
+        "scores": data.score_rows,
+        "comparisons": data.comparison_rows,
+        "advantages": [_plain_json(dict(it)) for it in data.advantages],
+        "targets": _plain_json(data.targets),
+        "run": _plain_json(data.run),
+        "provenance": [_plain_json(asdict(it)) for it in data.provenance],
+        "notes": list(data.notes),
+    }
+
+
+_encode = partial(json.dumps, default=str)
+
+
+def _plain_json(value: Any) -> Any:
+    """`value` as JSON can hold it: other objects as text, numbers that are not finite as null."""
+    return json.loads(_encode(value), parse_constant=lambda _: None)

@@ -1,0 +1,1 @@
+"""A synthetic world with known truth, and small target models trained on it."""

@@ -1,0 +1,177 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_explain.evaluation.comparisons import comparisons, corrected, self_advantage
+from ray_explain.evaluation.metrics import grade
+
+N = 240
+
+
+@pytest.fixture
+def world(questions, answers, say):
+    """The answers of made-up explainers to 240 patching questions in 60 groups."""
+    rng = np.random.default_rng(0)
+    facts = [
+        {"group": f"g{i // 4}", "changed": bool(rng.random() < 0.4), "content": f"x{rng.integers(5)}"} for i in range(N)
+    ]
+    table = questions(*facts)
+    truths = [say(fact["changed"], fact["content"]) for fact in facts]
+
+    class World:
+        questions = table
+
+        @staticmethod
+        def graded(explainer, share, control="none", target="a", seed=0, noise=0):
+            """`explainer` is right on about `share` of the questions, the easiest ones for all."""
+            rng = np.random.default_rng([noise, seed])
+            ease = (np.arange(N) * 7919 % N) / N + rng.normal(0, 0.2, N) * bool(noise)
+            wrong = say(True, "nonsense")
+            said = [truth if each < share else wrong for each, truth in zip(ease, truths)]
+            return grade(table, answers(table, said, explainer, control), target=target, seed=seed)
+
+    return World
+
+
+def find(table, **wanted):
+    rows = [row for row in table.to_pylist() if all(row[key] == value for key, value in wanted.items())]
+    assert len(rows) == 1, f"{len(rows)} rows with {wanted}"
+    return rows[0]
+
+
+def compare(*graded, **changes):
+    return comparisons(pa.concat_tables(graded), **{"seed": 0, "resamples": 300, "permutations": 499, **changes})
+
+
+def test_an_explainer_that_ignores_vectors_has_no_uplift_over_any_control(world):
+    controls = ("shuffled", "no_vector", "other_layer", "random")
+    blind = [world.graded("a", 0.6, control) for control in ("none", *controls)]
+    table = compare(*blind)
+    for control in controls:
+        row = find(table, contrast="uplift", against=control, metric="exact_match", by="all")
+        assert (row["difference"], row["low"], row["high"], row["p_value"], row["p_holm"]) == (0, 0, 0, 1, 1)
+
+
+def test_an_oracles_uplift_is_its_accuracy_minus_the_controls(world):
+    table = compare(world.graded("a", 2), world.graded("a", 0.3, "shuffled"))
+    row = find(table, contrast="uplift", against="shuffled", metric="exact_match", by="all")
+    assert row["difference"] == pytest.approx(1 - 0.3)
+    assert row["low"] < 0.7 < row["high"]
+    assert row["p_value"] == pytest.approx(1 / 500)
+    assert (row["n"], row["n_groups"], row["seeds"]) == (N, 60, 1)
+
+
+def test_the_target_is_compared_with_each_other_explainer_and_all_with_baselines(world):
+    table = compare(world.graded("a", 0.7), world.graded("b", 0.5), world.graded("majority", 0.2))
+    pairs = {(row["contrast"], row["explainer"], row["against"]) for row in table.to_pylist()}
+    assert pairs == {
+        ("self_minus_cross", "a", "b"),
+        ("over_baseline", "a", "majority"),
+        ("over_baseline", "b", "majority"),
+    }
+    row = find(table, contrast="self_minus_cross", metric="exact_match", by="all")
+    assert row["difference"] == pytest.approx(0.2)
+
+
+def test_a_target_that_nobody_but_others_explains_has_no_self(world):
+    table = compare(world.graded("b", 0.7), world.graded("c", 0.5))
+    assert table.num_rows == 0
+
+
+def test_the_paired_interval_is_narrower_than_that_of_the_scores(world):
+    table = compare(world.graded("a", 0.6), world.graded("b", 0.5))
+    row = find(table, metric="exact_match", by="all")
+    unpaired = 2 * 1.96 * (2 * 0.25 / N) ** 0.5
+    assert row["high"] - row["low"] < 0.8 * unpaired
+
+
+def test_f1_is_undefined_within_a_class_and_never_nan(world):
+    table = compare(world.graded("a", 0.6), world.graded("b", 0.5))
+    row = find(table, metric="changed_f1", by="changed=true")
+    assert [row[name] for name in ("difference", "low", "high", "p_value", "p_holm")] == [None] * 5
+    assert all(value == value for row in table.to_pylist() for value in row.values())
+
+
+def test_seeds_are_pooled_and_their_spread_widens_the_interval(world):
+    def study(*shares):
+        selves = [world.graded("a", share, seed=seed) for seed, share in enumerate(shares)]
+        return find(
+            compare(*selves, *[world.graded("b", 0.5, seed=seed) for seed in range(len(shares))]),
+            metric="exact_match",
+            by="all",
+        )
+
+    alike, apart = study(0.6, 0.6, 0.6), study(0.4, 0.6, 0.8)
+    assert alike["difference"] == pytest.approx(apart["difference"]) == pytest.approx(0.1)
+    assert alike["seeds"] == apart["seeds"] == 3
+    assert apart["high"] - apart["low"] > 3 * (alike["high"] - alike["low"])
+    assert alike["p_value"] < 0.05 < 0.2 < apart["p_value"]
+
+
+def test_a_baseline_without_seeds_stands_against_every_seed(world):
+    table = compare(
+        *[world.graded("a", share, seed=seed) for seed, share in [(3, 0.5), (4, 0.7)]], world.graded("majority", 0.2)
+    )
+    row = find(table, contrast="over_baseline", metric="exact_match", by="all")
+    assert (row["difference"], row["seeds"]) == (pytest.approx(0.4), 2)
+
+
+def test_trained_explainers_without_a_common_seed_are_refused(world):
+    with pytest.raises(ValueError, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
+        compare(world.graded("a", 0.5), world.graded("b", 0.5, seed=1))
+
+
+def test_answers_to_different_questions_are_not_compared(world):
+    with pytest.raises(ValueError, match="different questions"):
+        compare(world.graded("a", 0.5), world.graded("b", 0.5).slice(0, N - 40))
+
+
+def test_the_order_of_rows_changes_nothing(world):
+    graded = pa.concat_tables([world.graded("a", 0.6), world.graded("b", 0.5), world.graded("a", 0.4, "random")])
+    mixed = graded.take(np.random.default_rng(0).permutation(graded.num_rows))
+    assert compare(mixed).equals(compare(graded))
+
+
+def test_holm_corrects_over_the_matrix_of_one_contrast_metric_and_part():
+    rows = [
+        {"task": "patching", "contrast": contrast, "metric": "exact_match", "by": by, "p_value": p}
+        for contrast, by, p in [
+            ("uplift", "all", 0.01),
+            ("uplift", "all", 0.04),
+            ("uplift", "changed=true", 0.04),
+            ("uplift", "changed=false", None),
+            ("self_minus_cross", "all", 0.03),
+        ]
+    ]
+    assert [row["p_holm"] for row in corrected(rows)] == [0.02, 0.04, 0.04, None, 0.03]
+
+
+def test_strength_and_ease_alone_are_no_advantage(world):
+    def square(bonus):
+        strength, ease = {"a": 0.1, "b": 0.3}, {"a": 0.2, "b": 0.4}
+        return pa.concat_tables(
+            [
+                world.graded(e, strength[e] + ease[t] + bonus * (e == t), target=t, noise=1 + i + 2 * j)
+                for i, e in enumerate("ab")
+                for j, t in enumerate("ab")
+            ]
+        )
+
+    (none,), (some,) = (self_advantage(square(bonus), seed=0, resamples=500) for bonus in (0.0, 0.2))
+    assert none["low"] < 0 < none["high"] and none["p_value"] > 0.05
+    assert some["low"] > 0.05 and some["p_value"] < 0.001
+    assert some["difference"] == pytest.approx(0.2, abs=0.07)
+    assert (some["task"], some["n_groups"], some["seeds"]) == ("patching", 60, 1)
+
+
+def test_a_task_that_no_target_explains_has_no_advantage(world):
+    assert self_advantage(world.graded("majority", 0.5), seed=0) == []
+
+
+def test_an_advantage_needs_a_square_and_a_known_metric(world):
+    lone = pa.concat_tables([world.graded("a", 0.5), world.graded("b", 0.5)])
+    with pytest.raises(ValueError, match="at least two models"):
+        self_advantage(lone, seed=0)
+    square = pa.concat_tables([world.graded(e, 0.5, target=t) for e in "ab" for t in "ab"])
+    with pytest.raises(ValueError, match="no 'similarity' by 'all'"):
+        self_advantage(square, metric="similarity", seed=0)

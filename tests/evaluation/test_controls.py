@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from ray_explain import records
+from ray_explain.evaluation.controls import CONTROLS, under_control
+
+D = 4
+
+
+@pytest.fixture
+def table(questions):
+    """Sixty questions of three layers and twelve groups; vector i is (i, i, i, i) + 1."""
+    return questions(*[{"layers": [i % 3], "group": f"g{i // 5}"} for i in range(60)])
+
+
+def donors(changed):
+    return [int(own[0, 0]) - 1 for own in records.vectors_of(changed["vectors"])]
+
+
+def test_nothing_but_the_vectors_changes_under_any_control(table):
+    for control in CONTROLS:
+        changed = under_control(table, control, seed=0)
+        assert changed.drop_columns(["vectors"]).equals(table.drop_columns(["vectors"]))
+        assert changed.schema.equals(table.schema)
+        assert not changed["vectors"].equals(table["vectors"])
+    assert under_control(table, "none", seed=0).equals(table)
+
+
+def test_shuffled_vectors_are_a_permutation_within_the_layer_that_leaves_their_group(table):
+    given = donors(under_control(table, "shuffled", seed=0))
+    assert sorted(given) == list(range(60))
+    assert all(donor % 3 == i % 3 and donor // 5 != i // 5 for i, donor in enumerate(given))
+
+
+def test_shuffling_never_gives_a_question_its_own_vector_back(questions):
+    for seed in range(30):
+        table = questions(*[{"group": "g"} for _ in range(2 + seed % 4)])
+        given = donors(under_control(table, "shuffled", seed=seed))
+        assert all(donor != i for i, donor in enumerate(given)) and sorted(given) == list(range(table.num_rows))
+
+
+def test_a_large_group_that_is_half_of_a_layer_still_gets_vectors_of_others(questions):
+    table = questions(*[{"group": "large" if i < 5 else f"g{i}"} for i in range(10)])
+    given = donors(under_control(table, "shuffled", seed=0))
+    assert all(donor >= 5 for donor in given[:5])
+
+
+def test_vectors_of_another_layer_are_of_another_layer(table):
+    given = donors(under_control(table, "other_layer", seed=0))
+    assert all(donor % 3 != i % 3 for i, donor in enumerate(given))
+
+
+def test_random_vectors_keep_their_norm_and_point_anywhere(questions):
+    vectors = [np.random.default_rng(i).normal(size=(2, 50)).astype(np.float32) * 10**i for i in range(3)]
+    table = questions({}, {}, {}, vectors=vectors)
+    for own, changed in zip(vectors, records.vectors_of(under_control(table, "random", seed=0)["vectors"])):
+        assert np.linalg.norm(changed, axis=1) == pytest.approx(np.linalg.norm(own, axis=1), rel=1e-5)
+        assert abs(np.sum(own * changed)) < 0.6 * np.linalg.norm(own) * np.linalg.norm(changed)
+
+
+def test_no_vector_is_zeros_in_its_place(table):
+    assert all(
+        own.tolist() == [[0.0] * D] for own in records.vectors_of(under_control(table, "no_vector", 0)["vectors"])
+    )
+
+
+def test_vectors_come_from_questions_with_as_many(questions):
+    vectors = [np.full((1 + i % 2, D), i, np.float32) for i in range(12)]
+    table = questions(*[{"layers": [i // 6]} for i in range(12)], vectors=vectors)
+    for control in ("shuffled", "other_layer"):
+        changed = records.vectors_of(under_control(table, control, seed=1)["vectors"])
+        assert [len(own) for own in changed] == [len(own) for own in vectors]
+
+
+def test_a_question_alone_with_its_layer_gets_a_vector_of_another_layer_when_shuffled(questions):
+    table = questions(*[{"layers": [int(i == 0)]} for i in range(5)])
+    given = donors(under_control(table, "shuffled", seed=0))
+    assert given[0] != 0 and sorted(given[1:]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("control", ["shuffled", "other_layer", "random"])
+def test_a_control_is_the_same_for_the_same_seed_only(table, control):
+    first = under_control(table, control, seed=7)
+    assert first.equals(under_control(table, control, seed=7))
+    assert not first.equals(under_control(table, control, seed=8))
+
+
+def test_what_cannot_be_controlled_is_told(questions):
+    same = questions({}, {})
+    with pytest.raises(ValueError, match="'shuffled': one question only has 1 vectors"):
+        under_control(same.slice(0, 1), "shuffled", seed=0)
+    with pytest.raises(ValueError, match=r"'other_layer': no question has 1 vectors but of layers \[0\]"):
+        under_control(same, "other_layer", seed=0)
+    with pytest.raises(ValueError, match="control 'upside_down'"):
+        under_control(same, "upside_down", seed=0)
+    with pytest.raises(ValueError, match="none of the 1 questions holds a vector; leave it out"):
+        under_control(questions({}, vectors=[np.empty((0, D), np.float32)]), "no_vector", seed=0)

@@ -1,0 +1,148 @@
+"""Questions as tokens: prompt and answer, nothing more and nothing less, in every chat format."""
+
+import numpy as np
+import pytest
+
+from ray_explain.explainer.examples import Question, Refused, encode, encode_prompt, stop_ids
+from ray_explain.explainer.markers import markers_of
+
+PROMPT = "what does <vector> encode at layer 1 ?"
+ANSWER = "the output would change to <<<paris>>>."
+QUESTION = Question("q7", "patching", PROMPT, ANSWER, np.ones((1, 4), np.float32), (1,))
+
+
+def plain(text: str) -> str:
+    return text.replace(" ", "").replace("\n", "")
+
+
+def test_what_is_masked_is_the_prompt_and_what_is_not_is_the_answer_with_its_end(tokenizer):
+    markers = markers_of(tokenizer)
+    example = encode(QUESTION, tokenizer, markers, max_tokens=100)
+    given, learned = example.input_ids[: example.n_prompt], example.input_ids[example.n_prompt :]
+    assert plain(tokenizer.decode(learned[:-1])) == plain(ANSWER)
+    assert learned[-1] in stop_ids(tokenizer)
+    assert example.n_answer == len(learned)
+    prompt = tokenizer.decode(given)
+    assert plain(PROMPT.replace("<vector>", markers.text)) in plain(prompt)
+    assert plain(ANSWER) not in plain(prompt)
+    assert given.count(markers.slot_id) == 1
+
+
+EXPECTED = {
+    "llama_base": "<|begin_of_text|>{}\n",
+    "gpt2_base": "{}\n",
+    "llama_chat": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen_chat": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "gemma_chat": "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+}
+ENDS = {
+    "llama_base": "<|end_of_text|>",
+    "gpt2_base": "<|endoftext|>",
+    "llama_chat": "<|eot_id|>",
+    "qwen_chat": "<|im_end|>",
+    "gemma_chat": "<end_of_turn>",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_prompts_have_the_form_of_their_family_with_one_begin_token(name, new_tokenizer):
+    tokenizer = new_tokenizer(name)
+    markers = markers_of(tokenizer)
+    example = encode(QUESTION, tokenizer, markers, max_tokens=100)
+    expected = EXPECTED[name].format(PROMPT.replace("<vector>", markers.text))
+    assert tokenizer.decode(example.input_ids[: example.n_prompt]).replace(" ", "") == expected.replace(" ", "")
+    assert tokenizer.decode(example.input_ids[-1:]) == ENDS[name]
+
+
+def test_a_question_is_asked_as_it_was_learned(tokenizer):
+    markers = markers_of(tokenizer)
+    learned = encode(QUESTION, tokenizer, markers, max_tokens=100)
+    asked = encode_prompt(QUESTION, tokenizer, markers, max_tokens=100)
+    assert asked.input_ids == learned.input_ids[: learned.n_prompt]
+    assert (asked.n_answer, asked.layers, asked.question_id) == (0, (1,), "q7")
+
+
+def test_a_final_space_of_the_prompt_is_no_token_of_its_own(new_tokenizer):
+    tokenizer = new_tokenizer("llama_base")
+    markers = markers_of(tokenizer)
+    example = encode(QUESTION._replace(prompt="at layer 1 , <vector> encodes "), tokenizer, markers, max_tokens=100)
+    assert "\n" not in tokenizer.decode(example.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(prompt="no mark"), "as many marks as vectors are not there"),
+        (dict(prompt="<vector> <vector>"), "as many marks as vectors are not there"),
+        (dict(vectors=np.ones((2, 4))), "as many marks as vectors are not there"),
+        (dict(vectors=np.empty((0, 4))), "as many marks as vectors are not there"),
+        (dict(answer="paris <vector>"), "as many marks as vectors are not there"),
+        (dict(vectors=np.full((1, 4), np.nan)), "vector not finite"),
+        (dict(vectors=np.full((1, 4), np.inf)), "vector not finite"),
+        (dict(vectors=np.ones((1, 5))), "vector of the wrong width"),
+        (dict(answer=""), "no answer"),
+        (dict(answer="  "), "no answer"),
+        (dict(prompt=PROMPT + " a" * 200), "over-long"),
+        (dict(answer="paris " * 200), "over-long"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_a_fixed_reason(tokenizer, changes, reason):
+    markers = markers_of(tokenizer)
+    with pytest.raises(Refused, match="q7") as refused:
+        encode(QUESTION._replace(**changes), tokenizer, markers, max_tokens=100, d_model=4)
+    assert refused.value.reason == reason
+
+
+def test_markers_in_a_users_text_are_refused(tokenizer):
+    markers = markers_of(tokenizer)
+    for marker in markers.texts:
+        for changes in (dict(prompt=f"{PROMPT} {marker}"), dict(answer=f"the {marker}")):
+            with pytest.raises(Refused) as refused:
+                encode(QUESTION._replace(**changes), tokenizer, markers, max_tokens=100)
+            assert refused.value.reason == "marker in the text"
+
+
+def test_an_end_token_inside_an_answer_is_refused(tokenizer):
+    markers = markers_of(tokenizer)
+    with pytest.raises(Refused) as refused:
+        encode(QUESTION._replace(answer=f"the {tokenizer.eos_token} output"), tokenizer, markers, max_tokens=100)
+    assert refused.value.reason == "special token in the answer"
+
+
+def test_the_longest_example_allowed_is_allowed(tokenizer):
+    markers = markers_of(tokenizer)
+    length = len(encode(QUESTION, tokenizer, markers, max_tokens=100).input_ids)
+    assert encode(QUESTION, tokenizer, markers, max_tokens=length)
+    with pytest.raises(Refused, match="over-long"):
+        encode(QUESTION, tokenizer, markers, max_tokens=length - 1)
+
+
+def text(prompt: str, answer: str) -> Question:
+    return Question("t", "text", prompt, answer, np.empty((0, 4), np.float32), ())
+
+
+def test_of_a_text_with_a_prompt_only_the_answer_is_learned(tokenizer):
+    example = encode(text("rome would", "change to paris"), tokenizer, markers_of(tokenizer), max_tokens=100)
+    assert tokenizer.decode(example.input_ids[example.n_prompt :]) == "change to paris"
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    assert example.input_ids[: example.n_prompt] == [*begin, *tokenizer.convert_tokens_to_ids(["rome", "would"])]
+
+
+def test_of_a_text_without_a_prompt_all_but_the_first_token_is_learned(tokenizer):
+    example = encode(text("", "rome would change"), tokenizer, markers_of(tokenizer), max_tokens=100)
+    assert example.n_prompt == 1
+    assert tokenizer.decode(example.input_ids, skip_special_tokens=True) == "rome would change"
+
+
+def test_a_text_that_teaches_nothing_is_refused(tokenizer):
+    for prompt, answer in [("rome", ""), ("rome", " "), ("", "")]:
+        with pytest.raises(Refused, match="no answer"):
+            encode(text(prompt, answer), tokenizer, markers_of(tokenizer), max_tokens=100)
+
+
+def test_a_template_without_the_assistants_turn_is_refused(new_tokenizer):
+    tokenizer = new_tokenizer("llama_chat")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="assistant's turn"):
+        encode(QUESTION, tokenizer, markers_of(tokenizer), max_tokens=100)

@@ -1,0 +1,71 @@
+import pytest
+
+from ray_explain.report.estimates import Row, Scores, pooled
+
+SELF, CROSS = Row("llama", "none", True, True), Row("qwen3", "none", True, False)
+
+
+def test_seeds_are_told_by_their_mean_and_questions_are_not_counted_twice(report, score_row) -> None:
+    rows = [
+        score_row("patching", "llama", "llama", value=v, low=v - 0.1, high=v + 0.1, seed=i, unparsed=2)
+        for i, v in enumerate((0.4, 0.6))
+    ]
+    it = Scores(report(scores=rows)).get("patching", "llama", SELF, "exact_match")
+    assert (it.value, it.low, it.high) == pytest.approx((0.5, 0.4, 0.6))
+    assert (it.n, it.unparsed, it.seeds, it.span) == (500, 4, 2, (0.4, 0.6))
+
+
+def test_a_seed_without_a_value_leaves_the_mean_undefined(score_row) -> None:
+    rows = [score_row("patching", "llama", "llama", value=0.4), score_row("patching", "llama", "llama", value=None)]
+    it = pooled(rows)
+    assert (it.value, it.low, it.high, it.span) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"value": None, "n": 0}, "no such question"),
+        ({"value": None, "n": 7}, "undefined on these 7 questions"),
+        ({"low": None}, "too little to resample for an interval (500 questions)"),
+        ({}, ""),
+    ],
+)
+def test_what_is_undefined_says_why(score_row, change, why) -> None:
+    assert pooled([score_row("patching", "llama", "llama", **change)]).why == why
+
+
+def test_what_was_not_scored_says_so(report) -> None:
+    it = Scores(report()).get("patching", "llama", SELF, "no such metric")
+    assert (it.value, it.why) == (None, "not measured")
+
+
+def test_self_comes_first_with_its_controls_then_others_then_baselines(report) -> None:
+    rows = Scores(report()).rows("patching", "llama")
+    assert [row.kind for row in rows] == ["self", *["control"] * 4, "cross", *["control"] * 4, *["baseline"] * 3]
+    assert rows[0] == SELF and rows[5] == CROSS
+    assert [row.control for row in rows[1:5]] == ["shuffled", "no_vector", "other_layer", "random"]
+
+
+def test_the_headline_is_exact_match_and_content_of_changed_cases(report) -> None:
+    scores = Scores(report())
+    assert scores.headline("patching") == [("exact_match", "all"), ("content_match", "changed=true")]
+    assert scores.headline("features") == [("exact_match", "all"), ("correlation", "all")]
+
+
+def test_a_metric_that_is_undefined_everywhere_is_no_column(report, score_row) -> None:
+    rows = [score_row("features", "llama", "llama"), score_row("features", "llama", "llama", "correlation", None)]
+    scores = Scores(report(scores=rows))
+    assert scores.columns("features") == [("exact_match", "all")]
+    assert scores.headline("features") == [("exact_match", "all")]
+
+
+def test_the_changed_rate_is_that_of_the_questions(report) -> None:
+    scores = Scores(report())
+    assert scores.changed_rate("patching", "llama") == pytest.approx(171 / 500)
+    assert scores.changed_rate("features", "llama") is None
+
+
+def test_parts_are_found_by_kind_in_their_order(report) -> None:
+    scores = Scores(report())
+    assert scores.part_kinds("patching") == ["layer", "role"]
+    assert scores.parts("patching", "layer") == ["layer=0", "layer=1", "layer=2", "layer=3"]

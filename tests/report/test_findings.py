@@ -1,0 +1,206 @@
+"""The sentences: each says what the data allow and no more."""
+
+import pytest
+
+from ray_explain.report.estimates import Scores
+from ray_explain.report.findings import Findings, verdict_of
+
+BETTER = {"difference": 0.21, "low": 0.17, "high": 0.25, "p_value": 0.0002, "p_holm": 0.0004}
+NOTHING = {"difference": 0.01, "low": -0.03, "high": 0.05, "p_value": 0.6, "p_holm": 1.0}
+WORSE = {"difference": -0.1, "low": -0.14, "high": -0.06, "p_value": 0.0002, "p_holm": 0.0004}
+WEAK = {"difference": 0.05, "low": 0.01, "high": 0.09, "p_value": 0.03, "p_holm": 0.12}
+UNDEFINED = {"difference": None, "low": None, "high": None, "p_value": None, "p_holm": None}
+
+
+@pytest.fixture
+def findings(report, comparison_row):
+    """From rows (contrast, task, target, explainer, against, numbers)."""
+
+    def make(*rows, **changes):
+        data = report(comparisons=[comparison_row(*row[:-1], **row[-1]) for row in rows], **changes)
+        return Findings(data, Scores(data))
+
+    return make
+
+
+def access(findings, numbers, task="patching"):
+    return findings(("self_minus_cross", task, "llama", "llama", "qwen3", numbers))
+
+
+def plain(text: str) -> str:
+    return text.replace("\u202f", " ")
+
+
+CLAIM = "llama explains itself better than qwen3 explains it on activation patching"
+CONTRARY = "qwen3 explains llama better than llama explains itself on activation patching"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict", "text"),
+    [
+        (BETTER, "shown", f"{CLAIM}: +.21 exact match (95 % interval +.17 to +.25, Holm p < .001)."),
+        (
+            NOTHING,
+            "not shown",
+            f"No evidence that {CLAIM}: +.01 exact match (95 % interval −.03 to +.05, Holm p = 1.00).",
+        ),
+        (WORSE, "opposite", f"{CONTRARY}: −.10 exact match (95 % interval −.14 to −.06, Holm p < .001)."),
+        (
+            WEAK,
+            "weak",
+            f"Weak evidence, gone after correction, that {CLAIM}: "
+            "+.05 exact match (95 % interval +.01 to +.09, Holm p = .12).",
+        ),
+        (UNDEFINED, "unknown", f"Nothing can be said on whether {CLAIM}: exact match undefined."),
+    ],
+)
+def test_self_and_cross_are_told_as_the_interval_allows(findings, numbers, verdict, text) -> None:
+    (found,) = access(findings, numbers).access()
+    assert (found.verdict, plain(found.text)) == (verdict, text)
+
+
+def test_an_interval_that_touches_zero_is_no_evidence(comparison_row) -> None:
+    row = comparison_row("self_minus_cross", "patching", "llama", "llama", "qwen3", 0.1, low=0.0, high=0.2)
+    assert verdict_of(row) == "not shown"
+    assert verdict_of(row | {"low": 0.001}) == "shown"
+
+
+def test_the_corrected_p_value_decides_and_the_other_only_where_there_is_none(comparison_row) -> None:
+    row = comparison_row("uplift", "patching", "llama", "llama", "shuffled", 0.1, p_value=0.01, p_holm=0.2)
+    assert verdict_of(row) == "weak"
+    assert verdict_of(row | {"p_holm": None}) == "shown"
+    assert verdict_of(row | {"p_holm": None, "p_value": None}) == "shown"
+
+
+def test_exact_match_and_content_that_disagree_are_mixed_evidence(findings) -> None:
+    content = NOTHING | {"metric": "content_match", "by": "changed=true"}
+    (found,) = findings(
+        *[("self_minus_cross", "ablation", "llama", "llama", "qwen3", numbers) for numbers in (BETTER, content)]
+    ).access()
+    assert found.verdict == "mixed"
+    assert found.text.startswith("Mixed evidence that llama explains itself better than qwen3")
+    assert "+.21 exact match" in found.text and "+.01 content match on changed cases" in found.text
+
+
+def test_a_small_bound_is_not_rounded_into_zero(findings) -> None:
+    (found,) = access(findings, BETTER | {"difference": 0.03, "low": 0.004}).access()
+    assert "+.030 exact match (95 % interval +.004 to +.250" in plain(found.text)
+
+
+def uplift(findings, **controls):
+    return findings(
+        *[("uplift", "patching", "llama", "llama", control, numbers) for control, numbers in controls.items()]
+    )
+
+
+def test_a_vector_whose_loss_costs_nothing_is_not_called_used(findings) -> None:
+    found = uplift(findings, shuffled=NOTHING, no_vector=NOTHING)
+    (sentence,) = found.vector_use()
+    assert sentence.verdict == "not shown"
+    assert sentence.text.startswith("No evidence that llama, explaining itself, uses the vector on activation patching")
+    assert any("no evidence that models that explain themselves use the vector" in it.text for it in found.summary())
+
+
+def test_a_vector_whose_loss_costs_much_is_used(findings) -> None:
+    found = uplift(findings, shuffled=BETTER, no_vector=BETTER | {"difference": 0.24, "high": 0.28})
+    (sentence,) = found.vector_use()
+    assert sentence.verdict == "shown"
+    assert sentence.text == (
+        "llama, explaining itself, uses the vector on activation patching: exact match falls by .21 (.17 to .25) "
+        "when vectors are shuffled between questions and by .24 (.17 to .28) when there is no vector."
+    )
+    assert any("without it they lose .21 to .24 exact match" in it.text for it in found.summary())
+
+
+def test_a_vector_that_misleads_is_told(findings) -> None:
+    (sentence,) = uplift(findings, shuffled=WORSE).vector_use()
+    assert sentence.verdict == "opposite"
+    assert "answers better without the vector" in sentence.text and "rises by .10 (.06 to .14)" in sentence.text
+
+
+def test_controls_that_disagree_are_mixed_evidence_but_another_layer_does_not_decide(findings) -> None:
+    (mixed,) = uplift(findings, shuffled=BETTER, no_vector=NOTHING).vector_use()
+    assert mixed.verdict == "mixed"
+    (used,) = uplift(findings, shuffled=BETTER, other_layer=NOTHING).vector_use()
+    assert used.verdict == "shown" and "from another layer" in used.text
+
+
+def test_without_any_control_nothing_is_said_on_the_vector(findings) -> None:
+    summary = access(findings, BETTER).summary()
+    told = [it.text for it in summary if "use of the vector" in it.text]
+    assert told == [
+        f"{task}: nothing can be said on the use of the vector; no comparison with a control is defined."
+        for task in ("Activation patching", "Feature descriptions")
+    ]
+
+
+def test_baselines_are_told_together(findings) -> None:
+    rows = [("over_baseline", "features", "llama", "llama", name, BETTER) for name in ("majority", "nearest neighbour")]
+    (shown,) = findings(*rows).over_baselines()
+    assert shown.verdict == "shown" and "is above every baseline on feature descriptions" in shown.text
+    (mixed,) = findings(rows[0], (*rows[1][:-1], NOTHING)).over_baselines()
+    assert mixed.verdict == "mixed" and "is not above every baseline" in mixed.text
+
+
+NO_EVIDENCE = "evidence that a model explains itself better than another explains it (in both comparisons)."
+ONE_OF_TWO = "models explain themselves better in 1 of 2 comparisons (+.21 exact match)"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict", "text"),
+    [
+        (
+            BETTER,
+            BETTER | {"difference": 0.29},
+            "shown",
+            "explain them, in both comparisons (+.21 to +.29 exact match).",
+        ),
+        (BETTER, NOTHING, "mixed", f"{ONE_OF_TWO}."),
+        (BETTER, WORSE, "mixed", f"{ONE_OF_TWO}; in 1 the other model is better."),
+        (WEAK, NOTHING, "mixed", f"no firm {NO_EVIDENCE}"),
+        (NOTHING, NOTHING, "not shown", f"no {NO_EVIDENCE}"),
+        (
+            WORSE,
+            WORSE,
+            "opposite",
+            "others explain the targets better than these explain themselves, in both comparisons.",
+        ),
+    ],
+)
+def test_a_task_is_summed_up_over_its_targets(findings, one, other, verdict, text) -> None:
+    of = "self_minus_cross", "features"
+    rows = [(*of, "llama", "llama", "qwen3", one), (*of, "qwen3", "qwen3", "llama", other)]
+    found = next(it for it in findings(*rows).summary() if it.text.startswith("Feature descriptions"))
+    assert found.verdict == verdict and found.text.endswith(text)
+
+
+def test_no_comparison_at_all_is_said_and_not_passed_over(findings) -> None:
+    assert {it.verdict for it in findings().summary()} == {"unknown"}
+    assert findings().access() == []
+
+
+def test_other_metrics_and_parts_make_no_sentence(findings) -> None:
+    rows = [BETTER | {"metric": "changed_f1"}, BETTER | {"by": "stratum=known"}]
+    assert findings(*[("self_minus_cross", "patching", "llama", "llama", "qwen3", row) for row in rows]).access() == []
+
+
+def test_a_difference_in_differences_is_told(findings) -> None:
+    row = {
+        "task": "patching",
+        **{key: BETTER[key] for key in ("difference", "low", "high", "p_value")},
+        "n_groups": 43,
+        "seeds": 1,
+    }
+    (found,) = findings(advantages=[row]).access()
+    assert found.verdict == "shown" and "explainer strength and target ease" in found.text
+    (found,) = findings(advantages=[row | NOTHING]).access()
+    assert found.text.startswith("No evidence that models explain themselves better")
+
+
+def test_names_of_runs_are_told_as_their_models(findings) -> None:
+    found = findings(
+        ("self_minus_cross", "patching", "llama", "run-1", "run-2", BETTER),
+        explainers={"run-1": "llama", "run-2": "qwen3"},
+        examples=[],
+    )
+    assert found.access()[0].text.startswith("llama explains itself better than qwen3 explains it")

@@ -1,0 +1,54 @@
+import re
+
+from ray_explain.report import markdown
+from ray_explain.report.estimates import Scores
+
+
+def tables(data) -> str:
+    return markdown.tables(data, Scores(data))
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the first row that starts with `first`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
+
+
+def test_the_table_of_a_target_has_the_numbers_of_the_scores(report, score_row) -> None:
+    rows = [
+        score_row("patching", "llama", "llama", value=0.617, low=0.581, high=0.662, n=412),
+        score_row("patching", "llama", "llama", value=0.348, low=0.3, high=0.4, n=150, by="changed=true"),
+        score_row("patching", "llama", "majority", value=0.11, low=None, high=None, n=412),
+    ]
+    text = tables(report(scores=rows, comparisons=[]))
+    assert cells(text, "llama (self)") == [".62 \\[.58, .66\\]", ".35 \\[.30, .40\\]", "412"]
+    assert cells(text, "majority class") == [".11", "–", "412"]
+
+
+def test_every_comparison_is_there_with_three_decimals(report, comparison_row) -> None:
+    row = comparison_row(
+        "self_minus_cross", "patching", "llama", "llama", "qwen3", 0.2134, p_value=0.0123, p_holm=0.0246
+    )
+    text = tables(report(comparisons=[row]))
+    told = ["+.213", "+.173", "+.253", ".0123", ".0246", "500", "43", "1"]
+    assert cells(text, "patching")[3:] == ["self\\_minus\\_cross", "exact match", "all questions", *told]
+
+
+def test_parts_that_have_no_room_on_the_page_are_here(report, score_row) -> None:
+    rows = [score_row("patching", "llama", "llama")]
+    rows += [score_row("patching", "llama", "llama", by=f"stratum=s{i}", n=10 + i, value=i / 100) for i in range(40)]
+    text = tables(report(scores=rows))
+    assert all(cells(text, f"s{i}")[2].startswith(f".{i:02d}") for i in range(40))
+
+
+def test_text_cannot_break_a_table_or_become_markup(report, score_row) -> None:
+    name = "a|b\n<script>alert(1)</script> [x](http://y) `c`"
+    text = tables(report(scores=[score_row("patching", name, "llama")], title=name, comparisons=[]))
+    assert "<script" not in text.replace("\\<script", "")
+    assert "[x](" not in text.replace("\\[x\\](", "")
+    rows = [line for line in text.splitlines() if line.startswith("| llama")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4]  # the name, one metric, n
+
+
+def test_dropped_rows_are_told_with_their_reasons(report) -> None:
+    assert "answer is a special token: 38, no source of this relation: 12" in tables(report())
