@@ -25,7 +25,7 @@ FORMAT = 1
 _VERSIONS_OF = ("ray_explain", "torch", "transformers", "ray", "deepspeed", "peft", "pyarrow")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Artifact:
     """A thing to be made, or made: what it is, what defines it, and what it is made from."""
 
@@ -43,6 +43,12 @@ class Artifact:
         """
         what = [FORMAT, self.kind, self.config, [parent.fingerprint for parent in self.parents]]
         return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Artifact) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def path(self, root: str) -> str:
         """Its directory below the storage root."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,12 +85,11 @@ def load_model(
         _check_folder(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _named(path_or_id, revision):
-        config = AutoConfig.from_pretrained(path_or_id, revision=revision)
+        config = AutoConfig.from_pretrained(path_or_id, revision=revision, trust_remote_code=False)
         commit = getattr(config, "_commit_hash", None)
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, revision=commit or revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            path_or_id, revision=commit or revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
-        )
+        same: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **same)
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=DTYPES[dtype], use_safetensors=True, **same)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]  # transformers decorates it
     self_check(model, path_or_id)

@@ -15,6 +15,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
@@ -226,8 +228,7 @@ def _train_steps(
             engine.backward(outcome.loss)
             engine.step()
             sums += torch.stack([outcome.nll, outcome.n_right, outcome.n_tokens]).float().cpu()
-        nll, n_right, n_tokens = sums.tolist()
-        watch.step(number + 1, nll / n_tokens, n_right / n_tokens, rate, n_tokens)
+        watch.step(number + 1, sums, rate)
         if (number + 1) % train.checkpoint_every == 0 and number + 1 < len(steps):
             _report_checkpoint(engine, number + 1)
 
@@ -298,18 +299,26 @@ class _Watch:
     def __init__(self, board: Any, run: TrainRun, root: str, n_steps: int, *, first: bool) -> None:
         self.first, self.n_steps, self.last = first, n_steps, dict[str, float]()
         self._tell = Teller(board if first else None, f"train {run.artifact.label}")
-        self._started, self._tokens = time.monotonic(), 0.0
+        self._started, self._sums = time.monotonic(), torch.zeros(3)
         if first:
             self._folder = tempfile.TemporaryDirectory()
             self.curve = f"{self._folder.name}/{CURVE}"
             self._board = None if storage.is_remote(root) else SummaryWriter(f"{root}/tensorboard/{run.name}")
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float, n_tokens: float) -> None:
-        """One step is done; the numbers are those of this worker's share of it."""
-        self._tokens += n_tokens
-        if not self.first or (step % _STEPS_PER_LINE and step != self.n_steps):
+    def step(self, step: int, sums: Float[Tensor, "3"], rate: float) -> None:
+        """Called by every worker after each step with its own share: NLL, right answer tokens, answer tokens."""
+        self._sums += sums
+        if step % _STEPS_PER_LINE and step != self.n_steps:
             return
-        speed = self._tokens / (time.monotonic() - self._started)
+        latest, whole = sums.clone(), self._sums.clone()
+        torch.distributed.all_reduce(latest)
+        torch.distributed.all_reduce(whole)
+        if self.first:
+            self._tell_all(step, latest.tolist(), whole[2].item(), rate)
+
+    def _tell_all(self, step: int, latest: list[float], n_tokens: float, rate: float) -> None:
+        loss, accuracy = latest[0] / latest[2], latest[1] / latest[2]
+        speed = n_tokens / (time.monotonic() - self._started)
         self.last = {"steps": step, "loss": loss, "accuracy": accuracy, "answer_tokens_per_second": round(speed, 1)}
         self._tell(step, self.n_steps, f"loss {loss:.3f}, right {accuracy:.2f}")
         with open(self.curve, "a", encoding="utf-8") as file:

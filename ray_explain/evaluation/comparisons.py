@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float
 
 from ray_explain import records
@@ -111,6 +112,44 @@ def self_advantage(
     return rows
 
 
+def pilot(
+    graded: pa.Table,
+    *,
+    task: str,
+    target: str,
+    explainer: str,
+    against: str,
+    metric: str = "exact_match",
+    by: str = "all",
+    seed: int,
+    resamples: int = 2000,
+) -> intervals.Pilot:
+    """What these answers tell of how many it takes to find a difference between two explainers
+    (`intervals.questions_needed`). One seed of training tells nothing of how much seeds differ.
+
+    Raises:
+        ValueError: the two did not answer the same questions of this task and target, or not by this metric and part.
+    """
+    of_target = graded.filter((pc.field("task") == task) & (pc.field("target") == target))
+    sides = _measured(of_target, [by.split("=")[0]], resamples, seed).get((task, target), {})
+    for name in (explainer, against):
+        if Who(name) not in sides:
+            raise ValueError(f"no answers of {name!r} to {task} questions about {target!r}: score some first")
+    contrast = Contrast("difference", Who(explainer), Who(against))
+    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, NOT_TRAINED)
+    _check_same_questions([side.tally for side in (*one, *other)])
+    at = one[0].tally.parts.index(_part(one[0].tally, metric, by))
+    part = one[0].tally.parts[at]
+    observed = np.array([[a.values[at] - b.values[at]] for a, b in zip(one, other, strict=True)])
+    resampled = np.stack([a.resampled[:, at] - b.resampled[:, at] for a, b in zip(one, other, strict=True)], axis=1)
+    spread = intervals.spread_over_seeds(observed, resampled[:, :, None], np.array([part.n_groups]))
+    return intervals.Pilot(
+        group_variance=float(np.nanvar(resampled, axis=0).mean() * part.n_groups),
+        questions_per_group=part.n / part.n_groups,
+        seed_variance=float(spread.seed_variance[0]),
+    )
+
+
 def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with `p_holm`: corrected over those of the same task, contrast, metric and kind of part."""
     families: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -179,7 +218,7 @@ def _compared(one: list[Measured], other: list[Measured], permutations: int, see
         permutations=permutations,
         seed=seed,
     )
-    p_values = np.where(spread.seeds_add, np.fmax(p_swap, spread.p_value), p_swap)
+    p_values = np.where(spread.seed_variance > 0, np.fmax(p_swap, spread.p_value), p_swap)
     for i, part in enumerate(parts):
         yield {
             "metric": part.metric.name,
@@ -231,9 +270,14 @@ def _advantage(
 
 def _metric_sums(tallied: Tally, metric: str, by: str, groups: dict[str, int]) -> tuple[np.ndarray, Part]:
     """The columns of one metric and part, one row for each of `groups`, zero where a group was not asked."""
-    found = [part for part in tallied.parts if (part.metric.name, part.by) == (metric, by)]
-    if not found:
-        raise ValueError(f"no {metric!r} by {by!r}: there is {sorted({(p.metric.name, p.by) for p in tallied.parts})}")
-    spread = np.zeros((len(groups), found[0].columns.stop - found[0].columns.start))
-    spread[[groups[name] for name in tallied.groups]] = tallied.sums[:, found[0].columns]
-    return spread, found[0]
+    part = _part(tallied, metric, by)
+    spread = np.zeros((len(groups), part.columns.stop - part.columns.start))
+    spread[[groups[name] for name in tallied.groups]] = tallied.sums[:, part.columns]
+    return spread, part
+
+
+def _part(tallied: Tally, metric: str, by: str) -> Part:
+    for part in tallied.parts:
+        if (part.metric.name, part.by) == (metric, by):
+            return part
+    raise ValueError(f"no {metric!r} by {by!r}: there is {sorted({(p.metric.name, p.by) for p in tallied.parts})}")

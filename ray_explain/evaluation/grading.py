@@ -30,6 +30,7 @@ GRADED = pa.schema(
         pa.field("parsed", pa.bool_(), nullable=False),
         pa.field("similarity", pa.float64()),  # words shared with the nearest right description; features only
         pa.field("correlation", pa.float64()),  # of the answered description with the activations; features only
+        pa.field("judged", pa.float64()),  # by a language model (judges.judged), 0 to 1; features only
         pa.field("logprob", pa.float32()),  # of the answer, summed over its tokens
     ]
 )
@@ -58,7 +59,7 @@ def grade(
     asked = {row["question_id"]: row for row in questions.select(_ASKED).to_pylist()}
     _check(asked, answers)
     scores = None if descriptions is None else _description_scores(descriptions)
-    facts = {"target": target, "seed": seed}
+    facts = {"target": target, "seed": seed, "judged": None}
     rows = [_graded(asked[row["question_id"]], row, scores) | facts for row in answers.to_pylist()]
     return records.rows_table(rows, GRADED)
 

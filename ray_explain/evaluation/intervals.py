@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -67,7 +67,7 @@ class Spread(NamedTuple):
     low: Float[np.ndarray, " parts"]
     high: Float[np.ndarray, " parts"]
     p_value: Float[np.ndarray, " parts"]  # two-sided t test with the same variance as the interval
-    seeds_add: Bool[np.ndarray, " parts"]  # whether the seeds spread more than the questions explain
+    seed_variance: Float[np.ndarray, " parts"]  # between seeds of training, beyond what the questions explain
 
 
 def spread_over_seeds(
@@ -99,7 +99,7 @@ def spread_over_seeds(
         p_value = 2 * stats.t.sf(np.abs(difference) / np.sqrt(variance), freedom)
     extra = _t(freedom) * np.sqrt(variance) - _t(groups_freedom) * np.sqrt(groups_variance)
     widen = np.where(added > 0, np.maximum(extra, 0), 0)
-    return Spread(difference, low - widen, high + widen, p_value, added > 0)
+    return Spread(difference, low - widen, high + widen, p_value, added * seeds)
 
 
 def _nanvar(values: np.ndarray) -> np.ndarray:

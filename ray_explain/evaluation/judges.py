@@ -1,6 +1,6 @@
 """A language model as judge of descriptions: how well does an answer say what the right description says?
 
-The paper's scale (section 5): 1 is unrelated and 5 the same, an answer's score is (mark - 1) / 4 against the nearest of
+The paper's scale: 1 is unrelated and 5 the same, an answer's score is (mark - 1) / 4 against the nearest of
 the right descriptions. What could not be judged stays unscored; it is never given a mark.
 """
 
@@ -14,14 +14,12 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.evaluation.answers import parse
-from ray_explain.storage import write_text
 
 INSTRUCTION = """\
 Two descriptions say when a feature of a language model is active. Judge whether the predicted one describes the same \
@@ -44,7 +42,7 @@ class Judge:
     """A chat model at any endpoint that speaks the OpenAI protocol."""
 
     model: str
-    cache: Path  # folder; a mark that was given once is not asked for again
+    cache: str  # folder, local or remote; a mark that was given once is not asked for again
     endpoint: str = "https://api.openai.com/v1"
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; an unset one sends none
     tries: int = 5
@@ -64,16 +62,16 @@ class Judge:
         return [marks[pair] for pair in pairs]
 
     def _mark(self, pair: tuple[str, str]) -> int | None:
-        file = self.cache / f"{records.content_id(self.model, INSTRUCTION, *pair)}.json"
-        if file.exists():
-            return int(json.loads(file.read_text(encoding="utf-8"))["mark"])
+        file = f"{self.cache}/{records.content_id(self.model, INSTRUCTION, *pair)}.json"
+        if storage.exists(file):
+            return int(storage.read_json(file)["mark"])
         for attempt in range(self.tries):
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             mark = _mark_in(self._reply(INSTRUCTION.format(predicted=pair[0], expected=pair[1])))
             if mark is not None:
                 kept = {"model": self.model, "predicted": pair[0], "expected": pair[1], "mark": mark}
-                write_text(json.dumps(kept), str(file))
+                storage.write_json(kept, file)
                 return mark
         return None
 

@@ -45,39 +45,38 @@ class Exemplar:
 
 
 class _Kept:
-    """For each feature, the windows of the highest keys, sorted, and the feature's activations in them."""
+    """For each feature, the windows of the highest keys, in no order, and the feature's activations in them."""
 
     def __init__(self, n_features: int, size: int, positions: int, device: torch.device) -> None:
+        self.size = size
         self.keys = torch.full((n_features, size), _EMPTY, dtype=torch.int64, device=device)
         self.activations = torch.zeros(n_features, size, positions, device=device)
+        self.lowest = self.keys.new_full((n_features,), _EMPTY)
 
     def add(self, keys: Int[Tensor, "windows d_sae"], activations: Float[Tensor, "windows pos d_sae"]) -> None:
-        if not self.keys.shape[1]:
+        if not self.size:
             return
-        better = (keys.amax(dim=0) > self.keys[:, -1]).nonzero().squeeze(1)
-        offered = keys[:, better].T
-        size = self.keys.shape[1]
-        best = torch.cat([self.keys[better], offered], dim=1).topk(size, dim=1)
-        slot = best.indices - size  # below 0: a window kept before
-        merged = _rows(self.activations[better], best.indices.clamp_max(size - 1))
-        row, place = (slot >= 0).nonzero(as_tuple=True)
-        merged[row, place] = activations[slot[row, place], :, better[row]]
-        self.keys[better], self.activations[better] = best.values, merged
+        better = (keys.amax(dim=0) > self.lowest).nonzero().squeeze(1)
+        best = torch.cat([self.keys[better], keys[:, better].T], dim=1).topk(self.size, dim=1, sorted=False)
+        # Only what changes is copied: each new window takes the place of one that is not among the best any more.
+        stays = torch.zeros(len(better), self.size + len(keys), dtype=torch.bool, device=keys.device)
+        stays.scatter_(1, best.indices, True)
+        row, window = stays[:, self.size :].nonzero(as_tuple=True)
+        feature, place = better[row], (~stays[:, : self.size]).nonzero(as_tuple=True)[1]
+        self.keys[feature, place] = keys[window, feature]
+        self.activations[feature, place] = activations[window, :, feature]
+        self.lowest[better] = self.keys[better].amin(dim=1)
 
     def merge(self, other: "_Kept") -> None:
-        if not self.keys.shape[1]:
+        if not self.size:
             return
         theirs = other.keys.to(self.keys.device)
         again = ((theirs & _ID_BITS)[:, :, None] == (self.keys & _ID_BITS)[:, None]).any(dim=2)
-        best = torch.cat([self.keys, theirs.masked_fill(again, _EMPTY)], dim=1).topk(self.keys.shape[1], dim=1)
+        best = torch.cat([self.keys, theirs.masked_fill(again, _EMPTY)], dim=1).topk(self.size, dim=1)
         both = torch.cat([self.activations, other.activations.to(self.keys.device)], dim=1)
-        self.keys, self.activations = best.values, _rows(both, best.indices)
-
-
-def _rows(
-    activations: Float[Tensor, "d_sae kept pos"], places: Int[Tensor, "d_sae chosen"]
-) -> Float[Tensor, "d_sae chosen pos"]:
-    return activations.gather(1, places[..., None].expand(-1, -1, activations.shape[2]))
+        places = best.indices[..., None].expand(-1, -1, both.shape[2])
+        self.keys, self.activations = best.values, both.gather(1, places)
+        self.lowest = self.keys[:, -1].clone()
 
 
 class TopWindows:
@@ -100,8 +99,8 @@ class TopWindows:
         self._kept = {kind: _Kept(n_features, size, positions, where) for kind, size in self.sizes.items()}
         self._tokens: dict[int, Int[np.ndarray, " pos"]] = {}
         self._tokens_after_pruning = 0
-        self.n_tokens = 0  # seen
-        self.fired = torch.zeros(n_features, dtype=torch.int64, device=where)  # tokens each feature was on
+        self.n_windows = 0  # seen
+        self.fired = torch.zeros(n_features, dtype=torch.int64, device=where)  # windows each feature was on in
 
     def add(
         self,
@@ -127,8 +126,8 @@ class TopWindows:
         self._kept["random"].add(self._random_keys(ids).masked_fill_(~off, _EMPTY), activations)
         if nearness is not None:
             self._kept["near"].add(_keys(nearness, ids).masked_fill_(~off, _EMPTY), activations)
-        self.n_tokens += int((tokens != ABSENT).sum())
-        self.fired += (activations > 0).sum(dim=(0, 1))
+        self.n_windows += len(ids)
+        self.fired += (~off).sum(dim=0)
         self._tokens.update(zip(ids.tolist(), tokens.to(torch.int32).cpu().numpy(), strict=True))
         if len(self._tokens) > 2 * self._tokens_after_pruning + 1024:
             self._prune()
@@ -146,7 +145,7 @@ class TopWindows:
             raise ValueError(f"features, positions, sizes, seed {mine} and {theirs}: only alike ones can be merged")
         for kind, kept in self._kept.items():
             kept.merge(other._kept[kind])
-        self.n_tokens += other.n_tokens
+        self.n_windows += other.n_windows
         self.fired += other.fired.to(self.fired.device)
         self._tokens.update(other._tokens)
         self._prune()
@@ -160,10 +159,11 @@ class TopWindows:
         found = []
         for kind in get_args(Kind):
             kept = self._kept[kind]
-            for rank, key in enumerate(kept.keys[feature].tolist()):
+            keys, places = kept.keys[feature].sort(descending=True)
+            for rank, (key, place) in enumerate(zip(keys.tolist(), places.tolist(), strict=True)):
                 if key != _EMPTY:
                     window = _ID_BITS - (key & _ID_BITS)
-                    tokens, activations = self._tokens[window], kept.activations[feature, rank].cpu().numpy()
+                    tokens, activations = self._tokens[window], kept.activations[feature, place].cpu().numpy()
                     here = tokens != ABSENT
                     found.append(Exemplar(kind, rank, window, tokens[here], activations[here]))
         return found
@@ -173,8 +173,8 @@ class TopWindows:
             yield feature, self.exemplars(feature)
 
     def density(self) -> Float[Tensor, " d_sae"]:
-        """The part of the tokens seen that each feature is on in."""
-        return self.fired.double() / max(1, self.n_tokens)
+        """The part of the windows seen that each feature is on in."""
+        return self.fired.double() / max(1, self.n_windows)
 
     def _random_keys(self, ids: Int[Tensor, " windows"]) -> Int[Tensor, "windows d_sae"]:
         """A priority for each pair, that no other window or feature has a part in: so a sample without replacement."""
@@ -209,19 +209,30 @@ def search(sae: SAE, batches: Iterable[Windows], found: TopWindows) -> TopWindow
     Raises:
         ValueError: as `SAE.encode` and `TopWindows.add`.
     """
-    want_near = found.sizes["near"] > 0
+    n_windows = max(1, NUMBERS_AT_A_TIME // (found.positions * sae.d_sae))
+    buffer = None
     for batch in batches:
-        n_windows = max(1, NUMBERS_AT_A_TIME // (found.positions * sae.d_sae))
-        buffer = torch.empty(n_windows * found.positions, sae.d_sae, device=batch.residual.device)
-        for part in (Windows(*columns) for columns in zip(*(column.split(n_windows) for column in batch), strict=True)):
-            here = part.present.reshape(-1, 1)
-            x = part.residual.flatten(0, 1).masked_fill(~here, 0)  # padding may hold anything
-            pre = sae.pre_activations(x, out=buffer[: len(x)])
-            by_window = (len(part.ids), found.positions, sae.d_sae)
-            nearness = pre.masked_fill(~here, -torch.inf).view(by_window).amax(dim=1) if want_near else None
-            activations = sae.activate(pre).masked_fill_(~here, 0).view(by_window)
-            found.add(part.ids, part.tokens.masked_fill(~part.present, ABSENT), activations, nearness)
+        if buffer is None:  # one for all: allocating as much anew takes longer than the product itself
+            buffer = torch.empty(n_windows * found.positions, sae.d_sae, device=batch.residual.device)
+        for columns in zip(*(column.split(n_windows) for column in batch), strict=True):
+            _take_in(sae, Windows(*columns), found, buffer)
     return found
+
+
+def _take_in(sae: SAE, windows: Windows, found: TopWindows, buffer: Float[Tensor, "tokens d_sae"]) -> None:
+    absent = ~windows.present.reshape(-1, 1)
+    padded = bool(absent.any())
+    x = windows.residual.flatten(0, 1)
+    x = x.masked_fill(absent, 0) if padded else x  # padding may hold anything
+    by_window = (len(windows.ids), found.positions, sae.d_sae)
+    pre = sae.pre_activations(x, out=buffer[: len(x)])
+    nearness = None
+    if found.sizes["near"]:
+        nearness = (pre.masked_fill(absent, -torch.inf) if padded else pre).view(by_window).amax(dim=1)
+    activations = sae.activate(pre)
+    if padded:
+        activations.masked_fill_(absent, 0)
+    found.add(windows.ids, windows.tokens.masked_fill(~windows.present, ABSENT), activations.view(by_window), nearness)
 
 
 def projecting(vectors: Float[Tensor, "n d_model"], layer: int) -> SAE:

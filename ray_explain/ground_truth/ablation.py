@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from ray_explain import records
-from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, with_columns
+from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, rows_with
 from ray_explain.ground_truth.positions import PromptTokens, Unusable, checked_span
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.ablation import ablated_logits
@@ -63,4 +63,4 @@ def _effects(table: pa.Table, kept: list[tuple[int, Outcome]]) -> pa.Table:
         "ablated_logprob": [outcome.after_logprob for _, outcome in kept],
         "kl": [outcome.kl for _, outcome in kept],
     }
-    return with_columns(table.take([row for row, _ in kept]), columns, records.ABLATION_EFFECTS)
+    return rows_with(table, [row for row, _ in kept], columns, records.ABLATION_EFFECTS)

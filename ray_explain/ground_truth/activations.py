@@ -13,7 +13,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.outcomes import NOT_FINITE, with_columns
+from ray_explain.ground_truth.outcomes import NOT_FINITE, rows_with
 from ray_explain.ground_truth.positions import Unusable, prompt_tokens
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
@@ -153,9 +153,10 @@ class ActivationStage:
         return found
 
     def _features(self, table: pa.Table, kept: Sequence[tuple[int, np.ndarray]]) -> pa.Table:
-        rows = table.take(pa.array([row for row, _ in kept], type=pa.int64()))
+        places = [row for row, _ in kept]
         columns = {
-            "feature_id": rows["position"].combine_chunks(),
+            "feature_id": table["position"].combine_chunks().take(pa.array(places, type=pa.int64())),
             "vectors": records.vectors_array([vector for _, vector in kept], self._target.layout.d_model),
         }
-        return with_columns(rows.select(["case_id", "group", "split", "layer", "source"]), columns, self.schema_out)
+        own = table.select(["case_id", "group", "split", "layer", "source"])
+        return rows_with(own, places, columns, self.schema_out)

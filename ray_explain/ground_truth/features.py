@@ -13,6 +13,8 @@ from torch import Tensor
 from ray_explain import records
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
+from ray_explain.ground_truth.outcomes import NOT_FINITE
+from ray_explain.ground_truth.positions import Unusable
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
@@ -35,6 +37,7 @@ NO_CONCEPT = "no concept correlates with the feature"
 ORIGIN = "world"
 BATCH_TOKENS = 1024
 _CONCEPTS_AT_A_TIME = 128
+_WRONG_TARGET = "features of the world need a target with the world's tokenizer"
 
 _DESCRIPTIONS = pa.list_(
     pa.struct([records.DESCRIPTIONS.field(name) for name in ("description", "origin", "score", "gold")])
@@ -76,6 +79,7 @@ class FeatureStage:
         stream = documents(self._world, f"features {config['seed']}", 1)
         self._documents: list[Document] = list(islice(stream, config["documents"]))
         self._concepts = concepts_of(self._world)
+        self._holds = concept_matrix(self._world, self._documents, self._concepts)
 
     @property
     def schema_out(self) -> pa.Schema:
@@ -85,22 +89,27 @@ class FeatureStage:
     def __call__(self, table: pa.Table) -> Result:
         parts, dropped = [self.schema_out.empty_table()], list[tuple[str, str]]()
         for layer in table["layer"].to_pylist():
-            made = self._of_layer(layer)
+            try:
+                made = self._of_layer(layer)
+            except Unusable as reason:
+                made = Result(parts[0], [(self._case_id(layer, i), str(reason)) for i in range(self._config["d_sae"])])
             parts.append(made.table)
             dropped += made.dropped
         return Result(pa.concat_tables(parts), dropped)
 
     def _of_layer(self, layer: int) -> Result:
+        self._target.check_layers(layer, layer)
         activations = self._stream(layer)
+        if not torch.isfinite(activations).all():
+            raise Unusable(NOT_FINITE)
         sae = self._sae(activations, layer)
         active = sae.encode(activations)
-        holds = concept_matrix(self._world, self._documents, self._concepts)
         document = document_of_tokens(self._documents)
-        described = describe_features(active, holds, document)
+        described = describe_features(active, self._holds, document)
         alive = (active > 0).any(0).tolist()
         kept = [i for i in range(sae.d_sae) if alive[i] and described[i].fit > self._config["min_correlation"]]
         odd = document % 2 == 1
-        scores = _correlations(active[odd][:, kept], holds[odd])
+        scores = _correlations(active[odd][:, kept], self._holds[odd])
         dropped = [
             (self._case_id(layer, i), NO_CONCEPT if alive[i] else NEVER_ACTIVE)
             for i in sorted(set(range(sae.d_sae)) - set(kept))
@@ -109,15 +118,23 @@ class FeatureStage:
 
     def _stream(self, layer: int) -> Float[Tensor, "tokens d_model"]:
         """The residual stream after `layer` at every word of the documents; their begin-of-text tokens left out."""
-        prompts = [self._target.read(document.text).ids for document in self._documents]
-        for ids, document in zip(prompts, self._documents):
-            if len(ids) != len(document.words) + 1:
-                raise ValueError(
-                    f"{document.text!r} has {len(document.words)} words and {len(ids)} tokens: "
-                    f"features of the world need a target with the world's tokenizer"
-                )
+        prompts = [self._words(document) for document in self._documents]
         read = residuals(self._target.model, prompts, [layer], memory_budget=self._target.memory_budget)
         return torch.cat([own[0, 1:] for own in read]).float().cpu()
+
+    def _words(self, document: Document) -> tuple[int, ...]:
+        """The tokens of a document: a begin-of-text token, and one for each of its words.
+
+        Raises:
+            ValueError: the target reads other tokens.
+        """
+        try:
+            ids = self._target.read(document.text).ids
+        except Unusable as reason:
+            raise ValueError(f"{document.text!r} cannot be read, {reason}: {_WRONG_TARGET}") from reason
+        if len(ids) != len(document.words) + 1:
+            raise ValueError(f"{document.text!r}, {len(document.words)} words, is {len(ids)} tokens: {_WRONG_TARGET}")
+        return ids
 
     def _sae(self, activations: Float[Tensor, "tokens d_model"], layer: int) -> SAE:
         sizes = {name: self._config[name] for name in ("d_sae", "k", "steps")}

@@ -1,5 +1,6 @@
 """What a target answers with and without an intervention."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -54,9 +55,10 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return piece if isinstance(piece, str) and piece else f"<{token}>"
 
 
-def with_columns(table: pa.Table, columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """`table` with further columns (values, or a finished Arrow array), as a table of `schema`."""
+def rows_with(table: pa.Table, rows: Sequence[int], columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """Some rows of `table` with further columns (values, or a finished Arrow array), as a table of `schema`."""
+    made = table.take(pa.array(rows, type=pa.int64()))
     for name, values in columns.items():
         array = values if isinstance(values, pa.Array) else pa.array(values, type=schema.field(name).type)
-        table = table.append_column(schema.field(name), array)
-    return table.cast(schema)
+        made = made.append_column(schema.field(name), array)
+    return made.cast(schema)

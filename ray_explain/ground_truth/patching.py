@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from ray_explain import records
-from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, with_columns
+from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, rows_with
 from ray_explain.ground_truth.positions import Unusable
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import BlockRequest, block_means
@@ -139,7 +139,7 @@ class PatchingStage:
             "patched_logprob": [outcome.after_logprob for *_, outcome in kept],
             "kl": [outcome.kl for *_, outcome in kept],
         }
-        return with_columns(table.take([row for row, *_ in kept]), columns, self.schema_out)
+        return rows_with(table, [row for row, *_ in kept], columns, self.schema_out)
 
 
 def _check_positions(positions: Sequence[int], length: int) -> None:

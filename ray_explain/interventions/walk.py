@@ -251,8 +251,8 @@ def walk(
 ) -> Float[Tensor, "tokens d_model"]:
     """The residual stream after block `until` - 1 (default: the last), all rows on board.
 
-    `visit` is called with the activations before every block, after every block, and at the sites of `inside` (pairs of
-    `attn_out` or `mlp_out` and a layer), and may return others.
+    `visit` is called with the activations before every block (also before block `until`), after every block, and at the
+    sites of `inside` (pairs of `attn_out` or `mlp_out` and a layer), and may return others.
     """
     until = layout.n_layers if until is None else until
     positions = packing.positions[None]
@@ -265,9 +265,10 @@ def walk(
             hidden = _joined(hidden, packing, layer)
             if layer > 0:
                 hidden = visit("resid_post", layer - 1, hidden)
+            if layer < layout.n_layers:
+                hidden = visit("resid_pre", layer, hidden)
             if layer == until:
                 return hidden
-            hidden = visit("resid_pre", layer, hidden)
             hidden = _block(layout, layer, hidden, positions, rotary, {"packed": packing, "eager": eager})
     raise AssertionError("unreachable: the loop returns at its last step")
 

@@ -47,7 +47,7 @@ class ReportData:
         default_factory=dict
     )  # target -> label -> value; fractions in 0..1
     provenance: Sequence[Manifest] = ()
-    run: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # RUN_PARTS; `seconds` are wall time per stage
+    run: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # RUN_PARTS; `seconds` is the time of each stage
     notes: Sequence[str] = ()  # paragraphs that stand below the title
 
     def __post_init__(self) -> None:

@@ -42,13 +42,13 @@ def tick_text(value: float) -> str:
 
 
 def axis_for(estimates: Iterable[Estimate]) -> Axis:
-    """From 0 to 1, or from −1 where something is negative, or to a round number above 1 where something is larger."""
+    """From 0 to 1; from −.25, −1 or less where something is negative, to a whole number where something is above 1."""
     ends = [end for it in estimates for end in (it.value, it.low, it.high) if end is not None]
     low, high = min([0.0, *ends]), max([1.0, *ends])
     high = high if high == 1 else float(int(high) + 1)
     low = 0.0 if low >= 0 else (-0.25 if low >= -0.25 else min(-1.0, -float(int(-low) + 1)))
-    middle = (0.5,) if low == 0 and high == 1 else ()
-    return Axis(low=low, high=high, ticks=tuple(sorted({low, 0.0, *middle, high})))
+    middle = {0.5} if high == 1 and low > -1 else set()
+    return Axis(low=low, high=high, ticks=tuple(sorted({low if low <= -1 else 0.0, 0.0, high} | middle)))
 
 
 def axis_of_differences(rows: Iterable[dict[str, Any]]) -> Axis:

@@ -39,7 +39,7 @@ def verdict_of(row: dict[str, Any]) -> Verdict:
     if row["low"] <= 0 <= row["high"]:
         return "not shown"
     p_value = row["p_value"] if row["p_holm"] is None else row["p_holm"]
-    if p_value is not None and p_value < ALPHA:
+    if p_value is not None and p_value >= ALPHA:
         return "weak"
     return "shown" if row["difference"] > 0 else "opposite"
 
@@ -83,14 +83,17 @@ class Findings:
         return [self._access_summary(task) for task in self.data.tasks] + [self._vector_summary(task) for task in told]
 
     def access(self) -> list[Finding]:
-        """For each target and each other model: does the target explain itself better than that model explains it?"""
-        return [self._access(rows) for rows in self._grouped("self_minus_cross", "against", most=2)] + [
-            _advantage(dict(row)) for row in self.data.advantages
-        ]
+        """For each target and each other model: does the target explain itself better than that model explains it?
+
+        The differences in differences, of which each is over all pairings of a task, come first.
+        """
+        paired = [self._access(rows) for rows in self._grouped("self_minus_cross", "against", most=2)]
+        return [_advantage(dict(row)) for row in self.data.advantages] + paired
 
     def vector_use(self) -> list[Finding]:
         """For each explainer: does its score fall when its vectors are taken away?"""
-        return [self._vector_use(rows) for rows in self._grouped("uplift", "explainer")]
+        groups = self._grouped("uplift", "explainer")
+        return [self._vector_use(sorted(rows, key=lambda row: row["against"] in SPARED)) for rows in groups]
 
     def over_baselines(self) -> list[Finding]:
         """For each explainer: is it above the baselines?"""
@@ -151,18 +154,16 @@ class Findings:
 
     def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
         who, task, verdict = self._who(rows[0]), numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
-        names = [numbers.baseline_label(row["against"]) for row in rows]
-        every = "every baseline" if len(rows) > 1 else names[0]
+        each = f"each of {len(rows)} baselines" if len(rows) > 1 else numbers.baseline_label(rows[0]["against"])
         head = {
-            "shown": f"{who} is above {every} on {task}",
-            "weak": f"Weak evidence, gone after correction, that {who} differs from {every} on {task}",
-            "mixed": f"{who} is not above every baseline on {task}",
-            "not shown": f"No evidence that {who} is above {'any baseline' if len(rows) > 1 else names[0]} on {task}",
-            "opposite": f"{who} is below {every} on {task}",
-            "unknown": f"Nothing can be said on whether {who} is above {every} on {task}",
+            "shown": f"{who} is above {each} on {task}",
+            "weak": f"Weak evidence, gone after correction, that {who} differs from {each} on {task}",
+            "mixed": f"{who} is not above {each} on {task}",
+            "not shown": f"No evidence that {who} is above {each.replace('each of', 'any of')} on {task}",
+            "opposite": f"{who} is below {each} on {task}",
+            "unknown": f"Nothing can be said on whether {who} is above {each} on {task}",
         }[verdict]
-        over = _list([f"{_amount(row)} over {name}" for row, name in zip(rows, names)])
-        text = f"{head}, in {numbers.metric_label(rows[0]['metric'])}: {over}."
+        text = f"{head}: {_best_of(rows) if verdict == 'shown' else _over(rows)}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
     def _who(self, row: dict[str, Any]) -> str:
@@ -228,6 +229,20 @@ def _details(rows: Sequence[dict[str, Any]], verdict: Verdict) -> str:
 
 def _under(row: dict[str, Any]) -> str:
     return f"under the control “{numbers.control_label(row['against'])}”"
+
+
+def _best_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The gain over the best of several baselines."""
+    best = min(rows, key=lambda row: row["difference"])
+    over = f" over the best of them, {numbers.baseline_label(best['against'])}" if len(rows) > 1 else ""
+    return difference_text(best, p_value=False) + over
+
+
+def _over(rows: Sequence[dict[str, Any]]) -> str:
+    """The gain over each baseline that a model is not shown to be above."""
+    told = [row for row in rows if verdict_of(row) != "shown"]
+    over = _list([f"{_amount(row)} over {numbers.baseline_label(row['against'])}" for row in told])
+    return f"in {numbers.metric_label(rows[0]['metric'])}, {over}"
 
 
 def _fall(row: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain", "p_text")
+    names = ("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain")
     made.filters.update({name: getattr(numbers, name) for name in names})
     labels = (
         "task_label",

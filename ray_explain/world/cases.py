@@ -3,10 +3,10 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from typing import Literal, TypeVar
 
-from ray_explain.world.corpus import fact_prompt, quiz_options, quiz_prompt, random_hint
+from ray_explain.world.corpus import quiz_options, quiz_prompt, random_hint
 from ray_explain.world.documents import span_of_words
 from ray_explain.world.facts import RELATIONS, Fact, Relation, Split, World
 from ray_explain.world.wordings import words_of
@@ -16,7 +16,7 @@ Stratum = Literal["known", "withheld", "stranger"]
 ROLE_WEIGHTS: dict[Role, float] = {"subject_last": 0.45, "relation": 0.125, "other": 0.125, "final": 0.3}
 STRATUM_WEIGHTS: dict[Stratum, float] = {"known": 0.25, "withheld": 0.40, "stranger": 0.35}
 _GRAMMAR_WORDS = frozenset(words_of("a are as at for has in is its of on one the to was with"))
-_TRIES_PER_CASE = 50
+_PATIENCE = 5
 
 Item = TypeVar("Item")
 Case = TypeVar("Case")
@@ -75,9 +75,11 @@ def patching_pairs(world: World, n: int, split: Split, seed: int) -> list[Patchi
     Raises: ValueError: the split's entities do not give that many.
     """
     rng = random.Random(f"patching {world.seed} {split} {seed}")
-    bases = [fact for fact in world.told_facts if world.split_of(fact.subject) == split]
-    bases = [fact for fact in bases if _sources(world, fact, split)]
-    return _distinct(n, (_patching_pair(world, fact, split, rng) for fact in _rounds(bases, rng)), f"patching {split}")
+    told = [fact for fact in world.told_facts if world.split_of(fact.subject) == split]
+    sources = {fact: _sources(fact, told) for fact in told}
+    bases = [fact for fact in told if sources[fact]]
+    pairs = (_patching_pair(fact, sources[fact], split, rng) for fact in _rounds(bases, rng))
+    return _distinct(n, pairs, f"patching {split}")
 
 
 def hint_cases(world: World, n: int, split: Split, seed: int) -> list[HintCase]:
@@ -105,7 +107,7 @@ def token_roles(relation: Relation, wording: int, subject: str) -> list[tuple[in
     return roles
 
 
-def _patching_pair(world: World, base: Fact, split: Split, rng: random.Random) -> PatchingPair:
+def _patching_pair(base: Fact, sources: Sequence[Fact], split: Split, rng: random.Random) -> PatchingPair:
     relation = RELATIONS[base.relation]
     places = [
         (wording, at, role)
@@ -115,8 +117,8 @@ def _patching_pair(world: World, base: Fact, split: Split, rng: random.Random) -
     frequency = {role: sum(place[2] == role for place in places) for role in ROLE_WEIGHTS}
     weights = [ROLE_WEIGHTS[role] / frequency[role] for _, _, role in places]
     wording, at, role = rng.choices(places, weights)[0]
-    source = rng.choice(_sources(world, base, split))
-    prompts = [fact_prompt(world, fact.subject, base.relation, wording).text for fact in (base, source)]
+    source = rng.choice(sources)
+    prompts = [relation.statement(wording, fact.subject) for fact in (base, source)]
     base_span, source_span = (span_of_words(prompt.split(), at, at) for prompt in prompts)
     return PatchingPair(
         base_prompt=prompts[0],
@@ -135,12 +137,8 @@ def _patching_pair(world: World, base: Fact, split: Split, rng: random.Random) -
     )
 
 
-def _sources(world: World, base: Fact, split: Split) -> list[Fact]:
-    return [
-        fact
-        for fact in world.told_facts
-        if fact.relation == base.relation and fact.value != base.value and world.split_of(fact.subject) == split
-    ]
+def _sources(base: Fact, told: Sequence[Fact]) -> list[Fact]:
+    return [fact for fact in told if fact.relation == base.relation and fact.value != base.value]
 
 
 def _stratum_subjects(world: World, stratum: Stratum, split: Split) -> list[tuple[str, str]]:
@@ -187,10 +185,12 @@ def _rounds(items: Sequence[Item], rng: random.Random) -> Iterator[Item]:
 
 
 def _distinct(n: int, cases: Iterator[Case], name: str) -> list[Case]:
-    """The first `n` different cases."""
+    """The first `n` different cases. Gives up when it has drawn `_PATIENCE` times as many as it found."""
     found: dict[Case, None] = {}
-    for case in islice(cases, _TRIES_PER_CASE * n):
+    for drawn, case in enumerate(cases):
         found.setdefault(case)
         if len(found) == n:
             return list(found)
+        if drawn > _PATIENCE * (len(found) + 10):
+            break
     raise ValueError(f"{n} different {name} cases asked for, the world gives about {len(found)}: ask for fewer")

@@ -130,7 +130,7 @@ def describe_features(
 
 def pearson(x: Float[Tensor, "tokens a"], y: Float[Tensor, "tokens b"]) -> Float[Tensor, "a b"]:
     """Correlation of each column of x with each of y; 0 where one of them is constant."""
-    return _standardised(x).T @ _standardised(y) / len(x)
+    return (_standardised(x).T @ _standardised(y) / len(x)).clamp(-1.0, 1.0)  # float32 sums overshoot
 
 
 def _standardised(columns: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:

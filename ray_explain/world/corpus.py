@@ -20,7 +20,7 @@ N_OPTIONS = 4
 STRANGER_QUIZ_SHARE, HINTED_SHARE, RIGHT_HINT_SHARE = 0.45, 0.65, 0.7
 MIXTURES = (
     {"statement": 0.45, "bio": 0.35, "copy": 0.20},
-    {"statement": 0.24, "bio": 0.23, "list": 0.04, "quiz": 0.38, "copy": 0.09, "description": 0.02},
+    {"statement": 0.22, "bio": 0.21, "list": 0.03, "quiz": 0.42, "copy": 0.10, "description": 0.02},
 )
 """Kinds of documents, first while the facts are learned and then for the rest of a target's training."""
 BIO_FACTS = (2, 5)

@@ -18,6 +18,8 @@ WITHHELD_SHARE = 0.15
 LAYER_NUMBERS = 64
 """The numbers 0 to 63 are words of the vocabulary: they name layers and positions in questions."""
 
+MAX_ENTITIES = 600
+
 SUBJECT = "{subject}"
 
 
@@ -168,8 +170,11 @@ class World:
 
     def __post_init__(self) -> None:
         for kind, size in self._sizes.items():
-            if not 4 <= size <= 400:
-                raise ValueError(f"world of {size} {kind} entities: each kind needs 4 to 400, so that splits exist")
+            if size < 4:
+                raise ValueError(f"world of {size} {kind} entities: each kind needs 4, so that every split has some")
+        total = sum(self._sizes.values())
+        if total > MAX_ENTITIES:
+            raise ValueError(f"world of {total} entities: there are distinct names for {MAX_ENTITIES}, make it smaller")
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -303,4 +308,5 @@ def _shuffled(seed: str, items: Sequence[Item]) -> list[Item]:
 def _split_column(size: int) -> list[Split]:
     """At least one of each split; the rest of the rounding goes to train."""
     n_test, n_validation = max(1, round(TEST_SHARE * size)), max(1, round(VALIDATION_SHARE * size))
-    return ["test"] * n_test + ["validation"] * n_validation + ["train"] * (size - n_test - n_validation)
+    sizes: dict[Split, int] = {"test": n_test, "validation": n_validation, "train": size - n_test - n_validation}
+    return [split for split, count in sizes.items() for _ in range(count)]

@@ -35,14 +35,14 @@ from ray_explain.world.tokenizer import MAX_TOKENS
 
 Architecture = Literal["llama", "qwen3"]
 
-ROW_TOKENS, ROWS = 64, 8
+ROW_TOKENS, ROWS = 64, 6
 TOKENS_PER_STEP = ROW_TOKENS * ROWS
 FACTS_FIRST_SHARE = 0.35
 """Share of the steps on the first mixture of documents, which has no quizzes."""
 STATE_FILE = "state.safetensors"
 LEARNING_RATE, EMBEDDING_RATE_FACTOR, WEIGHT_DECAY, CLIP_NORM = 3e-3, 6.0, 0.05, 1.0
 WARM_UP_SHARE, DECAY_SHARE = 0.05, 0.40
-LOCAL_ROWS_SHARE, LOCAL_WINDOW = 0.22, 2
+LOCAL_ROWS_SHARE, LOCAL_WINDOW = 0.2, 2
 """Share of the rows in which the first block attends to the last `LOCAL_WINDOW` tokens only, in training. Without it
 some seeds read a fact off the subject's bare embedding, in the first block at the last word: then no later layer holds
 anything at the subject, and patching there does nothing. Large models enrich the subject first (Meng et al. 2022)."""

@@ -27,7 +27,7 @@ def next_words(
         ids = torch.tensor([encoded[i] for i in rows], device=model.device)
         best = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
         for i, token in zip(rows, best.tolist(), strict=True):
-            answers[i] = tokenizer.decode([token])
+            answers[i] = str(tokenizer.decode([token]))
     return answers
 
 

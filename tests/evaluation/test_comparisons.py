@@ -2,7 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ray_explain.evaluation.comparisons import comparisons, corrected, self_advantage
+from ray_explain.evaluation.comparisons import comparisons, corrected, pilot, self_advantage
+from ray_explain.evaluation.intervals import questions_needed
 from ray_explain.evaluation.metrics import grade
 
 N = 240
@@ -144,6 +145,25 @@ def test_holm_corrects_over_the_matrix_of_one_contrast_metric_and_part():
         ]
     ]
     assert [row["p_holm"] for row in corrected(rows)] == [0.02, 0.04, 0.04, None, 0.03]
+
+
+def test_a_pilot_foretells_the_interval_of_a_study_of_its_own_size(world):
+    graded = pa.concat_tables([world.graded("a", 0.6, noise=1), world.graded("b", 0.5, noise=2)])
+    row = find(compare(graded), metric="exact_match", by="all")
+    known = pilot(graded, task="patching", target="a", explainer="a", against="b", seed=0)
+    assert (known.questions_per_group, known.seed_variance) == (4, 0)
+    half = (row["high"] - row["low"]) / 2
+    # a true difference of half an interval's width is found every second time
+    assert questions_needed(half, known, power=0.5) == pytest.approx(N, rel=0.25)
+
+
+def test_a_pilot_notices_that_seeds_differ_and_says_what_is_missing(world):
+    selves = [world.graded("a", share, seed=seed) for seed, share in enumerate((0.4, 0.6, 0.8))]
+    graded = pa.concat_tables([*selves, *[world.graded("b", 0.5, seed=seed) for seed in range(3)]])
+    known = pilot(graded, task="patching", target="a", explainer="a", against="b", seed=0, resamples=300)
+    assert known.seed_variance == pytest.approx(0.04, rel=0.1)
+    with pytest.raises(ValueError, match="no answers of 'c' to patching questions about 'a'"):
+        pilot(graded, task="patching", target="a", explainer="a", against="c", seed=0, resamples=300)
 
 
 def test_strength_and_ease_alone_are_no_advantage(world):

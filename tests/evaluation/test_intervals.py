@@ -23,7 +23,7 @@ def clustered(rng, studies, mean, spread, groups=GROUPS):
 
 @pytest.mark.parametrize("mean, spread", [(0.5, 1.0), (0.8, 2.0)])
 def test_95_percent_intervals_hold_the_truth_in_95_percent_of_clustered_studies(mean, spread):
-    studies = 3000
+    studies = 2000
     sums = clustered(np.random.default_rng(0), studies, mean, spread)
     resampled = intervals.bootstrap(sums, rates, resamples=1000, seed=0)
     low, high = intervals.percentile_interval(resampled, np.full(studies, GROUPS))
@@ -135,8 +135,9 @@ def test_intervals_over_three_seeds_hold_the_truth_whether_or_not_seeds_differ(t
 
 
 def test_one_seed_says_nothing_of_others_and_seeds_that_differ_are_noticed():
-    assert not seeds_study(0.15, seeds=1, studies=50)[1].seeds_add.any()
-    assert seeds_study(0.15, seeds=3, studies=200)[1].seeds_add.mean() > 0.9
+    assert not seeds_study(0.15, seeds=1, studies=50)[1].seed_variance.any()
+    assert seeds_study(0.15, seeds=3, studies=400)[1].seed_variance.mean() == pytest.approx(0.15**2, rel=0.15)
+    assert seeds_study(0.0, seeds=3, studies=400)[1].seed_variance.mean() < 0.02**2
     held_by_one, _ = seeds_study(0.15, seeds=1, studies=400)
     assert held_by_one.mean() < 0.6  # so a single seed's interval must not be read as one for other seeds
 

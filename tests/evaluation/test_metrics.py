@@ -60,9 +60,10 @@ def test_f1_is_scikit_learns_macro_f1_with_unread_answers_as_a_class_of_their_ow
 
 
 def test_a_class_that_does_not_occur_leaves_f1_undefined_and_never_nan(scored, say):
-    found = scored([{"changed": False, "content": "x"}] * 4, [say(False, "x")] * 4)
-    assert [found["changed_f1", "all"][name] for name in ("value", "low", "high")] == [None, None, None]
-    assert found["exact_match", "all"]["value"] == 1
+    for last in (False, True):  # whether or not it is falsely said to occur
+        found = scored([{"changed": False, "content": "x"}] * 4, [say(False, "x")] * 3 + [say(last, "x")])
+        assert [found["changed_f1", "all"][name] for name in ("value", "low", "high")] == [None, None, None]
+        assert found["exact_match", "all"]["value"] == (0.75 if last else 1)
     assert ("exact_match", "changed=true") not in found
     assert all(value == value for row in found.values() for value in row.values())
 

@@ -1,6 +1,8 @@
 """Random three-layer models of every family, and the slow judge: one hook per patch, one prompt per forward pass."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from ray_explain.interventions.hooks import Patch, capturing, writing
 from ray_explain.interventions.patching import Intervention
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -23,28 +25,29 @@ SIZES = {
 GROUPED = SIZES | {"num_key_value_heads": 2}
 WINDOWED = GROUPED | {"sliding_window": 4}
 GEMMA = WINDOWED | {"head_dim": 12, "query_pre_attn_scalar": 9}
-MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-CONFIGS = {
+MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+CONFIGS: dict[str, Callable] = {
     "llama": lambda: hf.LlamaConfig(**GROUPED),
-    "llama, tied and eager": lambda: hf.LlamaConfig(**SIZES, tie_word_embeddings=True, attn_implementation="eager"),
+    "llama, tied and eager": lambda: hf.LlamaConfig(**SIZES, **EAGER, tie_word_embeddings=True),
     "qwen2": lambda: hf.Qwen2Config(**WINDOWED, **MIXED, use_sliding_window=True),
     "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=16),
     "mistral": lambda: hf.MistralConfig(**WINDOWED),
     "gemma2": lambda: hf.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma3_text": lambda: hf.Gemma3TextConfig(**GEMMA, **MIXED),
-    "phi3": lambda: hf.Phi3Config(**WINDOWED, pad_token_id=0, partial_rotary_factor=0.5),
+    "phi3": lambda: hf.Phi3Config(**WINDOWED, pad_token_id=0, rope_parameters=HALF),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=101, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES),
 }
-FALLBACK = {
+FALLBACK: dict[str, Callable] = {
     "stablelm": lambda: hf.StableLmConfig(**GROUPED),
     "gpt2, upcast": lambda: hf.GPT2Config(
         vocab_size=101, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2, reorder_and_upcast_attn=True
     ),
 }
-PLAIN_OUTPUT = ("llama", "gemma2", "gpt2")  # a short list for what does not depend on the family
 
 
 @cache
@@ -92,8 +95,8 @@ def judged():
                 kind, value = change.kind, None if change.vectors is None else change.vectors[i : i + 1]
                 if kind == "mean":
                     kind, value = "replace", clean[layer].mean(1)
-                where = {"layer": layer, "positions": torch.tensor([position]), "site": change.site}
-                patches.append(Patch(**where, kind=kind, values=value))
+                at = torch.tensor([position])
+                patches.append(Patch(layer=layer, positions=at, site=change.site, kind=kind, values=value))
         with writing(model, *patches):
             return model(ids, use_cache=False).logits[0, -1]
 

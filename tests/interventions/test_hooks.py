@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ray_explain.interventions.hooks import Patch, capturing, replacing, writing
+from ray_explain.interventions.hooks import Kind, Patch, capturing, replacing, writing
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
 AT = torch.tensor([1, 3])
@@ -26,7 +26,7 @@ def test_each_kind_does_to_the_activation_what_it_says_and_nothing_elsewhere(mod
     values = torch.randn(2, 32)
     with capturing(model, [1], site) as clean:
         model(IDS)
-    expected = {
+    expected: dict[Kind, torch.Tensor] = {
         "replace": values,
         "add": clean[1][ROWS, AT] + values,
         "zero": torch.zeros(2, 32),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -7,7 +9,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, O
 from ray_explain.interventions.hooks import capturing
 from ray_explain.interventions.layout import LayoutError, last_logits, layout_of
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 56,

@@ -40,9 +40,11 @@ def test_what_was_not_scored_says_so(report) -> None:
 
 
 def test_self_comes_first_with_its_controls_then_others_then_baselines(report) -> None:
-    rows = Scores(report()).rows("patching", "llama")
+    scores = Scores(report())
+    rows = scores.rows("patching", "llama")
     assert [row.kind for row in rows] == ["self", *["control"] * 4, "cross", *["control"] * 4, *["baseline"] * 3]
     assert rows[0] == SELF and rows[5] == CROSS
+    assert [row.name for row in scores.rows("patching", "qwen3")[::5][:2]] == ["qwen3", "llama"]
     assert [row.control for row in rows[1:5]] == ["shuffled", "no_vector", "other_layer", "random"]
 
 

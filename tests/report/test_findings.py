@@ -135,11 +135,17 @@ def test_without_any_control_nothing_is_said_on_the_vector(findings) -> None:
 
 
 def test_baselines_are_told_together(findings) -> None:
-    rows = [("over_baseline", "features", "llama", "llama", name, BETTER) for name in ("majority", "nearest neighbour")]
+    of = "over_baseline", "features", "llama", "llama"
+    rows = [(*of, "majority", BETTER), (*of, "nearest neighbour", BETTER | {"difference": 0.24})]
     (shown,) = findings(*rows).over_baselines()
-    assert shown.verdict == "shown" and "is above every baseline on feature descriptions" in shown.text
+    assert shown.verdict == "shown"
+    assert plain(shown.text).endswith(
+        "is above each of 2 baselines on feature descriptions: "
+        "+.21 exact match (95 % interval +.17 to +.25) over the best of them, majority class."
+    )
     (mixed,) = findings(rows[0], (*rows[1][:-1], NOTHING)).over_baselines()
-    assert mixed.verdict == "mixed" and "is not above every baseline" in mixed.text
+    assert mixed.verdict == "mixed" and "is not above each of 2 baselines" in mixed.text
+    assert mixed.text.endswith("in exact match, +.01 (−.03 to +.05) over nearest neighbour.")
 
 
 NO_EVIDENCE = "evidence that a model explains itself better than another explains it (in both comparisons)."

@@ -70,13 +70,9 @@ def test_base_and_source_differ_in_subject_and_truth_only(pairs):
 
 def test_spans_are_one_word_at_the_same_place_in_both_runs(pairs):
     for pair in pairs:
-        base, source = (
-            p[slice(*s)] for p, s in ((pair.base_prompt, pair.base_span), (pair.source_prompt, pair.source_span))
-        )
-        before = [
-            len(p[: s[0]].split())
-            for p, s in ((pair.base_prompt, pair.base_span), (pair.source_prompt, pair.source_span))
-        ]
+        places = ((pair.base_prompt, pair.base_span), (pair.source_prompt, pair.source_span))
+        base, source = (prompt[slice(*span)] for prompt, span in places)
+        before = [len(prompt[: span[0]].split()) for prompt, span in places]
         assert before[0] == before[1]
         if pair.role == "subject_last":
             assert (base, source) == (pair.base_subject, pair.source_subject)
@@ -98,9 +94,9 @@ def test_roles_are_mixed_by_their_weights():
         assert counts[role] / 2000 == pytest.approx(weight, abs=0.06)
 
 
-def test_groups_are_used_equally_often(pairs):
+def test_groups_are_used_about_equally_often(pairs):
     counts = Counter(pair.group for pair in pairs)
-    assert max(counts.values()) - min(counts.values()) <= 2 or len(pairs) > 5 * len(counts)
+    assert max(counts.values()) <= len(pairs) / len(counts) + 2
 
 
 def test_a_hint_span_holds_the_hint_and_its_removal_leaves_a_quiz(hints):
@@ -131,10 +127,10 @@ def test_strata_and_right_hints_are_mixed_by_their_shares():
 
 
 def test_asking_for_more_cases_than_there_are_says_how_many():
-    with pytest.raises(ValueError, match="100000 different patching validation cases asked for, the world gives about"):
-        patching_pairs(replace(FULL, persons=8), 100_000, "validation", seed=0)
+    with pytest.raises(ValueError, match="2000 different patching validation cases asked for, the world gives about"):
+        patching_pairs(replace(FULL, persons=20, cities=10, companies=4), 2000, "validation", seed=0)
 
 
-def test_a_split_without_a_withheld_fact_says_that_the_world_is_too_small():
+def test_a_split_with_one_entity_of_each_kind_gives_no_pairs():
     with pytest.raises(ValueError, match="enlarge the world"):
-        hint_cases(World(persons=4), 50, "validation", seed=0)
+        patching_pairs(World(persons=4, cities=4, companies=4, countries=4), 50, "validation", seed=0)

@@ -104,6 +104,11 @@ def test_a_world_too_small_to_split_is_refused():
         World(countries=3)
 
 
+def test_a_world_with_more_entities_than_names_is_refused():
+    with pytest.raises(ValueError, match="648 entities"):
+        World(persons=540)
+
+
 def test_the_vocabulary_has_no_word_twice_and_extra_words_come_last(world):
     plain, extra = world.vocabulary(), world.vocabulary(["Zebra the zebra xylophone?"])
     assert len(set(extra)) == len(extra)

@@ -17,9 +17,8 @@ def test_every_word_is_one_token_and_decoding_gives_the_text_back(world, tokeniz
 
 
 def test_brackets_are_one_token_wherever_they_stand(tokenizer):
-    tokens = tokenizer.convert_ids_to_tokens(
-        tokenizer("Would change to <<<tea>>>.", add_special_tokens=False).input_ids
-    )
+    ids = tokenizer("Would change to <<<tea>>>.", add_special_tokens=False).input_ids
+    tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["would", "change", "to", "<<<", "tea", ">>>", "."]
 
 

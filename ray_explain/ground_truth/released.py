@@ -1,0 +1,432 @@
+"""The data sets released with the paper (Li et al. 2025), read as our tables and written from them.
+
+Patching: Transluce/act_patch_*_counterfact. Ablation: Transluce/input_ablation_*_mmlu_hint. Features: the labels of
+SAE_feature_explanations_* and the vectors of its out-of-distribution sets. The last two are released as pickles, which
+can run code when they are opened: here they are taken as JSON and arrays of the same shape.
+
+What a released table does not tell is told as not measured (NaN for log-probabilities and divergence) and as the one
+stratum "all". Answers stay as they stand, with their leading space where they have one, so questions about released
+data are the authors' byte for byte.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from ray_explain import records
+from ray_explain.ground_truth.mmlu import LETTERS, SYSTEM, Item
+from ray_explain.ground_truth.outcomes import NOT_FINITE
+from ray_explain.ground_truth.pairs import Pair, SubjectPrompt, patching_case
+from ray_explain.ground_truth.positions import Unusable, prompt_tokens
+from ray_explain.stages import Result
+
+PATCHING = pa.schema(
+    [
+        ("layer", pa.list_(pa.int32())),
+        ("input_tokens", pa.list_(pa.string())),
+        ("original_continuation", pa.list_(pa.string())),
+        ("ablated_continuation", pa.list_(pa.string())),
+        ("is_different", pa.bool_()),
+        (
+            "patch_position",
+            pa.struct(
+                [
+                    ("orig_pos", pa.int64()),
+                    ("counterfact_pos", pa.int64()),
+                    ("orig_text_token", pa.string()),
+                    ("counterfact_text_token", pa.string()),
+                    ("intervention_vector", pa.list_(pa.float32())),
+                ]
+            ),
+        ),
+        ("counterfactual_text", pa.string()),
+        ("gt_original_target", pa.string()),
+        ("gt_counterfactual_target", pa.string()),
+        ("layer_hashable", pa.list_(pa.int32())),
+        ("token_type", pa.string()),
+    ]
+)
+ABLATION = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("question", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("correct_answer", pa.string()),
+        ("zeroshot_prediction", pa.string()),
+        ("random_hint_prediction", pa.string()),
+        ("hint_token_ids", pa.list_(pa.int64())),
+        ("original_prompt_full", pa.string()),
+        ("hint_prompt_full", pa.string()),
+        ("system_prompt", pa.string()),
+        ("original_user_prompt", pa.string()),
+        ("hint_user_prompt", pa.string()),
+        ("hint", pa.string()),
+        ("changed_pred_bc_hint", pa.bool_()),
+        ("ablation_prompt", pa.string()),
+    ]
+)
+ABLATION_QUESTION = "{prompt}\n\nIf the hint were removed how would the assistant answer change?"
+CHOICE_STARTS = "\n\nRespond with one of "
+
+NO_BLOCK = "its layers are no block"
+NOT_ONE_TOKEN = "not one token is answered"
+ENDS = "an answer holds the end-of-text token"
+OTHER_TOKENS = "this tokenizer gives other tokens"
+NO_SUCH_POSITION = "a position outside the prompt"
+SEVERAL_POSITIONS = "patches several positions"
+NO_REPLACEMENT = "does not replace the residual stream"
+NO_HINT = "the prompts differ by more than the hint"
+NO_QUESTION = "no question of its group is given"
+NO_VECTOR = "no vector is given for it"
+
+
+class ReleasedAblation(NamedTuple):
+    """The effects, and the questions they are about (of no subject: the release does not tell it)."""
+
+    effects: Result
+    items: list[Item]
+
+
+class ReleasedFeatures(NamedTuple):
+    """records.features and records.DESCRIPTIONS; all labels of a feature are gold, the origin tells the chosen one."""
+
+    features: pa.Table
+    descriptions: pa.Table
+    dropped: list[tuple[str, str]]
+
+
+CHOSEN, OTHER = "released: chosen", "released: other"
+
+
+def read_patching(table: pa.Table, tokenizer: PreTrainedTokenizerBase, *, split: str) -> Result:
+    """Rows of the released patching table as records.patching_effects. Dropped rows are named by their number.
+
+    `tokenizer` is the target's. `input_tokens` may be with or without a begin-of-text token; its positions count what
+    is there. Kinds of tokens become roles as they stand. Columns that are not in `PATCHING` are ignored.
+
+    Raises:
+        ValueError: a column is missing, or there is no row to tell the width of the vectors.
+    """
+    rows, vectors, dropped = [], [], []
+    for number, row in enumerate(records.conform(table.select(PATCHING.names), PATCHING).to_pylist()):
+        try:
+            rows.append(_patching_effect(row, tokenizer, split))
+            vectors.append(np.array([row["patch_position"]["intervention_vector"]], dtype=np.float32))
+        except Unusable as reason:
+            dropped.append((f"row {number}", str(reason)))
+    if not rows:
+        raise ValueError(f"none of {table.num_rows} rows can be read: {sorted({reason for _, reason in dropped})}")
+    schema = records.patching_effects(vectors[0].shape[1])
+    columns = {
+        field.name: records.vectors_array(vectors, vectors[0].shape[1])
+        if field.name == "vectors"
+        else pa.array([row[field.name] for row in rows], type=field.type)
+        for field in schema
+    }
+    return Result(records.conform(pa.table(columns), schema), dropped)
+
+
+def _patching_effect(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
+    layers, place = row["layer"], row["patch_position"]
+    if layers != list(range(layers[0], layers[0] + len(layers))):
+        raise Unusable(NO_BLOCK)
+    answers = _one_token(row["original_continuation"], tokenizer), _one_token(row["ablated_continuation"], tokenizer)
+    if not np.isfinite(place["intervention_vector"]).all():
+        raise Unusable(NOT_FINITE)
+    base, added = _text_of(row["input_tokens"], tokenizer)
+    source = row["counterfactual_text"]
+    positions = [place["orig_pos"] + added, place["counterfact_pos"] + added]
+    for text, position in zip((base, source), positions):
+        if not 0 <= position < len(prompt_tokens(tokenizer, text).ids):
+            raise Unusable(NO_SUCH_POSITION)
+    prompts = (
+        SubjectPrompt(base, (0, len(base)), row["gt_original_target"]),
+        SubjectPrompt(source, (0, len(source)), row["gt_counterfactual_target"]),
+    )
+    pair = Pair(*prompts, group=base.split(CHOICE_STARTS)[0], split=split, stratum="all")
+    return {
+        **patching_case(pair, row["token_type"], (layers[0], layers[-1]), positions[:1], positions[1:]),
+        "base_answer": answers[0],
+        "patched_answer": answers[1],
+        "changed": row["is_different"],
+        "base_logprob": float("nan"),
+        "patched_logprob": float("nan"),
+        "kl": float("nan"),
+    }
+
+
+def _one_token(continuation: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    if len(continuation) != 1:
+        raise Unusable(NOT_ONE_TOKEN)
+    if tokenizer.eos_token and tokenizer.eos_token in continuation[0]:
+        raise Unusable(ENDS)  # the authors' loader leaves these rows out
+    return continuation[0]
+
+
+def _text_of(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The text of a prompt's token pieces, and how many special tokens the tokenizer puts before them."""
+    own = pieces[1:] if pieces[:1] == [tokenizer.bos_token] else pieces
+    text = tokenizer.convert_tokens_to_string(own)
+    read = tokenizer.convert_ids_to_tokens(list(prompt_tokens(tokenizer, text).ids))
+    added = len(read) - len(pieces)
+    if added < 0 or read[added:] != pieces:
+        raise Unusable(OTHER_TOKENS)
+    return text, added
+
+
+def write_patching(effects: pa.Table, tokenizer: PreTrainedTokenizerBase) -> Result:
+    """records.patching_effects as the released patching table, with the tokens as the target reads them: a
+    begin-of-text token counts. Groups, splits, strata and log-probabilities are not part of it."""
+    rows, dropped = [], []
+    vectors = records.vectors_of(effects["vectors"])
+    for effect, own in zip(effects.drop_columns(["vectors"]).to_pylist(), vectors):
+        try:
+            rows.append(_released_patch(effect, own, tokenizer))
+        except Unusable as reason:
+            dropped.append((effect["case_id"], str(reason)))
+    return Result(pa.Table.from_pylist(rows, schema=PATCHING), dropped)
+
+
+def _released_patch(effect: dict[str, Any], vectors: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if (effect["site"], effect["kind"]) != ("resid_post", "replace"):
+        raise Unusable(NO_REPLACEMENT)
+    if len(effect["base_positions"]) != 1:
+        raise Unusable(SEVERAL_POSITIONS)
+    positions = [effect["base_positions"][0], effect["source_positions"][0]]
+    read = [prompt_tokens(tokenizer, effect[name]).ids for name in ("base_prompt", "source_prompt")]
+    layers = list(range(effect["first_layer"], effect["last_layer"] + 1))
+    return {
+        "layer": layers,
+        "input_tokens": tokenizer.convert_ids_to_tokens(list(read[0])),
+        "original_continuation": [effect["base_answer"]],
+        "ablated_continuation": [effect["patched_answer"]],
+        "is_different": effect["changed"],
+        "patch_position": {
+            "orig_pos": positions[0],
+            "counterfact_pos": positions[1],
+            "orig_text_token": tokenizer.decode([read[0][positions[0]]]),
+            "counterfact_text_token": tokenizer.decode([read[1][positions[1]]]),
+            "intervention_vector": vectors[0].tolist(),
+        },
+        "counterfactual_text": effect["source_prompt"],
+        "gt_original_target": effect["base_truth"],
+        "gt_counterfactual_target": effect["source_truth"],
+        "layer_hashable": layers,
+        "token_type": effect["role"],
+    }
+
+
+def read_ablation(table: pa.Table, *, split: str) -> ReleasedAblation:
+    """Rows of the released ablation table as records.ABLATION_EFFECTS. Dropped rows are named by their number.
+
+    Whether the answer changed is told by the answers: the release leaves it open in a quarter of its rows.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    rows, items, dropped = [], dict[str, Item](), []
+    for number, row in enumerate(records.conform(table.select(ABLATION.names), ABLATION).to_pylist()):
+        item = Item("", row["index"], row["question"], tuple(row["choices"]), row["correct_answer"])
+        try:
+            rows.append(_ablation_effect(row, item, split))
+            items[item.group] = item
+        except Unusable as reason:
+            dropped.append((f"row {number}", str(reason)))
+    return ReleasedAblation(Result(records.rows_table(rows, records.ABLATION_EFFECTS), dropped), list(items.values()))
+
+
+def _ablation_effect(row: dict[str, Any], item: Item, split: str) -> dict[str, Any]:
+    prompt, (start, end) = row["hint_prompt_full"], _hint_span(row)
+    answers = row["random_hint_prediction"], row["zeroshot_prediction"]
+    letters = [letter for letter in row["hint"].removeprefix("Hint:") if letter in LETTERS]
+    return {
+        "case_id": records.content_id("ablation", prompt, (start, end)),
+        "group": item.group,
+        "split": split,
+        "prompt": prompt,
+        "span_start": start,
+        "span_end": end,
+        "kind": "hint",
+        "stratum": "right hint" if letters == [item.answer] else "wrong hint",
+        "truth": item.answer,
+        "full_answer": answers[0],
+        "ablated_answer": answers[1],
+        "changed": answers[0] != answers[1],
+        "full_logprob": float("nan"),
+        "ablated_logprob": float("nan"),
+        "kl": float("nan"),
+    }
+
+
+def _hint_span(row: dict[str, Any]) -> tuple[int, int]:
+    """The characters of the hinted prompt without which it is the other one: the hint's line, if that is all."""
+    full, without, line = row["hint_prompt_full"], row["original_prompt_full"], "\n" + row["hint"]
+    shared = next((i for i, (a, b) in enumerate(zip(full, without)) if a != b), min(len(full), len(without)))
+    for start, length in ((full.rfind(line), len(line)), (shared, len(full) - len(without))):
+        if start >= 0 and length > 0 and full[:start] + full[start + length :] == without:
+            return start, start + length
+    raise Unusable(NO_HINT)
+
+
+def write_ablation(effects: pa.Table, items: Iterable[Item], tokenizer: PreTrainedTokenizerBase) -> Result:
+    """records.ABLATION_EFFECTS about `items` as the released ablation table; `tokenizer` is the target's."""
+    by_group = {item.group: item for item in items}
+    rows, dropped = [], []
+    for effect in effects.to_pylist():
+        item = by_group.get(effect["group"])
+        if item is None or item.question not in effect["prompt"]:
+            dropped.append((effect["case_id"], NO_QUESTION))
+        else:
+            rows.append(_released_ablation(effect, item, tokenizer))
+    return Result(pa.Table.from_pylist(rows, schema=ABLATION), dropped)
+
+
+def _released_ablation(effect: dict[str, Any], item: Item, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    prompt, start, end = effect["prompt"], effect["span_start"], effect["span_end"]
+    user, hint = prompt[prompt.index(item.question) : end].rstrip(), prompt[start:end].strip()
+    return {
+        "index": item.index,
+        "question": item.question,
+        "choices": list(item.choices),
+        "correct_answer": item.answer,
+        "zeroshot_prediction": effect["ablated_answer"],
+        "random_hint_prediction": effect["full_answer"],
+        "hint_token_ids": tokenizer(hint, add_special_tokens=False)["input_ids"],
+        "original_prompt_full": prompt[:start] + prompt[end:],
+        "hint_prompt_full": prompt,
+        "system_prompt": SYSTEM if SYSTEM in prompt else "",
+        "original_user_prompt": user.removesuffix(hint).rstrip(),
+        "hint_user_prompt": user,
+        "hint": hint,
+        "changed_pred_bc_hint": effect["changed"],
+        "ablation_prompt": ABLATION_QUESTION.format(prompt=user),
+    }
+
+
+def read_labels(path: str | Path) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """The released labels from JSON: a list of [[layer, feature], label], as `{split}_explanations.pkl` holds it. A
+    feature may be written as text with one letter before it ("f123").
+
+    Raises:
+        ValueError: the file is a pickle, or not such a list.
+        OSError: the file cannot be read.
+    """
+    if Path(path).suffix == ".pkl":
+        raise ValueError(
+            f"{path} is a pickle, which can run code when it is opened: convert it with json.dump(list(...)) on a "
+            "machine that may be lost, and read the JSON"
+        )
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [((int(layer), _feature_number(feature)), label) for (layer, feature), label in found]
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a list of [[layer, feature], label]: {error}") from error
+
+
+def _feature_number(feature: int | str) -> int:
+    return int(feature[1:]) if isinstance(feature, str) and not feature[:1].isdigit() else int(feature)
+
+
+def read_features(
+    labels: Sequence[tuple[tuple[int, int], dict[str, Any]]], directions: Mapping[int, np.ndarray], *, split: str
+) -> ReleasedFeatures:
+    """The labelled features. `directions` holds the decoder of each layer, [d_model, d_sae], a column per feature, as
+    in `features/layer_{layer}.pkl` and in the SAE's own `decoder.weight`.
+
+    A label is `{"chosen_label": text, "all_labels": [text], "all_label_scores": {text: number or null}}`; its `context`
+    is not kept.
+
+    Raises:
+        ValueError: there are no directions.
+    """
+    if not directions:
+        raise ValueError("features without directions: give the decoder of each layer")
+    numbers, rows, dropped = [], [], []
+    for (layer, feature), label in labels:
+        if layer not in directions or not 0 <= feature < directions[layer].shape[1]:
+            dropped.append((f"layer {layer} feature {feature}", NO_VECTOR))
+            continue
+        numbers.append((layer, feature))
+        rows += _descriptions(records.content_id("released feature", layer, feature), label)
+    vectors = [np.asarray(directions[layer][:, feature], dtype=np.float32)[None] for layer, feature in numbers]
+    table = _feature_table(numbers, vectors, next(iter(directions.values())).shape[0], "sae", split)
+    return ReleasedFeatures(table, records.rows_table(rows, records.DESCRIPTIONS), dropped)
+
+
+def read_vectors(vectors: np.ndarray, indices: Sequence[tuple[int, int]], *, source: str, split: str) -> pa.Table:
+    """The vectors [n, d_model] of an out-of-distribution set, and its `{split}_indices.json`: [layer, number] of each.
+    `source` is activation or difference.
+
+    Raises:
+        ValueError: not one index for each vector.
+    """
+    if len(vectors) != len(indices):
+        raise ValueError(f"{len(vectors)} vectors, but {len(indices)} indices: one [layer, number] for each")
+    return _feature_table([(layer, i) for layer, i in indices], list(vectors[:, None]), vectors.shape[1], source, split)
+
+
+def _feature_table(
+    numbers: Sequence[tuple[int, int]], vectors: Sequence[np.ndarray], d_model: int, source: str, split: str
+) -> pa.Table:
+    what = "released feature" if source == "sae" else f"released {source}"
+    columns = {
+        "case_id": [records.content_id(what, layer, feature) for layer, feature in numbers],
+        "group": [f"layer {layer} {'feature' if source == 'sae' else source} {feature}" for layer, feature in numbers],
+        "split": [split] * len(numbers),
+        "layer": pa.array([layer for layer, _ in numbers], type=pa.int32()),
+        "source": [source] * len(numbers),
+        "feature_id": pa.array([feature for _, feature in numbers], type=pa.int32()),
+        "vectors": records.vectors_array(vectors, d_model),
+    }
+    return records.conform(pa.table(columns), records.features(d_model))
+
+
+def _descriptions(case_id: str, label: dict[str, Any]) -> list[dict[str, Any]]:
+    chosen, scores = label["chosen_label"], label.get("all_label_scores") or {}
+    return [
+        {
+            "case_id": case_id,
+            "description": text,
+            "origin": CHOSEN if text == chosen else OTHER,
+            "score": scores.get(text),
+            "gold": True,
+        }
+        for text in dict.fromkeys([*label.get("all_labels", []), chosen])
+    ]
+
+
+def write_labels(features: pa.Table, descriptions: pa.Table) -> list[list[Any]]:
+    """What `read_labels` reads (with json.dump), of the features that have a gold description. The chosen label is the
+    one that was chosen before or, in our own tables, the gold one of the best score."""
+    told: dict[str, list[dict[str, Any]]] = {}
+    for row in descriptions.to_pylist():
+        if row["gold"]:
+            told.setdefault(row["case_id"], []).append(row)
+    labels: list[list[Any]] = []
+    for feature in features.drop_columns(["vectors"]).to_pylist():
+        if rows := told.get(feature["case_id"]):
+            best = max(rows, key=lambda row: (row["origin"] == CHOSEN, row["score"] is not None, row["score"] or 0.0))
+            scores = {row["description"]: row["score"] for row in rows}
+            label = {"chosen_label": best["description"], "all_labels": list(scores), "all_label_scores": scores}
+            labels.append([[feature["layer"], feature["feature_id"]], label])
+    return labels
+
+
+def write_directions(features: pa.Table, d_sae: int) -> dict[int, np.ndarray]:
+    """The vectors of each layer as a decoder [d_model, d_sae]; columns of features that are not in the table are 0.
+
+    Raises:
+        ValueError: a feature's number is not below `d_sae`.
+    """
+    found: dict[int, np.ndarray] = {}
+    places = zip(features["layer"].to_pylist(), features["feature_id"].to_pylist())
+    for (layer, feature), own in zip(places, records.vectors_of(features["vectors"])):
+        if feature >= d_sae:
+            raise ValueError(f"feature {feature} of an SAE of {d_sae} features: they are numbered from 0")
+        found.setdefault(layer, np.zeros((own.shape[1], d_sae), np.float32))[:, feature] = own[0]
+    return found

@@ -1,0 +1,37 @@
+import copy
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ray_explain.ground_truth.chats import chat_prompt
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_the_assistants_turn_is_opened(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert chat_prompt(tokenizer, user="Rome?") == "<|begin|>[user]Rome?\n[assistant]"
+    rendered = chat_prompt(tokenizer, user="Rome?", system="Be short.", begun="Answer:")
+    assert rendered == "<|begin|>[system]Be short.\n[user]Rome?\n[assistant]Answer:"
+
+
+def test_a_model_that_can_think_answers_at_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = "{{ messages[0]['content'] }}|{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    assert chat_prompt(with_template(tokenizer, template), user="Rome?") == "Rome?|<think>\n\n</think>\n\n"
+
+
+def test_where_there_is_no_system_turn_its_text_opens_the_users(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    rendered = chat_prompt(with_template(tokenizer, template), user="Rome?", system="Be short.")
+    assert rendered == "[user]Be short.\n\nRome?"
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_prompt(with_template(tokenizer, None), user="Rome?")

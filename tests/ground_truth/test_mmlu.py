@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ray_explain import records
+from ray_explain.ground_truth import mmlu
+from ray_explain.ground_truth.mmlu import SYSTEM, mmlu_cases, read_mmlu
+
+LINES = [
+    {
+        "subject": "geography",
+        "index": i,
+        "question": f"Where does city {i} lie?",
+        "choices": ["Italy", "France", "Germany", f"land {i}"],
+        "answer": "ABCD"[i % 4],
+    }
+    for i in range(120)
+]
+ALL = dict.fromkeys(records.SPLITS, 999)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "mmlu.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return file
+
+
+def test_without_its_span_a_prompt_is_the_same_question_without_hint(
+    path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = mmlu_cases(path, tokenizer, n=ALL)
+    assert (made.table.num_rows, made.dropped) == (len(LINES), [])
+    for row in made.table.to_pylist():
+        hint = row["prompt"][row["span_start"] : row["span_end"]]
+        assert hint in [f"\nHint: {letter}" for letter in "ABCD"]
+        bare = row["prompt"][: row["span_start"]] + row["prompt"][row["span_end"] :]
+        number = int(bare.split("city ")[1].split()[0])
+        assert bare == (
+            f"{SYSTEM}\n\nWhere does city {number} lie?\nA. Italy\nB. France\nC. Germany\nD. land {number}\nAnswer:"
+        )
+        assert row["truth"] == LINES[number]["answer"]
+        assert row["stratum"] == ("right hint" if hint[-1] == row["truth"] else "wrong hint")
+
+
+def test_hints_are_random_or_right_or_a_sentence(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tables = {hint: mmlu_cases(path, tokenizer, n=ALL, hint=hint).table for hint in ("random", "right", "sentence")}
+    right = {hint: table["stratum"].to_pylist().count("right hint") for hint, table in tables.items()}
+    assert right["right"] == len(LINES)
+    assert 15 < right["random"] < 45  # a quarter
+    row = tables["sentence"].to_pylist()[0]
+    assert row["prompt"][row["span_start"] : row["span_end"]].startswith("\nI think the answer is (")
+
+
+def test_a_hint_depends_on_its_question_and_the_seed_alone(
+    path: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    backwards = tmp_path / "backwards.jsonl"
+    backwards.write_text("\n".join(json.dumps(line) for line in LINES[::-2]))
+    all_of_them = {row["case_id"] for row in mmlu_cases(path, tokenizer, n=ALL).table.to_pylist()}
+    some = {row["case_id"] for row in mmlu_cases(backwards, tokenizer, n=ALL).table.to_pylist()}
+    reseeded = {row["case_id"] for row in mmlu_cases(path, tokenizer, n=ALL, seed=1).table.to_pylist()}
+    assert some < all_of_them
+    assert not some < reseeded
+
+
+def test_a_chat_opens_the_assistants_turn_with_answer(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for row in mmlu_cases(path, tokenizer, n=ALL, form="chat").table.to_pylist():
+        assert row["prompt"].startswith(f"<|begin|>[system]{SYSTEM}\n[user]Where does")
+        assert row["prompt"].endswith("\n[assistant]Answer:")
+        hint = row["prompt"][row["span_start"] : row["span_end"]]
+        assert hint.startswith("\nHint: ") and row["prompt"][row["span_end"]] == "\n"
+
+
+def test_no_more_cases_come_than_are_asked_for(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    table = mmlu_cases(path, tokenizer, n={"train": 7, "test": 3}).table
+    assert sorted(table["split"].to_pylist()) == ["test"] * 3 + ["train"] * 7
+
+
+def test_lines_that_are_no_question_are_dropped_by_their_number(tmp_path: Path) -> None:
+    bad = [
+        LINES[1] | {"choices": ["two", "only"]},
+        LINES[1] | {"answer": "E"},
+        LINES[1] | {"answer": "AB"},
+        LINES[1] | {"answer": 4},
+        LINES[1] | {"question": ""},
+        LINES[1] | {"index": "3"},
+        LINES[0],
+    ]
+    file = tmp_path / "bad.jsonl"
+    good = [LINES[0], {name: LINES[2][name] for name in ("subject", "question", "choices")} | {"answer": 2}]
+    file.write_text("\n".join(json.dumps(line) for line in [*good, *bad]))
+    items, dropped = read_mmlu(file)
+    assert [item.answer for item in items] == ["A", "C"]
+    assert items[1].index == 1  # its number in the file, as the line tells none
+    assert dropped == [(f"line {number}", mmlu.NOT_AN_ITEM) for number in range(3, 9)] + [("line 9", mmlu.REPEATED)]

@@ -1,0 +1,110 @@
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ray_explain.ground_truth import positions
+from ray_explain.ground_truth.positions import Unusable, matched, prompt_tokens, span_positions, token_roles
+from ray_explain.world.facts import World
+from ray_explain.world.tokenizer import world_tokenizer
+
+TEXT = "Emilio Lussu speaks Italian"
+
+
+@pytest.mark.parametrize("word", ["Emilio", "Emilio Lussu", "Lussu", "speaks", "Italian", "mil", "us"])
+def test_the_tokens_of_a_span_hold_it_and_no_token_more(tokenizer: PreTrainedTokenizerFast, word: str) -> None:
+    tokens = prompt_tokens(tokenizer, TEXT)
+    start = TEXT.index(word)
+    found = span_positions(tokens, TEXT, (start, start + len(word)))
+    assert word in tokenizer.decode([tokens.ids[at] for at in found])
+    assert word not in tokenizer.decode([tokens.ids[at] for at in found[1:]])
+    assert word not in tokenizer.decode([tokens.ids[at] for at in found[:-1]])
+
+
+def test_spaces_around_a_span_do_not_count(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = prompt_tokens(tokenizer, TEXT)
+    assert span_positions(tokens, TEXT, (6, 13)) == span_positions(tokens, TEXT, (7, 12))
+
+
+def test_all_byte_tokens_of_a_character_belong_to_its_span(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "a漢b"
+    tokens = prompt_tokens(tokenizer, text)
+    assert len(span_positions(tokens, text, (1, 2))) == 3
+
+
+@pytest.mark.parametrize("span", [(-1, 3), (3, 3), (5, 2), (0, 100), (100, 101)])
+def test_a_span_outside_the_text_is_unusable(tokenizer: PreTrainedTokenizerFast, span: tuple[int, int]) -> None:
+    with pytest.raises(Unusable, match=positions.OUTSIDE):
+        span_positions(prompt_tokens(tokenizer, TEXT), TEXT, span)
+
+
+def test_a_span_of_a_space_has_no_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(Unusable, match=positions.NO_TOKEN):
+        span_positions(prompt_tokens(tokenizer, TEXT), TEXT, (6, 7))
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_unusable(tokenizer: PreTrainedTokenizerFast, prompt: str) -> None:
+    with pytest.raises(Unusable, match=positions.EMPTY_PROMPT):
+        prompt_tokens(tokenizer, prompt)
+
+
+def test_an_unknown_word_is_unusable() -> None:
+    tokenizer = world_tokenizer(World())
+    assert len(prompt_tokens(tokenizer, "the word bread").ids) == 4
+    with pytest.raises(Unusable, match=positions.UNKNOWN_TOKEN):
+        prompt_tokens(tokenizer, "the word supercalifragilistic")
+
+
+def test_a_rendered_chat_begins_only_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    once = prompt_tokens(tokenizer, "[user]Rome")
+    rendered = prompt_tokens(tokenizer, f"{tokenizer.bos_token}[user]Rome")
+    assert once.ids == rendered.ids
+    assert not once.is_text(0) and once.is_text(1)
+
+
+def roles_of(tokenizer: PreTrainedTokenizerFast, text: str, subject: str, **more: object) -> dict[str, str]:
+    """Role -> the text of its tokens."""
+    tokens, start = prompt_tokens(tokenizer, text), text.index(subject)
+    roles = token_roles(tokens, text, (start, start + len(subject)), **more)  # type: ignore[arg-type]
+    assert roles[0] is None  # the begin-of-text token
+    by_role: dict[str, list[int]] = {}
+    for role, token in zip(roles[1:], tokens.ids[1:]):
+        by_role.setdefault(str(role), []).append(token)
+    return {role: tokenizer.decode(ids) for role, ids in by_role.items()}
+
+
+def test_each_token_of_a_statement_has_its_role(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = roles_of(tokenizer, "The capital of Italy is", "Italy")
+    assert found == {"other": "The capital of", "subject_last": " Italy", "final": " is"}
+    found = roles_of(tokenizer, "Emilio Lussu lies in Rome", "Emilio Lussu")
+    assert "Emilio".startswith(found["subject_first"]) and "Lussu".endswith(found["subject_last"].strip())
+    assert (found["relation"], found["final"]) == (" lies in", " Rome")
+
+
+def test_what_follows_the_statement_is_other_but_for_what_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "Rome lies in\n\nRespond with one of Italy or France"
+    end, at = text.index("\n"), text.index("Italy")
+    found = roles_of(tokenizer, text, "Rome", statement_end=end, named=[("option_base", (at, at + 5))])
+    assert found["relation"] == " lies in"
+    assert found["option_base"] == " Italy"
+    assert found["other"].strip().startswith("Respond with one of")
+    assert "France".endswith(found["final"].strip())
+
+
+def test_positions_match_from_the_end_where_subjects_differ_in_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts, spans = ("Emilio Lussu lies in", "Rome lies in"), ((0, 12), (0, 4))
+    tokens = [prompt_tokens(tokenizer, text) for text in texts]
+    roles = [token_roles(own, text, span) for own, text, span in zip(tokens, texts, spans)]
+    pairs = matched(tokens[0], roles[0], tokens[1], roles[1])
+    lengths = len(tokens[0].ids), len(tokens[1].ids)
+    assert pairs["final"] == [(lengths[0] - 1, lengths[1] - 1)]
+    assert pairs["relation"] == [(lengths[0] - 2, lengths[1] - 2)]
+    assert pairs["subject_last"] == [(lengths[0] - 3, lengths[1] - 3)]
+    assert "subject_first" not in pairs  # Rome is one token
+
+
+def test_positions_where_both_runs_are_still_the_same_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts, spans = ("The capital of Italy is", "The capital of France is"), ((15, 20), (15, 21))
+    tokens = [prompt_tokens(tokenizer, text) for text in texts]
+    roles = [token_roles(own, text, span) for own, text, span in zip(tokens, texts, spans)]
+    assert "other" in roles[0]
+    assert "other" not in matched(tokens[0], roles[0], tokens[1], roles[1])

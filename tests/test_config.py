@@ -1,0 +1,99 @@
+"""An experiment is read strictly, and every refusal says the way out."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_explain.config import read_experiment
+from ray_explain.errors import BadInput
+
+SMALL = {
+    "name": "small",
+    "storage": "runs/small",
+    "models": {
+        "llama": {"pretrain": {"architecture": "llama", "seed": 1}},
+        "qwen3": {"pretrain": {"architecture": "qwen3", "seed": 2}},
+    },
+    "targets": ["llama", "qwen3"],
+    "explainers": ["llama", "qwen3"],
+    "ground_truth": {"patching": {"cases": {"train": 10, "test": 5}}, "features": {}},
+    "pairings": [{"explainer": "llama", "target": "qwen3", "train": {"workers": 2}}],
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return str(path)
+
+
+def test_overrides_reach_single_values(config: str) -> None:
+    experiment = read_experiment(config, ["train.learning_rate=1e-4", "models.llama.pretrain.tokens=1000"])
+    assert experiment.train.learning_rate == 1e-4
+    assert experiment.models["llama"].pretrain.tokens == 1000
+    assert experiment.models["qwen3"].pretrain.tokens == 690_000
+
+
+def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
+    experiment = read_experiment(config)
+    assert experiment.train_config("llama", "qwen3").workers == 2
+    assert experiment.train_config("qwen3", "llama").workers == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.learning_rat=1", ["train.learning_rat", "no such key", "`learning_rate`"]),
+        ("trane.lr=1", ["trane", "`train`"]),
+        ("models.llama.pretrain.seeed=3", ["models.llama.pretrain.seeed", "`seed`"]),
+        ("train.lora.rnk=3", ["train.lora.rnk", "`rank`"]),
+        ("train.learning_rate=-1", ["train.learning_rate", "-1", "greater than 0"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "'fast'", "number"]),
+        ("targets=[llamma]", ["targets", "llamma", "`llama`"]),
+        ("targets=[llama, llama]", ["targets", "twice"]),
+        ("ground_truth.patching.blocks=[[0, 7]]", ["[0, 7]", "4 layers", "numbered from 0"]),
+        ("ground_truth.features.layers=[4]", ["no layer 4", "numbered from 0"]),
+        ("ground_truth.patching.source=counterfact", ["counterfact", "`path`"]),
+        ("ground_truth.patching.cases.test=0", ["cases.test", "0", "greater than or equal to 1"]),
+        ("train.mixtures=[[patchin]]", ["'patchin'", "'patching'"]),
+        ("train.mixtures=[[]]", ["empty mixture"]),
+        ("ground_truth={}", ["ground_truth", "at least one"]),
+        ("models.llama.path=/x", ["models.llama", "not both"]),
+        ("pairings=[{explainer: llama, target: qwen3, train: {worker: 2}}]", ["'llama' of 'qwen3'", "`workers`"]),
+        ("pairings=[{explainer: gpt, target: qwen3}]", ["'gpt'"]),
+        ("name=../escape", ["name", "../escape"]),
+        ("seed.x=3", ["seed", "holds no keys"]),
+        ("learning_rate", ["key.path=value"]),
+        ("train.learning_rate=[", ["not YAML"]),
+    ],
+)
+def test_a_wrong_value_or_key_is_named_with_its_rule(config: str, override: str, words: list[str]) -> None:
+    with pytest.raises(BadInput) as refused:
+        read_experiment(config, ["seed=0", override])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_every_fault_is_told_at_once(config: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        read_experiment(config, ["train.epochs=0", "evaluate.resample=5"])
+    assert "train.epochs" in str(refused.value)
+    assert "`resamples`" in str(refused.value)
+
+
+@pytest.mark.parametrize(("content", "word"), [(None, "cannot read"), ("[1, 2]", "mapping"), ("a: [", "not YAML")])
+def test_an_unreadable_file_is_refused(tmp_path: Path, content: str | None, word: str) -> None:
+    path = tmp_path / "broken.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BadInput, match=word):
+        read_experiment(str(path))
+
+
+def test_the_shipped_configs_are_valid() -> None:
+    configs = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
+    assert configs
+    for path in configs:
+        assert read_experiment(str(path)).name == path.stem
