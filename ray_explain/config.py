@@ -239,6 +239,24 @@ class Experiment(Section):
                 self.check_layers(name, pretrain.n_layers)
         return self
 
+    @model_validator(mode="after")
+    def _controls_are_possible(self) -> "Experiment":
+        patching, features = self.ground_truth.patching, self.ground_truth.features
+        of_one_layer = [
+            name
+            for name, layers in [
+                ("patching.blocks", patching and patching.blocks),
+                ("features.layers", features and features.layers),
+            ]
+            if layers == 1 or (isinstance(layers, list) and len(layers) == 1)
+        ]
+        if "other_layer" in self.evaluate.controls and of_one_layer:
+            raise ValueError(
+                f"`evaluate.controls` asks for vectors of another layer, but `ground_truth.{of_one_layer[0]}` has only "
+                "one: leave `other_layer` out, or add a layer"
+            )
+        return self
+
     def check_layers(self, target: str, n_layers: int) -> None:
         """Raises: ValueError: a block or a layer of `ground_truth` is not one of the target's `n_layers`."""
         patching, features = self.ground_truth.patching, self.ground_truth.features

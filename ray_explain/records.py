@@ -125,7 +125,7 @@ COMPARISONS = pa.schema(
         pa.field("low", pa.float64()),
         pa.field("high", pa.float64()),
         pa.field("p_value", pa.float64()),  # sign-flip permutation over groups, two-sided
-        pa.field("p_holm", pa.float64()),  # corrected over the table it stands in
+        pa.field("p_holm", pa.float64()),  # over one task, contrast, metric and kind of part
         pa.field("n", pa.int32(), nullable=False),
         pa.field("n_groups", pa.int32(), nullable=False),
         pa.field("seeds", pa.int32(), nullable=False),

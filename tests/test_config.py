@@ -60,6 +60,7 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.mixtures=[[patchin]]", ["'patchin'", "'patching'"]),
         ("train.mixtures=[[]]", ["empty mixture"]),
         ("ground_truth={}", ["ground_truth", "at least one"]),
+        ("ground_truth.patching.blocks=1", ["other_layer", "ground_truth.patching.blocks"]),
         ("models.llama.path=/x", ["models.llama", "not both"]),
         ("pairings=[{explainer: llama, target: qwen3, train: {worker: 2}}]", ["'llama' of 'qwen3'", "`workers`"]),
         ("pairings=[{explainer: gpt, target: qwen3}]", ["'gpt'"]),

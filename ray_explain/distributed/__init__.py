@@ -10,7 +10,6 @@ _ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the newer reader makes one block of small inputs, and so of all work
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they would be drawn over ours
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # every report of a checkpoint waits for one
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "OMP_NUM_THREADS": "1",  # several processes of one thread are faster here than one of several
     "TOKENIZERS_PARALLELISM": "false",
     # Small tensors come and go in every step; without these, glibc gives their pages back and takes them again.
@@ -20,3 +19,5 @@ _ENVIRONMENT = {
 }
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+if "RAY_ADDRESS" in os.environ:  # a cluster with a dashboard, whose Train page asks for this; it costs a process a run
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")

@@ -215,15 +215,15 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
 def _questions(session: Session, task: Task, target: str) -> Result:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
     plan = session.plan
-    wording = {"wording": plan.experiment.ground_truth.wording, "seed": plan.experiment.seed}
+    wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
     effects = session.table(plan.effects(task, target))
     if task == "features":
-        made = features_questions(*split_features(effects), **wording)
+        made = features_questions(*split_features(effects), wording=wording, seed=seed)
     elif task == "patching":
         tokenizer = _tokenizer(plan, target)
-        made = patching_questions(effects, lambda text: _token_texts(tokenizer, text), **wording)
+        made = patching_questions(effects, lambda text: _token_texts(tokenizer, text), wording=wording, seed=seed)
     else:
-        made = ablation_questions(effects, d_model=d_model(plan, target), **wording)
+        made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
     splits = made.table.column("split").to_pylist()
     for split in ("train", plan.experiment.evaluate.split):
         if split not in splits:
@@ -234,7 +234,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+    return [str(tokenizer.decode([token])) for token in tokenizer.encode(text)]
 
 
 # -- explainers -------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def _answer_jobs(plan: Plan) -> list[Any]:
     jobs = []
     for run in plan.runs():
         for task in run.tasks:
-            own = {"explainer": run.explainer, "folder": plan.path(plan.explainer(run))}
+            own: dict[str, Any] = {"explainer": run.explainer, "folder": plan.path(plan.explainer(run))}
             jobs.append((run.target, own, plan.answers(run, task)))
     for target, task in plan.target_tasks() if evaluate.untrained else []:
         injection = plan.experiment.train.injection.model_dump(exclude={"projection"})

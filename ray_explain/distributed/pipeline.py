@@ -79,7 +79,7 @@ def _report_data(session: Session) -> ReportData:
     )
     explainers = plan.experiment.explainers
     several = len(set(explainers) & set(plan.experiment.targets)) > 1
-    evaluation = {"seed": plan.experiment.seed, "resamples": plan.experiment.evaluate.resamples}
+    seed, resamples = plan.experiment.seed, plan.experiment.evaluate.resamples
     manifests = _manifests(plan)
     return ReportData(
         title=f"{plan.experiment.name}: language models explaining their own computations",
@@ -87,7 +87,7 @@ def _report_data(session: Session) -> ReportData:
         comparisons=comparisons,
         explainers={name: name for name in explainers},
         examples=list(_examples(session, graded)),
-        advantages=self_advantage(graded, **evaluation) if several else [],
+        advantages=self_advantage(graded, seed=seed, resamples=resamples) if several else [],
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={

@@ -68,17 +68,17 @@ def run_of(train: TrainConfig, label: str, questions: tuple[str, str], target: P
 
 def plain_losses(run: Any) -> list[float]:
     """The same training in one process without Ray and DeepSpeed."""
-    from ray_explain.distributed.train import _examples, _explainer
+    from ray_explain.distributed.training_loop import examples_of, new_explainer
     from ray_explain.explainer.markers import markers_of
     from ray_explain.explainer.training import PlainTraining, train_plain
     from ray_explain.models import load_model
 
     loaded = load_model(run.model["model"])
     markers = markers_of(loaded.tokenizer)
-    examples, dropped = _examples(run, loaded.tokenizer, markers)
+    examples, dropped = examples_of(run, loaded.tokenizer, markers)
     assert not dropped
     torch.manual_seed(run.seed)
-    explainer = _explainer(run, loaded.model, loaded.tokenizer, markers, examples)
+    explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)
     names = ("epochs", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "clip")
     plain = PlainTraining(**{name: getattr(run.train, name) for name in names}, seed=run.seed)
     return train_plain(explainer, examples, plain, pad_id=loaded.pad_id)

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ray_explain.explainer.batches import collate
+from ray_explain.explainer.examples import Example
 from ray_explain.explainer.generate import generate
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.module import Explainer
@@ -12,12 +13,12 @@ from ray_explain.explainer.projection import Projection
 
 
 class Numbers:
-    """A tokenizer of 50 tokens, the names of their ids; 2 ends a text."""
+    """A tokenizer of 50 tokens, the names of their ids. A slot ends a text: read again, it would ask for a vector."""
 
-    eos_token_id, pad_token_id, chat_template = 2, 0, None
+    eos_token_id, pad_token_id, chat_template = 41, 0, None
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return " ".join(str(i) for i in ids if not (skip_special_tokens and i < 3))
+        return " ".join(str(i) for i in ids if not (skip_special_tokens and i == 41))
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def without_cache(explainer, prompt, n: int) -> tuple[list[int], float]:
         with torch.no_grad(), explainer.reading(batch):
             best = explainer.model(batch.input_ids).logits[0, -1].log_softmax(-1).max(-1)
         ids, logprob = [*ids, best.indices.item()], logprob + best.values.item()
-        if ids[-1] == 2:
+        if ids[-1] == 41:
             break
     return ids[len(prompt.input_ids) :], logprob
 
@@ -46,7 +47,7 @@ def test_generation_with_a_cache_in_batches_equals_that_without(family, new_expl
     found = generate(explainer, prompts, Numbers(), max_new_tokens=6, batch_size=3)
     for prompt, generation in zip(prompts, found, strict=True):
         ids, logprob = without_cache(explainer, prompt, 6)
-        assert generation.text == " ".join(str(i) for i in ids if i > 2)
+        assert generation.text == " ".join(str(i) for i in ids if i != 41)
         assert generation.n_tokens == len(ids)
         assert generation.logprob == pytest.approx(logprob, abs=1e-3)
 
@@ -102,8 +103,6 @@ def test_no_prompts_are_no_answers(new_explainer):
 
 def test_text_has_no_special_tokens_and_no_space_around(new_explainer, new_tokenizer):
     tokenizer: PreTrainedTokenizerFast = new_tokenizer("llama_chat")
-    from ray_explain.explainer.examples import Example
-
     prompt = Example([1, 20, 21], 3, np.empty((0, 32), np.float32), (), "q", "text")
     explainer = new_explainer()
     (found,) = generate(explainer, [prompt], tokenizer, max_new_tokens=20, batch_size=1)

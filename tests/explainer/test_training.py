@@ -72,7 +72,7 @@ def test_an_explainer_learns_what_only_the_vector_tells(new_model, new_example, 
     config = PlainTraining(epochs=60, batch_size=6, learning_rate=2e-2 if lora else 3e-3)
     reports = []
     losses = train_plain(explainer, examples, config, pad_id=0, on_step=reports.append)
-    assert losses[0] > 2 and losses[-1] < 0.1
+    assert losses[0] > 2 and losses[-1] < 0.3
     assert reports[-1].accuracy == 1.0
     assert not explainer.training
 

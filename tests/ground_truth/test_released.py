@@ -1,0 +1,268 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ray_explain import records
+from ray_explain.ground_truth import outcomes, released
+from ray_explain.ground_truth.ablation import AblationStage
+from ray_explain.ground_truth.mmlu import SYSTEM, Item, hinted_case
+from ray_explain.ground_truth.patching import PatchingStage
+from ray_explain.ground_truth.positions import prompt_tokens
+from tests.ground_truth.conftest import make_case, patching_table
+
+SUFFIX = "\n\nRespond with one of Italy or France or unknown and nothing else.\n\nResponse:"
+BASE, SOURCE = f"Rome lies in{SUFFIX}", f"Paris lies in{SUFFIX}"
+ITEMS = [Item("geography", i, f"Where is {i}?", ("Italy", "France", "Spain", "Peru"), "ABCD"[i]) for i in range(4)]
+# our prompts with the paper's system text are longer than the tiny target's context
+SHORT = [item for item in ITEMS if item.index < 3]
+
+
+def released_patch(tokenizer: PreTrainedTokenizerFast, *, begun: bool, **changes: Any) -> dict[str, Any]:
+    """A row as the release has it; whether its tokens begin with the begin-of-text token is not known."""
+    ids = prompt_tokens(tokenizer, BASE).ids[0 if begun else 1 :]
+    row = {
+        "layer": [8, 9, 10, 11],
+        "input_tokens": tokenizer.convert_ids_to_tokens(list(ids)),
+        "original_continuation": [" Italy"],
+        "ablated_continuation": [" France"],
+        "is_different": True,
+        "patch_position": {
+            "orig_pos": 3,
+            "counterfact_pos": 4,
+            "orig_text_token": tokenizer.decode([ids[3]]),
+            "counterfact_text_token": tokenizer.decode([prompt_tokens(tokenizer, SOURCE).ids[4 if begun else 5]]),
+            "intervention_vector": [0.5, -1.5, 2.0, 0.25],
+        },
+        "counterfactual_text": SOURCE,
+        "gt_original_target": "Italy",
+        "gt_counterfactual_target": "France",
+        "layer_hashable": [8, 9, 10, 11],
+        "token_type": "relation_suffix",
+    }
+    return row | changes
+
+
+def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def test_a_released_patch_is_read_as_what_it_says(tokenizer: PreTrainedTokenizerFast) -> None:
+    for begun in (True, False):
+        made = released.read_patching(
+            table_of([released_patch(tokenizer, begun=begun)], released.PATCHING), tokenizer, split="test"
+        )
+        (row,) = made.table.to_pylist()
+        assert (row["base_prompt"], row["source_prompt"], row["split"]) == (BASE, SOURCE, "test")
+        assert (row["first_layer"], row["last_layer"], row["role"]) == (8, 11, "relation_suffix")
+        shift = 0 if begun else 1  # our positions count the begin-of-text token
+        assert (row["base_positions"], row["source_positions"]) == ([3 + shift], [4 + shift])
+        assert (row["base_answer"], row["patched_answer"], row["changed"]) == (" Italy", " France", True)
+        assert row["vectors"] == [[0.5, -1.5, 2.0, 0.25]]
+        assert row["group"] == "Rome lies in"
+        assert all(math.isnan(row[name]) for name in ("base_logprob", "patched_logprob", "kl"))
+
+
+def test_a_released_patching_table_comes_back_as_it_was(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [
+        released_patch(tokenizer, begun=True),
+        released_patch(tokenizer, begun=True, is_different=False, ablated_continuation=[" Italy"], token_type="other"),
+    ]
+    table = table_of(rows, released.PATCHING)
+    pq.write_table(table.append_column("__index_level_0__", pa.array([4, 7])), tmp_path / "t.parquet")
+    read = released.read_patching(pq.read_table(tmp_path / "t.parquet"), tokenizer, split="train")
+    written = released.write_patching(read.table, tokenizer)
+    assert read.dropped == written.dropped == []
+    assert written.table.equals(table)
+
+
+def test_our_patching_effects_come_back_from_the_released_schema(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cases = [
+        make_case(BASE, SOURCE, at, at + 1, block=block, split="test") for at in (3, 9) for block in [(0, 1), (2, 2)]
+    ]
+    effects = PatchingStage(config)(patching_table(cases)).table
+    table = released.write_patching(effects, tokenizer).table
+    assert table.schema == released.PATCHING
+    read = released.read_patching(table, tokenizer, split="test").table
+    shared = [
+        "base_prompt", "source_prompt", "first_layer", "last_layer", "site", "kind", "base_positions",
+        "source_positions", "role", "base_truth", "source_truth", "vectors", "base_answer", "patched_answer", "changed",
+    ]  # fmt: skip
+    assert read.select(shared).equals(effects.select(shared))
+
+
+def test_released_patches_that_cannot_be_read_are_dropped_by_their_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    good = released_patch(tokenizer, begun=True)
+    place = good["patch_position"]
+    bad = [
+        (good | {"layer": [8, 10]}, released.NO_BLOCK),
+        (good | {"original_continuation": ["a", "b"]}, released.NOT_ONE_TOKEN),
+        (good | {"ablated_continuation": [tokenizer.eos_token]}, released.ENDS),
+        (good | {"input_tokens": ["R", "o", "m", "e"]}, released.OTHER_TOKENS),
+        (good | {"patch_position": place | {"orig_pos": 500}}, released.NO_SUCH_POSITION),
+        (good | {"patch_position": place | {"intervention_vector": [math.nan] * 4}}, outcomes.NOT_FINITE),
+    ]
+    table = table_of([good, *(row for row, _ in bad)], released.PATCHING)
+    made = released.read_patching(table, tokenizer, split="train")
+    assert made.dropped == [(f"row {i}", reason) for i, (_, reason) in enumerate(bad, start=1)]
+    assert made.table.num_rows == 1
+    with pytest.raises(ValueError, match="none of 1 rows can be read"):
+        released.read_patching(table.slice(1, 1), tokenizer, split="train")
+
+
+def test_patches_that_the_release_has_no_words_for_are_dropped(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cases = [
+        make_case(BASE, SOURCE, 3, 3),
+        make_case(BASE, SOURCE, 3, 3, kind="add"),
+        make_case(BASE, SOURCE, 3, 3, base_positions=[3, 4], source_positions=[3, 4]),
+    ]
+    made = released.write_patching(PatchingStage(config)(patching_table(cases)).table, tokenizer)
+    assert made.table.num_rows == 1
+    assert made.dropped == [
+        (cases[1]["case_id"], released.NO_REPLACEMENT),
+        (cases[2]["case_id"], released.SEVERAL_POSITIONS),
+    ]
+
+
+def released_hint(tokenizer: PreTrainedTokenizerFast, item: Item, letter: str, **changes: Any) -> dict[str, Any]:
+    user, hint = item.text, f"Hint: {letter}"
+    chat = "<|begin|>[system]{system}\n[user]{user}\n[assistant]Answer:"
+    row = {
+        "index": item.index,
+        "question": item.question,
+        "choices": list(item.choices),
+        "correct_answer": item.answer,
+        "zeroshot_prediction": "A",
+        "random_hint_prediction": letter,
+        "hint_token_ids": tokenizer(hint, add_special_tokens=False)["input_ids"],
+        "original_prompt_full": chat.format(system=SYSTEM, user=user),
+        "hint_prompt_full": chat.format(system=SYSTEM, user=f"{user}\n{hint}"),
+        "system_prompt": SYSTEM,
+        "original_user_prompt": user,
+        "hint_user_prompt": f"{user}\n{hint}",
+        "hint": hint,
+        "changed_pred_bc_hint": letter != "A",
+        "ablation_prompt": f"{user}\n{hint}\n\nIf the hint were removed how would the assistant answer change?",
+    }
+    return row | changes
+
+
+def test_a_released_ablation_table_comes_back_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [released_hint(tokenizer, item, letter) for item, letter in zip(ITEMS, "ABDD")]
+    table = table_of(rows, released.ABLATION)
+    read = released.read_ablation(table, split="test")
+    assert read.effects.dropped == []
+    effects = read.effects.table.to_pylist()
+    assert [row["changed"] for row in effects] == [False, True, True, True]
+    assert [row["stratum"] for row in effects] == ["right hint", "right hint", "wrong hint", "right hint"]
+    assert [row["prompt"][row["span_start"] : row["span_end"]] for row in effects] == [
+        "\nHint: A", "\nHint: B", "\nHint: D", "\nHint: D",
+    ]  # fmt: skip
+    written = released.write_ablation(read.effects.table, read.items, tokenizer)
+    assert written.dropped == []
+    assert written.table.equals(table)
+
+
+def test_whether_an_answer_changed_is_told_by_the_answers_where_the_release_is_silent(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [released_hint(tokenizer, ITEMS[1], "B", changed_pred_bc_hint=None)]
+    read = released.read_ablation(table_of(rows, released.ABLATION), split="test")
+    assert read.effects.table["changed"].to_pylist() == [True]
+
+
+def test_our_ablation_effects_come_back_from_the_released_schema(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cases = [hinted_case(item, tokenizer, hint="random", form="chat", seed=0) for item in SHORT]
+    # the tiny target cannot read the system text: the same cases without it
+    cut = len(f"[system]{SYSTEM}\n")
+    begin = len(tokenizer.bos_token)
+    for case in cases:
+        case["prompt"] = case["prompt"][:begin] + case["prompt"][begin + cut :]
+        case["span_start"] -= cut
+        case["span_end"] -= cut
+        case["case_id"] = records.content_id("ablation", case["prompt"], (case["span_start"], case["span_end"]))
+        case["split"] = "train"
+    effects = AblationStage(config)(records.rows_table(cases, records.ABLATION_CASES)).table
+    assert effects.num_rows == len(SHORT)
+    table = released.write_ablation(effects, SHORT, tokenizer).table
+    read = released.read_ablation(table, split="train")
+    told = [name for name in effects.column_names if not name.endswith("logprob") and name != "kl"]
+    assert read.effects.table.select(told).equals(effects.select(told))
+    missing = released.write_ablation(effects, SHORT[1:], tokenizer)
+    assert [reason for _, reason in missing.dropped] == [released.NO_QUESTION]
+
+
+def test_released_prompts_that_differ_by_more_than_the_hint_are_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        released_hint(tokenizer, ITEMS[0], "B"),
+        released_hint(tokenizer, ITEMS[1], "B", original_prompt_full="something else"),
+    ]
+    read = released.read_ablation(table_of(rows, released.ABLATION), split="test")
+    assert read.effects.dropped == [("row 1", released.NO_HINT)]
+    assert len(read.items) == read.effects.table.num_rows == 1
+
+
+LABELS: list[list[Any]] = [
+    [[0, 2], {"chosen_label": "cats", "all_labels": ["pets", "cats"], "all_label_scores": {"pets": 0.75, "cats": 0.5}}],
+    [[1, 0], {"chosen_label": "rain", "all_labels": ["rain"], "all_label_scores": {"rain": None}}],
+]
+DECODERS = {layer: np.arange(12, dtype=np.float32).reshape(4, 3) + 100 * layer for layer in (0, 1)}
+
+
+def test_released_labels_come_back_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "train_explanations.json"
+    file.write_text(json.dumps(LABELS))
+    read = released.read_features(released.read_labels(file), DECODERS, split="train")
+    assert read.features.schema == records.features(4)
+    assert read.features["vectors"].to_pylist() == [[[2.0, 5.0, 8.0, 11.0]], [[100.0, 103.0, 106.0, 109.0]]]
+    assert read.descriptions["gold"].to_pylist() == [True] * 3
+    assert released.write_labels(read.features, read.descriptions) == LABELS
+    decoders = released.write_directions(read.features, 3)
+    np.testing.assert_array_equal(decoders[1][:, 0], DECODERS[1][:, 0])
+    assert not decoders[0][:, :2].any()
+    with pytest.raises(ValueError, match="feature 2 of an SAE of 2 features"):
+        released.write_directions(read.features, 2)
+
+
+def test_feature_numbers_may_be_text_and_those_without_direction_are_dropped() -> None:
+    labels = [((0, 1), LABELS[0][1]), ((0, 77), LABELS[0][1]), ((9, 0), LABELS[1][1])]
+    read = released.read_features(labels, DECODERS, split="test")
+    assert read.features["feature_id"].to_pylist() == [1]
+    assert [name for name, _ in read.dropped] == ["layer 0 feature 77", "layer 9 feature 0"]
+
+
+def test_labels_written_with_a_letter_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps([[[3, "f123"], LABELS[0][1]], [[3, "7"], LABELS[0][1]]]))
+    assert [key for key, _ in released.read_labels(file)] == [(3, 123), (3, 7)]
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a pickle, which can run code"):
+        released.read_labels(tmp_path / "train_explanations.pkl")
+    file = tmp_path / "other.json"
+    file.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="is not a list of"):
+        released.read_labels(file)
+
+
+def test_vectors_without_labels_are_features_of_their_source() -> None:
+    vectors = np.arange(8, dtype=np.float32).reshape(2, 4)
+    table = released.read_vectors(vectors, [(3, 0), (5, 1)], source="difference", split="test")
+    assert table["layer"].to_pylist() == [3, 5]
+    assert table["source"].to_pylist() == ["difference"] * 2
+    np.testing.assert_array_equal(np.concatenate(records.vectors_of(table["vectors"])), vectors)
+    with pytest.raises(ValueError, match="2 vectors, but 1 indices"):
+        released.read_vectors(vectors, [(3, 0)], source="difference", split="test")
