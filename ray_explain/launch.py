@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 the input cannot be used, 1 the work failed, 130 stopped b
 """
 
 import argparse
-import faulthandler
 import importlib
 import logging
 import sys
@@ -27,7 +26,6 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None) -> int:
 
     Nothing heavy is imported before the config has been read, so a mistake is told at once.
     """
-    faulthandler.enable()
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--config", required=True, help="YAML file that describes the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.learning_rate=1e-4")

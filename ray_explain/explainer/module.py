@@ -71,7 +71,7 @@ class Explainer(nn.Module):
         self.embedding_norm = embedding_norm
         rows = layout.embedding(self._marker_ids(layout.device)).detach() if train_markers else None
         self.marker_embeddings = None if rows is None else nn.Parameter(rows.clone())
-        self.train(model.training)
+        self.train(layout.model.training)  # PEFT's wrapper always says that it trains
 
     @property
     def language_model(self) -> PreTrainedModel:

@@ -69,7 +69,7 @@ def test_an_explainer_learns_what_only_the_vector_tells(new_model, new_example, 
     if lora:
         model = with_lora(model, rank=8, alpha=16, dropout=0.0)
     explainer = Explainer(model, markers, Projection("identity", 32, 32), injection, train_markers=lora)
-    config = PlainTraining(epochs=60, batch_size=6, learning_rate=2e-2 if lora else 3e-3)
+    config = PlainTraining(epochs=60, batch_size=6, learning_rate=1e-2 if lora else 3e-3)
     reports = []
     losses = train_plain(explainer, examples, config, pad_id=0, on_step=reports.append)
     assert losses[0] > 2 and losses[-1] < 0.3

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def by_materialising(n_tokens: int) -> dict[int, list[int]]:
 
 def save_parts(folder: Path, places: torch.Tensor, values: torch.Tensor) -> None:
     bounds = torch.linspace(0, D_SAE, PARTS + 1).long().tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         mask = (places[:, 2] >= start) & (places[:, 2] < stop)
         part = {"places": places[mask].to(torch.int32), "values": values[mask].half()}
         save_file(part, folder / f"{start}.safetensors")

@@ -1,0 +1,155 @@
+"""The whole method on tiny models, through the jobs' own `main`."""
+
+import html
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jobs import ground_truth, pipeline
+from ray_explain import storage
+from ray_explain.artifacts import finished
+from ray_explain.config import read_experiment
+from ray_explain.distributed.plan import Plan
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+EXPERIMENT: dict[str, Any] = {
+    "name": "tiny",
+    "models": {
+        "llama": {"pretrain": {"architecture": "llama", "seed": 1, "tokens": 5120, "d_model": 32, "n_layers": 2}},
+        "qwen3": {"pretrain": {"architecture": "qwen3", "seed": 2, "tokens": 5120, "d_model": 32, "n_layers": 2}},
+    },
+    "targets": ["llama"],
+    "explainers": ["llama", "qwen3"],
+    "ground_truth": {
+        "wording": "brief",
+        "patching": {"cases": {"train": 80, "test": 40}, "blocks": 2},
+        "ablation": {"cases": {"train": 60, "test": 30}},
+        "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
+    },
+    "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
+    "evaluate": {"max_new_tokens": 8, "resamples": 100},
+    "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
+}
+
+
+def config_in(folder: Path, **changes: Any) -> str:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**EXPERIMENT, "storage": str(folder / "run"), **changes}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(running_ray: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Config of an experiment that the pipeline has run."""
+    path = config_in(tmp_path_factory.mktemp("tiny"))
+    assert pipeline.main(["--config", path]) == 0
+    return path
+
+
+def plan_of(config: str) -> Plan:
+    return Plan(read_experiment(config))
+
+
+def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:
+    report = Path(plan_of(config).root, "report")
+    page = html.unescape((report / "index.html").read_text())
+    assert "nan" not in page.lower().split()
+    for word in ("llama", "qwen3", "majority", "nearest neighbour", "untrained", "shuffled"):
+        assert word in page, word
+    assert (report / "tables.md").exists() and (report / "scores.json").exists()
+
+
+def test_targets_are_ordinary_hugging_face_folders(config: str) -> None:
+    plan = plan_of(config)
+    folder = plan.path(plan.model("llama"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("question :", return_tensors="pt").input_ids
+    assert model(ids).logits.shape == (1, 3, len(tokenizer))
+
+
+def test_explainers_are_ordinary_hugging_face_folders_too(config: str) -> None:
+    plan = plan_of(config)
+    for run in plan.runs():
+        model = AutoModelForCausalLM.from_pretrained(plan.path(plan.explainer(run)))
+        assert all(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_case_is_accounted_for(config: str) -> None:
+    plan = plan_of(config)
+    for task in ("patching", "ablation"):
+        cases, effects = (finished(make(task, "llama"), plan.root) for make in (plan.cases, plan.effects))
+        assert cases is not None and effects is not None
+        assert effects.rows + sum(effects.dropped.values()) == cases.rows > 0
+
+
+def test_no_group_is_in_two_splits(config: str) -> None:
+    plan = plan_of(config)
+    for task in plan.experiment.tasks:
+        splits = defaultdict(set)
+        questions = storage.read_table(plan.path(plan.questions(task, "llama")))
+        for group, split in zip(questions["group"].to_pylist(), questions["split"].to_pylist()):
+            splits[group].add(split)
+        assert {"train", "test"} <= set().union(*splits.values())
+        assert all(len(found) == 1 for found in splits.values()), task
+
+
+def test_what_is_finished_is_not_done_again(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(config)
+    before = _made_at(plan.root)
+    monkeypatch.setattr("ray_explain.distributed.experiment.Session.start_ray", _not_again)
+    assert pipeline.main(["--config", config]) == 0
+    assert _made_at(plan.root) == before
+
+
+def _not_again(*_: object) -> None:
+    raise AssertionError("a finished experiment started Ray")
+
+
+def _made_at(root: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path(root).glob("*/*/manifest.json")}
+
+
+def test_a_changed_setting_makes_anew_only_what_depends_on_it(config: str) -> None:
+    one = plan_of(config)
+    other = Plan(read_experiment(config, ["train.learning_rate=1e-3"]))
+    assert one.effects("patching", "llama") == other.effects("patching", "llama")
+    assert one.asked("patching", "llama", controls=True) == other.asked("patching", "llama", controls=True)
+    assert one.explainer(one.runs()[0]) != other.explainer(other.runs()[0])
+    assert one.scores() != other.scores()
+
+
+def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config: str, tmp_path: Path) -> None:
+    """The driver and all its actors are killed with the first effects on disk; then the job is started again."""
+    again = config_in(tmp_path)
+    plan = plan_of(again)
+    killed = subprocess.Popen(
+        [sys.executable, "jobs/ground_truth.py", "--config", again],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    folder = plan.path(plan.effects("patching", "llama"))
+    deadline = time.monotonic() + 300
+    while not storage.list_files(folder, ".parquet") and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert killed.poll() is None, "the job ended before it could be killed"
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert finished(plan.effects("patching", "llama"), plan.root) is None
+    assert ground_truth.main(["--config", again]) == 0
+    undisturbed = plan_of(config)
+    for task in ("patching", "ablation"):
+        one, other = (storage.read_table(p.path(p.effects(task, "llama"))).to_pylist() for p in (plan, undisturbed))
+        keys = ("case_id", *(("patched_answer",) if task == "patching" else ("ablated_answer",)), "changed")
+        assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]

@@ -1,0 +1,94 @@
+"""Every job ends badly with one clear sentence, the right exit code, and what was made before still whole."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from jobs import ground_truth, pretrain
+from ray_explain import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_config(folder: Path, target: Path | str, **changes: Any) -> str:
+    path = folder / "bad.yaml"
+    experiment: dict[str, Any] = {
+        "name": "bad",
+        "storage": str(folder / "run"),
+        "models": {"target": {"path": str(target)}},
+        "targets": ["target"],
+        "explainers": ["target"],
+        "ground_truth": {"patching": {"cases": {"train": 8, "test": 4}, "blocks": 2}},
+    }
+    path.write_text(yaml.safe_dump(experiment | changes))
+    return str(path)
+
+
+def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "anywhere")
+    code = (
+        "import sys; from jobs import pipeline; "
+        f"code = pipeline.main(['--config', {config!r}, 'train.learning_rat=1']); "
+        "print([name for name in ('ray', 'torch', 'transformers') if name in sys.modules]); sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "no such key; the nearest is `learning_rate`" in ended.stderr
+    assert ended.stdout.strip() == "[]"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_config_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot read the config" in capsys.readouterr().err
+
+
+def test_a_target_without_weights_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    assert ground_truth.main(["--config", write_config(tmp_path, tmp_path / "model")]) == 2
+    assert "no *.safetensors weights" in capsys.readouterr().err
+
+
+def test_a_target_that_is_nowhere_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ground_truth.main(["--config", write_config(tmp_path, tmp_path / "nowhere")]) == 2
+    assert "`models.target.path`" in capsys.readouterr().err
+
+
+def test_a_layer_that_the_model_does_not_have_is_bad_input(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, world_target)
+    assert ground_truth.main(["--config", config, "ground_truth.patching.blocks=[[0, 1], [2, 3]]"]) == 2
+    assert "[2, 3] is no block of 'target', which has 2 layers" in capsys.readouterr().err
+
+
+def test_more_cases_than_the_world_has_are_bad_input(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, world_target)
+    assert ground_truth.main(["--config", config, "ground_truth.patching.cases.test=1000000"]) == 2
+    assert "ground_truth.patching" in capsys.readouterr().err
+
+
+def test_a_full_disk_fails_the_job_and_leaves_earlier_artifacts_whole(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = f"{tmp_path}/run/patching_cases/earlier/table.parquet"
+    storage.write_table(pa.table({"a": [1]}), earlier)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.pq, "write_table", full)
+    assert ground_truth.main(["--config", write_config(tmp_path, world_target)]) == 1
+    assert "no space left on the disk" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert storage.read_table(str(Path(earlier).parent)).to_pylist() == [{"a": 1}]
+    assert list(Path(tmp_path, "run").glob("*/*/manifest.json")) == []
