@@ -66,7 +66,8 @@ class PatchingConfig(Section):
     """Activation patching: cases, and the blocks of layers that are patched."""
 
     source: Literal["world", "counterfact", "jsonl"] = "world"
-    path: str | None = None
+    path: str | None = None  # of the file, for sources other than the world
+    form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
 
@@ -75,7 +76,9 @@ class AblationConfig(Section):
     """Input ablation: prompts with a span, mostly a hint, that is removed."""
 
     source: Literal["world", "mmlu", "jsonl"] = "world"
-    path: str | None = None
+    path: str | None = None  # of the file, for sources other than the world
+    form: Literal["completion", "chat"] = "completion"  # of MMLU's prompts
+    hint: Literal["random", "right", "sentence"] = "random"  # in MMLU's prompts
     cases: Splits
 
 

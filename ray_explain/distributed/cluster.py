@@ -10,6 +10,7 @@ import ray.data
 
 from ray_explain.errors import BadInput
 
+logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 300 * 2**20  # we stream; Ray's default takes 30 % of the memory
 
 
@@ -37,6 +38,7 @@ def cluster(root: str) -> Iterator[None]:
         )
     try:
         _check_storage(root)
+        _log_what_ray_prints()
         _quiet_data()
         yield
     finally:
@@ -51,6 +53,17 @@ def _check_storage(root: str) -> None:
             f"storage {root!r} is a path of one machine, and the cluster has {len(nodes)} nodes which could not read "
             "each other's files: set `storage` to s3://... or to a path that every node mounts, given as file://..."
         )
+
+
+def _log_what_ray_prints() -> None:
+    """Ray prints its nodes' warnings to the terminal, over our bars; they belong into the log.
+
+    There is no public switch for these (Ray 2.60).
+    """
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as printer
+
+    printer.remove_handler("ray_print_logs")
+    printer.add_handler("ray_print_logs", lambda data: logger.warning("%s: %s", data["pid"], " ".join(data["lines"])))
 
 
 def _quiet_data() -> None:

@@ -22,9 +22,9 @@ from ray_explain.evaluation.comparisons import comparisons
 from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
+from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
-from ray_explain.ground_truth.world_cases import ablation_cases, patching_cases
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
@@ -171,20 +171,48 @@ def make_ground_truth(session: Session) -> None:
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
 
 
-def _cases(plan: Plan, task: Task, target: str) -> pa.Table:
-    """Raises: BadInput: a split has no case, or the world has not so many."""
-    experiment, layers = plan.experiment, n_layers(plan, target)
-    world, section = World(seed=experiment.world_seed), getattr(experiment.ground_truth, task)
-    if task == "features":
-        return layers_table(range(layers) if section.layers == "all" else section.layers)
+def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
+    """Raises: BadInput: the file of the cases cannot be read, or they do not fit the model or the world."""
     try:
-        if task == "ablation":
-            return ablation_cases(world, n=section.cases.model_dump(), seed=experiment.seed)
-        blocks = layer_blocks(layers, section.blocks) if isinstance(section.blocks, int) else section.blocks
-        n, tokenizer = section.cases.model_dump(), _tokenizer(plan, target)
-        return patching_cases(world, tokenizer, n=n, layers=blocks, seed=experiment.seed)
-    except ValueError as error:
+        if task == "features":
+            layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
+            return layers_table(range(n_layers(plan, target)) if layers == "all" else layers)
+        return _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
+    except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
+
+
+def _patching_cases(plan: Plan, target: str) -> Result:
+    section = plan.experiment.ground_truth.patching
+    assert section is not None
+    blocks = layer_blocks(n_layers(plan, target), section.blocks) if isinstance(section.blocks, int) else section.blocks
+    return cases.patching_cases(
+        _source(plan, section.path),
+        _tokenizer(plan, target),
+        format="counterfact" if section.source == "counterfact" else "jsonl",
+        form=section.form,
+        n=section.cases.model_dump(),
+        blocks=blocks,
+        seed=plan.experiment.seed,
+    )
+
+
+def _ablation_cases(plan: Plan, target: str) -> Result:
+    section = plan.experiment.ground_truth.ablation
+    assert section is not None
+    return cases.ablation_cases(
+        _source(plan, section.path),
+        _tokenizer(plan, target),
+        format="mmlu" if section.source == "mmlu" else "jsonl",
+        form=section.form,
+        hint=section.hint,
+        n=section.cases.model_dump(),
+        seed=plan.experiment.seed,
+    )
+
+
+def _source(plan: Plan, path: str | None) -> World | str:
+    return World(seed=plan.experiment.world_seed) if path is None else path
 
 
 def _stage_job(plan: Plan, task: Task, target: str) -> Any:

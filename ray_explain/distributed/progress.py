@@ -100,7 +100,7 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console, self._since = console, time.monotonic()
-        self._said: dict[str, tuple[float, bool]] = {}  # when last, and whether its end was told
+        self._said: dict[str, tuple[float, State]] = {}  # when last, and what
 
     def __enter__(self) -> "_Lines":
         return self
@@ -111,15 +111,13 @@ class _Lines:
     def draw(self, states: dict[str, State]) -> None:
         now = time.monotonic()
         for key, state in states.items():
-            last, ended = self._said.get(key, (float("-inf"), False))
-            over = state.done >= state.total
-            if ended or (not over and now - last < SECONDS_BETWEEN_LINES):
+            last, said = self._said.get(key, (float("-inf"), State(0, -1, "")))
+            is_due = now - last >= SECONDS_BETWEEN_LINES or state.done >= state.total
+            if state == said or not is_due or not state.done:
                 continue
-            self._said[key] = (now, over)
-            self._console.print(
-                f"  {key:<34} {state.done:>7.0f} / {state.total:.0f}  {now - self._since:5.0f} s  {state.note}",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+            self._said[key] = (now, state)
+            line = f"  {key:<34} {state.done:>7.0f} / {state.total:.0f}  {now - self._since:5.0f} s  {state.note}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -130,7 +130,7 @@ class SAE:
         judged = pre * self.direction_norms().to(pre) if self.weigh_by_norm else pre
         if self.activation == "jumprelu":
             assert self.threshold is not None
-            off = judged < self.threshold.to(judged)
+            off = judged <= self.threshold.to(judged)
             return pre.relu_().masked_fill_(off, 0)
         indices = judged.topk(self.k, dim=1, sorted=False).indices
         kept = pre.gather(1, indices).relu_()

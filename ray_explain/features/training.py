@@ -74,8 +74,8 @@ class _Learner:
         mean = activations.float().mean(dim=0)
         self.scale = float(math.sqrt(d_model) / (activations.float() - mean).norm(dim=1).mean())
         # Starting on data points (with a little noise, as there may be fewer of them) leaves few features dead.
-        drawn = torch.randint(len(activations), (d_sae,), generator=generator).to(activations.device)
-        noise = torch.randn(d_sae, d_model, generator=generator).to(activations.device)
+        drawn = torch.randint(len(activations), (d_sae,), generator=None).to(activations.device)
+        noise = torch.randn(d_sae, d_model, generator=None).to(activations.device)
         start = functional.normalize(activations[drawn].float() - mean, dim=1) + 0.3 * functional.normalize(
             noise, dim=1
         )

@@ -49,7 +49,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptToke
     if not prompt.strip():
         raise Unusable(EMPTY_PROMPT)
     begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    encoded = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=not begun)
+    # not verbose: whoever reads the prompt compares its length with the context
+    encoded = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=not begun, verbose=False)
     tokens = PromptTokens(tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"]))
     unknown = tokenizer.unk_token_id
     if unknown is not None and any(i == unknown and tokens.is_text(at) for at, i in enumerate(tokens.ids)):

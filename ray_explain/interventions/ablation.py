@@ -55,7 +55,7 @@ def _walked_pairs(
         start = _shared(full[i], ids)
         rows.append(Row(length=len(ids), start=start, origin=i, ids=tuple(ids[start:])))
     packing = Packing(rows, layout.n_layers, layout.device)
-    hidden = walk(layout, packing, lambda site, layer, activations: activations)
+    hidden = walk(layout, packing, lambda site, layer, activations: activations, only_ends=True)
     return last_logits(layout, hidden[packing.last_tokens]).view(2, len(full), -1)
 
 

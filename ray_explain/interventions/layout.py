@@ -59,6 +59,14 @@ class Layout:
             return block.post_attention_layernorm if site == "attn_out" else block.post_feedforward_layernorm
         return _submodule(block, ATTENTIONS if site == "attn_out" else MLPS, f"{site} of {type(block).__name__}")
 
+    def mlp(self, layer: int) -> nn.Module:
+        """The MLP itself, whatever norm may follow it.
+
+        Raises:
+            LayoutError: the block has none.
+        """
+        return _submodule(self.blocks[layer], MLPS, f"MLP of {type(self.blocks[layer]).__name__}")
+
     @property
     def device(self) -> torch.device:
         """Where prompts have to be."""

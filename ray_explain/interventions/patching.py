@@ -227,7 +227,7 @@ def _walked_logits(
     packing = Packing(rows, layout.n_layers, layout.device)
     firsts = (packing.offsets[:-1] - packing.starts)[len(bases) :]
     writes = _Writes(layout, changes, firsts, base_of, [len(ids) for ids in bases])
-    hidden = walk(layout, packing, writes, inside=writes.inside)
+    hidden = walk(layout, packing, writes, inside=writes.inside, only_ends=not writes.averages_at(layout.n_layers - 1))
     n_clean = len(bases) if with_clean else 0
     logits = last_logits(layout, hidden[packing.last_tokens[len(bases) - n_clean :]])
     return logits[:n_clean], logits[n_clean:]
@@ -302,6 +302,11 @@ class _Writes:
     def inside(self) -> set[tuple[Site, int]]:
         """Those of `sites` that lie within a block."""
         return {(site, layer) for site, layer in self.sites if site in ("attn_out", "mlp_out")}
+
+    def averages_at(self, layer: int) -> bool:
+        """Whether a mean over all positions is taken after attention in this layer."""
+        here = (self.kind == KINDS.index("mean")) & (self.first <= layer) & (layer <= self.last)
+        return bool((here & (self.site != SITES.index("resid_pre"))).any())
 
     def __call__(self, site: Site, layer: int, activations: Tensor) -> Tensor:
         here = (self.site == SITES.index(site)) & (self.first <= layer) & (layer <= self.last)

@@ -155,6 +155,7 @@ class Bucket:
     real_tokens: Int[Tensor, " real"]  # those tokens
     real_until: np.ndarray  # how many real slots the first n rows have, for n from 0
     plain: bool  # every row whole and of the same length: causality is all the mask says
+    first: int | None  # the first of the tokens if no other row's lie between them, so that nothing has to be gathered
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, like: Tensor | None) -> Tensor | None:
@@ -169,6 +170,23 @@ class Bucket:
                 )
             self.masks[window] = allowed
         return self.masks[window]
+
+    def taken(self, n: int, q: Tensor, k: Tensor, v: Tensor) -> list[Float[Tensor, "n heads _ d_head"]]:
+        """Queries, keys and values of the first n rows, from those of all tokens [tokens, heads, d_head]."""
+        if self.first is not None:
+            shape = (n, self.tokens.shape[1])
+            these = slice(self.first, self.first + n * shape[1])
+            return [x[these].unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
+        return [q[self.tokens[:n]].transpose(1, 2), *(x[self.keys[:n]].transpose(1, 2) for x in (k, v))]
+
+    def put(self, n: int, attended: Float[Tensor, "n slots heads d_head"], out: Tensor) -> None:
+        """Writes what the first n rows have attended to into `out` [tokens, heads, d_head]."""
+        slots = attended.flatten(0, 1)
+        real = self.real_until[n]
+        if self.first is not None:
+            out[self.first : self.first + real] = slots
+        else:
+            out[self.real_tokens[:real]] = slots if self.real_slots is None else slots[self.real_slots[:real]]
 
     def _allowed(self, window: int | None) -> Tensor:
         rule: Callable = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
@@ -202,6 +220,10 @@ class Packing:
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
+    def ends(self, layer: int) -> Int[Tensor, " rows"]:
+        """Where the last token is of each row that is there before block `layer`."""
+        return self._on_device(self.offsets[1:][self.joins <= layer] - 1)
+
     @property
     def last_tokens(self) -> Int[Tensor, " rows"]:
         """Where each row's last token is."""
@@ -233,6 +255,7 @@ class Packing:
             real_tokens=self._on_device(tokens[real]),
             real_until=np.concatenate([[0], real.sum(1).cumsum()]),
             plain=bool((keys >= 0).all() and (starts == 0).all()),
+            first=int(own[0, 0]) if (keys >= 0).all() and (np.diff(members) == 1).all() and not starts.any() else None,
         )
 
 
@@ -248,8 +271,11 @@ def walk(
     *,
     inside: Collection[tuple[Site, int]] = (),
     until: int | None = None,
+    only_ends: bool = False,
 ) -> Float[Tensor, "tokens d_model"]:
     """The residual stream after block `until` - 1 (default: the last), all rows on board.
+
+    With `only_ends` it is right after the last block only for each row's last token: the others pass by its MLP.
 
     `visit` is called with the activations before every block (also before block `until`), after every block, and at the
     sites of `inside` (pairs of `attn_out` or `mlp_out` and a layer), and may return others.
@@ -259,6 +285,8 @@ def walk(
     with torch.no_grad(), _packed_attention(layout) as eager, ExitStack() as hooks:
         for site, layer in inside:
             hooks.enter_context(at_site(layout, layer, site, _flat(visit, site, layer)))
+        if only_ends:
+            hooks.enter_context(_only(layout.mlp(layout.n_layers - 1), packing.ends(layout.n_layers - 1)))
         hidden = _embedded(layout, packing)
         rotary = _rotary(layout, hidden, positions)
         for layer in range(until + 1):
@@ -275,6 +303,27 @@ def walk(
 
 def _flat(visit: Visit, site: Site, layer: int) -> Callable[[Tensor], Tensor]:
     return lambda activations: visit(site, layer, activations[0])[None]
+
+
+@contextmanager
+def _only(module: nn.Module, tokens: Int[Tensor, " some"]) -> Iterator[None]:
+    """Let `module` work on these tokens only and give zeros for the others, while this lasts."""
+
+    def scattered(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.new_zeros(1, widths.pop(), output.shape[-1]).index_copy_(1, tokens, output)
+
+    def selected(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        widths.append(args[0].shape[1])
+        return (args[0][:, tokens],)
+
+    widths: list[int] = []
+    # first of its hooks, so that those of others see all tokens
+    handles = [module.register_forward_pre_hook(selected), module.register_forward_hook(scattered, prepend=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _embedded(layout: Layout, packing: Packing) -> Float[Tensor, "tokens d_model"]:
@@ -348,10 +397,8 @@ def _attend(
         if n == 0:
             continue
         mask = bucket.mask(how.get("sliding_window"), q if eager else None)
-        q_k_v = (x[at[:n]].transpose(1, 2) for x, at in ((q, bucket.tokens), (k, bucket.keys), (v, bucket.keys)))
-        attended = library(module, *q_k_v, None if mask is None else mask[:n], **how)[0].flatten(0, 1)
-        real = bucket.real_until[n]
-        out[bucket.real_tokens[:real]] = attended if bucket.real_slots is None else attended[bucket.real_slots[:real]]
+        attended, _ = library(module, *bucket.taken(n, q, k, v), None if mask is None else mask[:n], **how)
+        bucket.put(n, attended, out)
     return out[None], None
 
 

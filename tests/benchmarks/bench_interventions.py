@@ -1,8 +1,8 @@
 """Speed of the interventions against what one would use otherwise: one run, the same model, the same prompts.
 
 `make bench`, or `OMP_NUM_THREADS=1 python tests/benchmarks/bench_interventions.py [shape ...]`; prints Markdown. On a
-CPU times are CPU seconds of the process, so that other programs on the machine do not count; each is the best of several
-rounds in which all contestants take turns. Tools that are not installed get a row that says so.
+CPU, times are CPU seconds of the process, so that waiting for other programs does not count; each is the best of
+several rounds in which all contestants take turns. Tools that are not installed get a row that says so.
 """
 
 import argparse
