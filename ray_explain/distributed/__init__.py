@@ -7,6 +7,7 @@ import os
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # the driver's share of it goes to the terminal
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the newer reader makes one block of small inputs, and so of all work
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they would be drawn over ours
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # every report of a checkpoint waits for one

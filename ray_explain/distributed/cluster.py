@@ -56,19 +56,16 @@ def _check_storage(root: str) -> None:
 
 
 def _log_what_ray_prints() -> None:
-    """Ray prints its nodes' warnings to the terminal, over our bars; they belong into the log.
-
-    There is no public switch for these (Ray 2.60).
-    """
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher as printer
-
-    printer.remove_handler("ray_print_logs")
-    printer.add_handler("ray_print_logs", lambda data: logger.warning("%s: %s", data["pid"], " ".join(data["lines"])))
+    """Ray's warnings belong into our log, not over our bars. For those of its nodes there is no switch (Ray 2.60)."""
+    ray._private.worker._worker_logs_enabled = False
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    context.issue_detectors_config.detectors = []

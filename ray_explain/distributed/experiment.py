@@ -392,12 +392,25 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     questions = session.table(plan.questions(task, target))
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
     training = questions.filter(pc.equal(questions.column("split"), "train"))
-    descriptions = split_features(session.table(plan.effects(task, target)))[1] if task == "features" else None
     given = [(run.seed, session.table(plan.answers(run, task))) for run in plan.runs() if _about(run, target, task)]
     if plan.experiment.evaluate.untrained:
         given.append((0, session.table(plan.untrained_answers(target, task))))
     given += [(0, answers) for answers in baselines(training, held_out)]
-    return pa.concat_tables(grade(held_out, answers, descriptions, target=target, seed=seed) for seed, answers in given)
+    by_seed: dict[int, list[pa.Table]] = {}
+    for seed, answers in given:
+        by_seed.setdefault(seed, []).append(answers)
+    descriptions = _descriptions(session, target, held_out) if task == "features" else None
+    return pa.concat_tables(
+        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed)
+        for seed, answers in by_seed.items()
+    )
+
+
+def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Table:
+    """All descriptions, gold or not, of the features that the questions are about."""
+    effects = session.table(session.plan.effects("features", target))
+    asked = pc.is_in(effects.column("case_id"), pc.unique(questions.column("case_id")))
+    return split_features(effects.filter(asked))[1]
 
 
 def _about(run: Run, target: str, task: Task) -> bool:

@@ -154,11 +154,17 @@ def _slices_made(
         fn_constructor_args=(list(jobs), root),
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(pool.actors, len(todo))),
+        compute=_actors(min(pool.actors, len(todo))),
         num_cpus=0.5,
         num_gpus=pool.gpus_per_actor or None,
     )
     return made.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0)
+
+
+def _actors(n: int) -> ray.data.ActorPoolStrategy:
+    """All start at once, and the pool may shrink to one when nodes die. Slices wait with the driver, not with a busy
+    actor: some take a hundred times as long as others."""
+    return ray.data.ActorPoolStrategy(min_size=1, initial_size=n, max_size=n, max_tasks_in_flight_per_actor=1)
 
 
 def dropped_rows(folder: str) -> list[tuple[str, str]]:

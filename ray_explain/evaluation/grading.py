@@ -108,10 +108,12 @@ def _by_series(answers: pa.Table) -> dict[str, list[str]]:
 def _description_scores(descriptions: pa.Table) -> dict[str, dict[str, float | None]]:
     """feature -> normalised description -> its best score; None if it has none."""
     found: dict[str, dict[str, float | None]] = {}
-    for case_id, text, score in zip(*(descriptions[n].to_pylist() for n in ("case_id", "description", "score"))):
+    texts = descriptions["description"].to_pylist()
+    plain = {text: normalise(text) for text in set(texts)}  # many features share the texts of few concepts
+    for case_id, text, score in zip(descriptions["case_id"].to_pylist(), texts, descriptions["score"].to_pylist()):
         scores = found.setdefault(case_id, {})
-        known = [value for value in (scores.get(normalise(text)), score) if value is not None]
-        scores[normalise(text)] = max(known, default=None)
+        known = [value for value in (scores.get(plain[text]), score) if value is not None]
+        scores[plain[text]] = max(known, default=None)
     return found
 
 

@@ -29,7 +29,7 @@ def train_sae(
     batch_tokens: int,
     seed: int,
     layer: int = 0,
-    learning_rate: float = 6e-3,
+    learning_rate: float = 3e-3,
     on_step: Callable[[int, float], None] | None = None,
 ) -> SAE:
     """A top-k SAE of these activations, with unit directions and its own figures under `declared`.
@@ -74,8 +74,8 @@ class _Learner:
         mean = activations.float().mean(dim=0)
         self.scale = float(math.sqrt(d_model) / (activations.float() - mean).norm(dim=1).mean())
         # Starting on data points (with a little noise, as there may be fewer of them) leaves few features dead.
-        drawn = torch.randint(len(activations), (d_sae,), generator=None).to(activations.device)
-        noise = torch.randn(d_sae, d_model, generator=None).to(activations.device)
+        drawn = torch.randint(len(activations), (d_sae,), generator=generator).to(activations.device)
+        noise = torch.randn(d_sae, d_model, generator=generator).to(activations.device)
         start = functional.normalize(activations[drawn].float() - mean, dim=1) + 0.3 * functional.normalize(
             noise, dim=1
         )

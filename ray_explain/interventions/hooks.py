@@ -16,7 +16,7 @@ Kind = Literal["replace", "add", "zero", "mean"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Patch:
     """One vector per batch row, written at one position of one layer.
 

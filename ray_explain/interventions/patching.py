@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MEMORY_BUDGET = 1 << 30  # bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Intervention:
     """One change of one base run.
 
@@ -164,7 +164,8 @@ def _sweep(
         _checked(layout, bases, i, intervention)
     for indices in _chunks(layout, bases, interventions, memory_budget):
         used = sorted({interventions[i].base for i in indices})
-        local = [used.index(interventions[i].base) for i in indices]
+        rank = {base: row for row, base in enumerate(used)}
+        local = [rank[interventions[i].base] for i in indices]
         changes = [interventions[i] for i in indices]
         clean, patched = _logits(layout, [bases[b] for b in used], changes, local, with_clean)
         yield PairedChunk(indices, patched, clean[local] if with_clean else clean)
@@ -182,12 +183,13 @@ def _chunks(
         return len(bases[interventions[i].base])
 
     def row(i: int) -> int:
-        return cost(length(i), length(i) - min(interventions[i].positions))
+        return cost(length(i), length(i) - min(interventions[i].positions) if walked[length(i)] else None)
 
     def clean(i: int) -> tuple[int, int]:
         return interventions[i].base, cost(length(i))
 
     cost = row_bytes(layout)
+    walked = {n: obstacle(layout, n) is None for n in {len(ids) for ids in bases}}
     order = sorted(range(len(interventions)), key=key)
     for chunk in budgeted(layout, order, row, memory_budget, clean):
         yield sorted(chunk, key=lambda i: interventions[i].join)

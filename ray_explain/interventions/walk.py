@@ -275,6 +275,8 @@ def walk(
 ) -> Float[Tensor, "tokens d_model"]:
     """The residual stream after block `until` - 1 (default: the last), all rows on board.
 
+    One walk at a time per model: while it lasts the model's own attention is out of service.
+
     With `only_ends` it is right after the last block only for each row's last token: the others pass by its MLP.
 
     `visit` is called with the activations before every block (also before block `until`), after every block, and at the

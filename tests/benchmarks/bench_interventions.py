@@ -58,7 +58,7 @@ LLAMA_8B = {
 }
 QWEN_8B = LLAMA_8B | {"vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36}
 SHAPES = {
-    "12x256": Shape(hf.LlamaConfig, SMALL, torch.float32, 64, 1, 16, 32, 64),
+    "12x256": Shape(hf.LlamaConfig, SMALL, torch.float32, 64, 5, 8, 32, 64),
     "llama-3.1-8b": Shape(hf.LlamaConfig, LLAMA_8B, torch.bfloat16, 128, 3, 16, 64, 256),
     "qwen3-8b": Shape(hf.Qwen3Config, QWEN_8B, torch.bfloat16, 128, 3, 16, 64, 256),
 }
@@ -66,8 +66,8 @@ N_TOKENS = 16
 
 
 class Sweep:
-    """Every layer x position of one prompt, as each contestant would do it. All but ours give nothing away: no cache of
-    keys, logits only at the last position where the tool lets one say so."""
+    """Every layer x position of one prompt, as each contestant would do it: hooks at their best (no cache of keys,
+    logits only at the last position), the other tools as their manuals show it."""
 
     def __init__(self, model: Any, shape: Shape, device: str):
         self.model, self.shape, self.device = model, shape, device
@@ -82,7 +82,8 @@ class Sweep:
             Intervention(base=0, positions=(p,), first_layer=layer, last_layer=layer, vectors=vector[None])
             for (layer, p), vector in zip(self.sites, self.vectors, strict=True)
         ]
-        return sum(len(indices) for indices, _ in patch_sweep(self.model, [self.prompt], changes))
+        budget = 1 << (30 if self.device == "cpu" else 33)
+        return sum(len(indices) for indices, _ in patch_sweep(self.model, [self.prompt], changes, memory_budget=budget))
 
     def full_batches(self) -> int:
         """Whole rows, one hook per layer and batch; as many layers share a batch as fit."""
@@ -117,9 +118,9 @@ class Sweep:
         traced = NNsight(self.model)
         for i in self.some():
             layer, p = self.sites[i]
-            with traced.trace(self.ids, use_cache=False, logits_to_keep=1):
+            with traced.trace(self.ids):
                 traced.model.layers[layer].output[:, p] = self.vectors[i]
-                traced.output.logits.save()
+                traced.lm_head.output[:, -1].save()
         return len(self.some())
 
     def transformer_lens(self) -> int:

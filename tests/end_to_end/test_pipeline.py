@@ -139,14 +139,14 @@ def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    folder = plan.path(plan.effects("patching", "llama"))
+    folder = plan.path(plan.effects("features", "llama"))  # the first to be made, and the slowest
     deadline = time.monotonic() + 300
     while not storage.list_files(folder, ".parquet") and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     assert killed.poll() is None, "the job ended before it could be killed"
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert finished(plan.effects("patching", "llama"), plan.root) is None
+    assert finished(plan.effects("features", "llama"), plan.root) is None
     assert ground_truth.main(["--config", again]) == 0
     undisturbed = plan_of(config)
     for task in ("patching", "ablation"):

@@ -129,18 +129,21 @@ def test_add_is_a_patch_that_adds_the_direction_with_the_norm_of_the_stream(fami
     inputs = dict(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     )
-    with torch.no_grad():
-        with capturing(explainer.model, [1]) as found:
-            plain = explainer.model(**inputs).logits
-        norms = found[1][torch.arange(2), positions].norm(dim=-1, keepdim=True)
-        patch = Patch(layer=1, positions=positions, values=norms * normalize(batch.vectors, dim=-1), kind="add")
-        with writing(explainer.model, patch):
-            expected = explainer.model(**inputs).logits
-        with explainer.reading(batch):
-            logits = explainer.model(**inputs).logits
     real = batch.attention_mask.bool()
-    torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-4)
-    assert (logits - plain)[real].abs().max() > 1e-2
+    with torch.no_grad(), capturing(explainer.model, [1]) as found:
+        plain = explainer.model(**inputs).logits[real]
+    norms = found[1][torch.arange(2), positions].norm(dim=-1, keepdim=True)
+    patch = Patch(layer=1, positions=positions, values=norms * normalize(batch.vectors, dim=-1), kind="add")
+    with writing(explainer.model, patch):
+        expected = explainer.model(**inputs).logits[real]
+    expected.square().mean().backward()
+    expected_gradients = gradients(explainer)
+    with explainer.reading(batch):
+        logits = explainer.model(**inputs).logits[real]
+    logits.square().mean().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert_same(gradients(explainer), expected_gradients)  # the norm is a number, no path for gradients
+    assert (logits - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("scale", "norm"), [("unit", 1.0), ("mean_embedding", 7.5)])

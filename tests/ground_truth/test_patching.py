@@ -180,11 +180,12 @@ def test_a_nan_of_the_model_drops_only_the_rows_that_meet_it(
         make_case("Lily had a red ball", ROME, 1, 1),
         *good,
         make_case(PARIS, "Lily had a red ball", 5, 5),
+        make_case(PARIS, "Lily had a red ball", 2, 5, block=(2, 2)),  # reaches no answer, but is a vector of NaN
     ]
     made = stage(patching_table(rows))
     kept = made.table["case_id"].to_pylist()
     assert kept == [row["case_id"] for row in good]
-    assert sorted(made.dropped) == sorted((rows[i]["case_id"], outcomes.NOT_FINITE) for i in (0, len(good) + 1))
+    assert sorted(made.dropped) == sorted((rows[i]["case_id"], outcomes.NOT_FINITE) for i in (0, -2, -1))
     for row, clean in zip(made.table.to_pylist(), stage(patching_table(good)).table.to_pylist(), strict=True):
         assert_same(row, clean)
 
@@ -200,11 +201,22 @@ def test_ablations_of_an_activation_take_nothing_from_the_source(stage: Patching
     assert made[0]["kl"] != pytest.approx(made[2]["kl"], abs=1e-4)
 
 
-def test_a_span_is_patched_with_a_vector_for_each_position(stage: PatchingStage) -> None:
-    both = make_case(ROME, PARIS, 1, 1, base_positions=[2, 1], source_positions=[3, 1])
-    single = [make_case(ROME, PARIS, 2, 3), make_case(ROME, PARIS, 1, 1)]
-    made = stage(patching_table([both, *single])).table.to_pylist()
-    np.testing.assert_allclose(made[0]["vectors"], [row["vectors"][0] for row in made[1:]], atol=1e-6)
+def test_a_span_is_patched_with_a_vector_for_each_position(
+    stage: PatchingStage, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ends = [len(prompt_tokens(tokenizer, prompt).ids) - 1 for prompt in (ROME, PARIS)]
+    # at the last token of the last layer the source's answer is brought, whatever the order of the positions
+    both = [
+        make_case(ROME, PARIS, 1, 1, block=(2, 2), base_positions=base, source_positions=source)
+        for base, source in [([1, ends[0]], [3, ends[1]]), ([ends[0], 1], [ends[1], 3])]
+    ]
+    single = [make_case(ROME, PARIS, 1, 3, block=(2, 2)), make_case(ROME, PARIS, *ends, block=(2, 2))]
+    made = stage(patching_table([*both, *single])).table.to_pylist()
+    np.testing.assert_allclose(made[0]["vectors"], [row["vectors"][0] for row in made[2:]], atol=1e-6)
+    np.testing.assert_allclose(made[1]["vectors"], made[0]["vectors"][::-1], atol=1e-6)
+    for row in made[:2]:
+        assert row["patched_answer"] == made[3]["patched_answer"] != made[2]["patched_answer"]
+        assert row["patched_logprob"] == pytest.approx(made[3]["patched_logprob"], abs=1e-4)
 
 
 @pytest.mark.parametrize("rows", [[], [make_case("", "", 0, 0)]])

@@ -176,6 +176,18 @@ def test_a_row_does_not_depend_on_its_batch(model):
         assert_same_logits(logits, together[indices])
 
 
+def test_a_patched_row_costs_only_what_lies_above_its_layer_and_behind_its_position(tiny_target):
+    counted: list[list[int]] = [[], [], []]
+    handles = [
+        block.mlp.register_forward_pre_hook(lambda m, args, i=i: counted[i].append(args[0].shape[1]))
+        for i, block in enumerate(tiny_target.model.layers)
+    ]
+    list(patch_sweep(tiny_target, PROMPTS[:1], [change(0, (4,), 0), change(0, (9, 8), 1), change(0, (2,), 2)]))
+    for handle in handles:
+        handle.remove()
+    assert counted == [[11], [11 + 7], [11 + 7 + 3]]
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on, and their peak."""
 
