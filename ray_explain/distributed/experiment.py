@@ -23,6 +23,8 @@ from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
+from ray_explain.ground_truth.directions import grouped_by_direction
+from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
 from ray_explain.questions.ablation import ablation_questions
@@ -246,7 +248,9 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
     effects = session.table(plan.effects(task, target))
     if task == "features":
-        made = features_questions(*split_features(effects), wording=wording, seed=seed)
+        features, descriptions = split_features(effects)
+        features = grouped_by_direction(features, seed=seed)
+        made = features_questions(features, descriptions, wording=wording, seed=seed)
     elif task == "patching":
         tokenizer = _tokenizer(plan, target)
         made = patching_questions(effects, lambda text: _token_texts(tokenizer, text), wording=wording, seed=seed)
