@@ -24,7 +24,6 @@ from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.directions import grouped_by_direction
-from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
 from ray_explain.questions.ablation import ablation_questions
