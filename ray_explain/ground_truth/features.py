@@ -25,7 +25,6 @@ from ray_explain.world.concepts import (
     concepts_of,
     describe_features,
     document_of_tokens,
-    pearson,
 )
 from ray_explain.world.corpus import documents
 from ray_explain.world.documents import Document
@@ -36,7 +35,6 @@ NEVER_ACTIVE = "the feature is never active"
 NO_CONCEPT = "no concept correlates with the feature"
 ORIGIN = "world"
 BATCH_TOKENS = 1024
-_CONCEPTS_AT_A_TIME = 128
 _WRONG_TARGET = "features of the world need a target with the world's tokenizer"
 
 _DESCRIPTIONS = pa.list_(
@@ -109,7 +107,7 @@ class FeatureStage:
         alive = (active > 0).any(0).tolist()
         kept = [i for i in range(sae.d_sae) if alive[i] and described[i].fit > self._config["min_correlation"]]
         odd = document % 2 == 1
-        scores = _correlations(active[odd][:, kept], self._holds[odd])
+        scores = pearson(active[odd][:, kept], self._holds[odd])
         dropped = [
             (self._case_id(layer, i), NO_CONCEPT if alive[i] else NEVER_ACTIVE)
             for i in sorted(set(range(sae.d_sae)) - set(kept))
@@ -192,10 +190,3 @@ class FeatureStage:
             fields=list(_DESCRIPTIONS.value_type),
         )
         return pa.ListArray.from_arrays(pa.array(np.arange(n_kept + 1, dtype=np.int32) * n_concepts), told)
-
-
-def _correlations(active: Float[Tensor, "tokens features"], holds: Tensor) -> Float[Tensor, "features concepts"]:
-    """`pearson`, a few concepts at a time: it works in double precision."""
-    if not active.shape[1]:
-        return torch.empty(0, holds.shape[1])
-    return torch.cat([pearson(active, some.float()) for some in holds.split(_CONCEPTS_AT_A_TIME, dim=1)], dim=1)

@@ -12,6 +12,8 @@ from ray_explain.world.documents import Document
 from ray_explain.world.facts import ENTITY_KINDS, RELATIONS, VALUES, World
 from ray_explain.world.wordings import DESCRIPTIONS, DOCUMENT_KINDS, PARTS, words_of
 
+_COLUMNS_AT_A_TIME = 128
+
 
 class Concept(NamedTuple):
     """Holds for a token if the token's `aspect` (a key of `wordings.DESCRIPTIONS`) has this `value`."""
@@ -118,23 +120,26 @@ def describe_features(
     even = document % 2 == 0
     if even.all() or not even.any():
         raise ValueError("concepts are chosen on even documents and scored on odd ones: both are needed")
-    fit = pearson(activations[even], holds[even].float())
+    fit = pearson(activations[even], holds[even])
     fit[:, holds[even].sum(0) < min_tokens] = -1.0
     best = fit.argmax(1)
-    scores = pearson(activations[~even], holds[~even].float())
+    scores = pearson(activations[~even], holds[~even])
     return [
         DescribedFeature(int(concept), float(fit[i, concept]), float(scores[i, concept]))
         for i, concept in enumerate(best)
     ]
 
 
-def pearson(x: Float[Tensor, "tokens a"], y: Float[Tensor, "tokens b"]) -> Float[Tensor, "a b"]:
-    """Correlation of each column of x with each of y; 0 where one of them is constant."""
-    return (_standardised(x).T @ _standardised(y) / len(x)).clamp(-1.0, 1.0)  # float32 sums overshoot
+def pearson(x: Float[Tensor, "tokens a"], y: Tensor) -> Float[Tensor, "a b"]:
+    """Correlation of each column of x with each of y [tokens, b], numbers or truth values; 0 where one of them is
+    constant. Some columns of y at a time."""
+    x = _standardised(x)
+    parts = [x.T @ _standardised(some.float()) for some in y.split(_COLUMNS_AT_A_TIME, dim=1)]
+    return (torch.cat(parts, dim=1) / len(x)).clamp(-1.0, 1.0)  # float32 sums overshoot
 
 
 def _standardised(columns: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
-    centred = columns.double() - columns.double().mean(0)
-    deviation = centred.square().mean(0).sqrt()
-    constant = deviation <= 1e-9 * columns.double().abs().amax(0).clamp(min=1e-30)
-    return torch.where(constant, 0.0, centred / deviation.where(~constant, 1.0)).float()
+    centred = columns - columns.mean(0, dtype=torch.double).to(columns.dtype)
+    deviation = centred.square().mean(0, dtype=torch.double).sqrt()
+    constant = deviation <= 1e-6 * columns.abs().amax(0).clamp(min=1e-30)
+    return torch.where(constant, 0.0, centred / deviation.where(~constant, 1.0).to(columns.dtype))

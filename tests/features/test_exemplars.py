@@ -162,6 +162,15 @@ def test_padding_has_no_part_in_anything(sae, corpus):
     assert as_lists(found_in(sae, corpus._replace(residual=spoilt))) == as_lists(found_in(sae, corpus))
 
 
+def test_padding_does_not_bring_a_window_near():
+    sae = projecting(torch.ones(1, 1), layer=0)
+    residual = torch.tensor([[[-5.0], [0.0]], [[-1.0], [-2.0]]])
+    present = torch.tensor([[True, False], [True, True]])
+    corpus = Windows(torch.tensor([4, 5]), torch.zeros(2, 2, dtype=torch.long), residual, present)
+    found = search(sae, [corpus], TopWindows(1, 2, top=1, random=0, near=1))
+    assert [exemplar.window for exemplar in found.exemplars(0)] == [5]
+
+
 def test_tokens_that_nobody_keeps_are_forgotten():
     found = TopWindows(2, 3, top=2, random=1, near=0)
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ray_explain.features import simulate
 from ray_explain.features.simulate import (
@@ -224,7 +224,19 @@ def test_a_value_is_read_at_the_token_itself(model, tokenizer):
     assert values.std() > 0.1
 
 
-def test_a_window_does_not_depend_on_its_batch(model, tokenizer):
+@pytest.fixture(scope="module")
+def model_with_learned_positions():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(20)
+        model.transformer.wpe.weight.mul_(20)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["model", "model_with_learned_positions"])
+def test_a_window_does_not_depend_on_its_batch(family, request, tokenizer):
+    model = request.getfixturevalue(family)
     several = [[5, 9, 3, 17, 2, 4], [8], [3, 3, 12]]
     together = Simulator(model, tokenizer, batch_windows=2).of_ids("cats", several)
     for window, values in zip(several, together, strict=True):
