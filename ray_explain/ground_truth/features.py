@@ -25,6 +25,7 @@ from ray_explain.world.concepts import (
     concepts_of,
     describe_features,
     document_of_tokens,
+    pearson,
 )
 from ray_explain.world.corpus import documents
 from ray_explain.world.documents import Document
