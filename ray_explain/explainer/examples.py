@@ -73,7 +73,7 @@ def encode(
         d_model: Width that the vectors must have; not checked here where it is None.
 
     Raises:
-        Refused: over-long, no answer, as many marks as vectors are not there, a marker in the text, a special token in
+        Refused: over-long, no answer, marks and vectors do not match, a marker in the text, a special token in
             the answer, a vector that is not finite or of another width.
     """
     if question.task == TEXT_TASK:
@@ -195,7 +195,7 @@ def _check_marks(question: Question, markers: Markers) -> None:
                 _refuse(question, "marker in the text", f"{marker} is reserved for vectors")
     n_marks, n_vectors = question.prompt.count(VECTOR_MARK), len(question.vectors)
     if n_marks != n_vectors or VECTOR_MARK in question.answer:
-        _refuse(question, "as many marks as vectors are not there", f"{n_marks} of {VECTOR_MARK}, {n_vectors} vectors")
+        _refuse(question, "marks and vectors do not match", f"{n_marks} of {VECTOR_MARK}, {n_vectors} vectors")
 
 
 def _check_tokens(

@@ -136,7 +136,9 @@ def save_explainer(
         raise ValueError(f"tensors of size 0: {', '.join(empty[:3])}; under ZeRO-3 give the gathered `state_dict`")
     model_state = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
     extras = {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("model.")}
-    explainer.model.save_pretrained(folder, state_dict=model_state)  # type: ignore[operator]
+    # peft asks the hub whether the embedding was resized unless it is told not to save it
+    options = {"save_embedding_layers": False} if isinstance(explainer.model, PeftModel) else {}
+    explainer.model.save_pretrained(folder, state_dict=model_state, **options)  # type: ignore[operator]
     save_file(extras, folder / EXTRAS)
     tokenizer.save_pretrained(folder)
     (folder / SIDECAR).write_text(json.dumps(asdict(sidecar), indent=2))

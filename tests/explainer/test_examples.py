@@ -73,11 +73,11 @@ def test_a_final_space_of_the_prompt_is_no_token_of_its_own(new_tokenizer):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(prompt="no mark"), "as many marks as vectors are not there"),
-        (dict(prompt="<vector> <vector>"), "as many marks as vectors are not there"),
-        (dict(vectors=np.ones((2, 4))), "as many marks as vectors are not there"),
-        (dict(vectors=np.empty((0, 4))), "as many marks as vectors are not there"),
-        (dict(answer="paris <vector>"), "as many marks as vectors are not there"),
+        (dict(prompt="no mark"), "marks and vectors do not match"),
+        (dict(prompt="<vector> <vector>"), "marks and vectors do not match"),
+        (dict(vectors=np.ones((2, 4))), "marks and vectors do not match"),
+        (dict(vectors=np.empty((0, 4))), "marks and vectors do not match"),
+        (dict(answer="paris <vector>"), "marks and vectors do not match"),
         (dict(vectors=np.full((1, 4), np.nan)), "vector not finite"),
         (dict(vectors=np.full((1, 4), np.inf)), "vector not finite"),
         (dict(vectors=np.ones((1, 5))), "vector of the wrong width"),

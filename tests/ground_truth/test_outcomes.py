@@ -42,7 +42,7 @@ def test_only_the_row_with_a_nan_has_no_outcome() -> None:
 def test_the_divergence_of_equal_runs_is_never_negative() -> None:
     tokenizer = world_tokenizer(World())
     logits = torch.randn(64, len(tokenizer), generator=torch.Generator().manual_seed(0))
-    assert all(one is not None and one.kl >= 0 for one in outcomes(tokenizer, logits, logits.clone()))
+    assert all(one is not None and one.kl >= 0 for one in outcomes(tokenizer, logits, logits + 3.7))
 
 
 def test_tokens_that_read_the_same_are_the_same_answer(tokenizer: PreTrainedTokenizerFast) -> None:
