@@ -28,23 +28,20 @@ class AblationStage:
         return records.ABLATION_EFFECTS
 
     def __call__(self, table: pa.Table) -> Result:
+        cases = table.to_pylist()
+        tokens_of = self._target.read(prompt for case in cases for prompt in (case["prompt"], _without_span(case)))
         rows, pairs, dropped = [], [], []
-        for row, case in enumerate(table.to_pylist()):
+        for row, case in enumerate(cases):
             try:
-                pairs.append(self._read(case))
+                full = tokens_of(case["prompt"])
+                checked_span(case["prompt"], (case["span_start"], case["span_end"]))
+                pairs.append((full, tokens_of(_without_span(case))))
                 rows.append(row)
             except Unusable as reason:
                 dropped.append((case["case_id"], str(reason)))
         found = self._run(pairs)
-        ids = table["case_id"].to_pylist()
-        dropped += [(ids[row], NOT_FINITE) for row, outcome in zip(rows, found) if outcome is None]
+        dropped += [(cases[row]["case_id"], NOT_FINITE) for row, outcome in zip(rows, found) if outcome is None]
         return Result(_effects(table, [(row, one) for row, one in zip(rows, found) if one is not None]), dropped)
-
-    def _read(self, case: dict[str, Any]) -> tuple[PromptTokens, PromptTokens]:
-        """The tokens of the prompt with and without its span."""
-        full = self._target.read(case["prompt"])
-        start, end = checked_span(case["prompt"], (case["span_start"], case["span_end"]))
-        return full, self._target.read(case["prompt"][:start] + case["prompt"][end:])
 
     def _run(self, pairs: list[tuple[PromptTokens, PromptTokens]]) -> list[Outcome | None]:
         if not pairs:
@@ -52,6 +49,10 @@ class AblationStage:
         prompts = [a.ids for a, _ in pairs], [b.ids for _, b in pairs]
         full, ablated = ablated_logits(self._target.model, *prompts, memory_budget=self._target.memory_budget)
         return outcomes(self._target.tokenizer, full, ablated)
+
+
+def _without_span(case: dict[str, Any]) -> str:
+    return case["prompt"][: case["span_start"]] + case["prompt"][case["span_end"] :]
 
 
 def _effects(table: pa.Table, kept: list[tuple[int, Outcome]]) -> pa.Table:

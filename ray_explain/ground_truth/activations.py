@@ -5,7 +5,7 @@ CounterFact pairs.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth.outcomes import NOT_FINITE, rows_with
-from ray_explain.ground_truth.positions import Unusable, prompt_tokens
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, reading
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import residuals
@@ -43,11 +43,13 @@ def text_cases(
 
     Texts without a token, or with an unknown one, are dropped.
     """
+    texts = list(dict.fromkeys(texts))
+    tokens_of = reading(tokenizer, texts)
     rows, dropped = [], []
-    for text in dict.fromkeys(texts):
+    for text in texts:
         group = records.content_id("text", text)
         try:
-            tokens = prompt_tokens(tokenizer, text)
+            tokens = tokens_of(text)
         except Unusable as reason:
             dropped.append((group, str(reason)))
             continue
@@ -110,9 +112,11 @@ class ActivationStage:
     def __call__(self, table: pa.Table) -> Result:
         rows, places, dropped = [], [], []
         cases = table.to_pylist()
+        names = ("prompt", "minus_prompt")
+        tokens_of = self._target.read(case[name] for case in cases for name in names if case[name] is not None)
         for row, case in enumerate(cases):
             try:
-                places.append(self._places(case))
+                places.append(self._places(case, tokens_of))
                 rows.append(row)
             except Unusable as reason:
                 dropped.append((case["case_id"], str(reason)))
@@ -123,7 +127,9 @@ class ActivationStage:
         kept = [(row, vector[None]) for row, vector, fine in zip(rows, vectors, finite) if fine]
         return Result(self._features(table, kept), dropped)
 
-    def _places(self, case: dict[str, Any]) -> list[tuple[tuple[int, ...], int, int]]:
+    def _places(
+        self, case: dict[str, Any], tokens_of: Callable[[str], PromptTokens]
+    ) -> list[tuple[tuple[int, ...], int, int]]:
         """(prompt, layer, position) of the activation, and of the one taken from it if there is one."""
         self._target.check_layers(case["layer"], case["layer"])
         if (case["minus_prompt"] is None) != (case["minus_position"] is None):
@@ -131,7 +137,7 @@ class ActivationStage:
         wanted = [(case["prompt"], case["position"]), (case["minus_prompt"], case["minus_position"])]
         places = []
         for prompt, position in wanted[: 1 if case["minus_prompt"] is None else 2]:
-            ids = self._target.read(prompt).ids
+            ids = tokens_of(prompt).ids
             if not 0 <= position < len(ids):
                 raise Unusable(NO_SUCH_POSITION)
             places.append((ids, case["layer"], position))

@@ -1,6 +1,6 @@
 """Features of a target trained on the synthetic world: a small SAE on each layer, described by what the world knows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from ray_explain import records
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
 from ray_explain.ground_truth.outcomes import NOT_FINITE
-from ray_explain.ground_truth.positions import Unusable
+from ray_explain.ground_truth.positions import PromptTokens, Unusable
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
@@ -117,23 +117,10 @@ class FeatureStage:
 
     def _stream(self, layer: int) -> Float[Tensor, "tokens d_model"]:
         """The residual stream after `layer` at every word of the documents; their begin-of-text tokens left out."""
-        prompts = [self._words(document) for document in self._documents]
+        tokens_of = self._target.read(document.text for document in self._documents)
+        prompts = [_words(document, tokens_of) for document in self._documents]
         read = residuals(self._target.model, prompts, [layer], memory_budget=self._target.memory_budget)
         return torch.cat([own[0, 1:] for own in read]).float().cpu()
-
-    def _words(self, document: Document) -> tuple[int, ...]:
-        """The tokens of a document: a begin-of-text token, and one for each of its words.
-
-        Raises:
-            ValueError: the target reads other tokens.
-        """
-        try:
-            ids = self._target.read(document.text).ids
-        except Unusable as reason:
-            raise ValueError(f"{document.text!r} cannot be read, {reason}: {_WRONG_TARGET}") from reason
-        if len(ids) != len(document.words) + 1:
-            raise ValueError(f"{document.text!r}, {len(document.words)} words, is {len(ids)} tokens: {_WRONG_TARGET}")
-        return ids
 
     def _sae(self, activations: Float[Tensor, "tokens d_model"], layer: int) -> SAE:
         sizes = {name: self._config[name] for name in ("d_sae", "k", "steps")}
@@ -191,3 +178,18 @@ class FeatureStage:
             fields=list(_DESCRIPTIONS.value_type),
         )
         return pa.ListArray.from_arrays(pa.array(np.arange(n_kept + 1, dtype=np.int32) * n_concepts), told)
+
+
+def _words(document: Document, tokens_of: Callable[[str], PromptTokens]) -> tuple[int, ...]:
+    """The tokens of a document: a begin-of-text token, and one for each of its words.
+
+    Raises:
+        ValueError: the target reads other tokens.
+    """
+    try:
+        ids = tokens_of(document.text).ids
+    except Unusable as reason:
+        raise ValueError(f"{document.text!r} cannot be read, {reason}: {_WRONG_TARGET}") from reason
+    if len(ids) != len(document.words) + 1:
+        raise ValueError(f"{document.text!r}, {len(document.words)} words, is {len(ids)} tokens: {_WRONG_TARGET}")
+    return ids

@@ -2,13 +2,13 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.positions import Unusable, matched, prompt_tokens, token_roles
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, matched, reading, token_roles
 from ray_explain.stages import Result
 
 Span = tuple[int, int]
@@ -70,10 +70,11 @@ def pair_cases(
     Every (role, block) comes about equally often; a pair gets another one each time it is used. Dropped are pairs, by
     the id of their content, whose spans or words the tokenizer cannot place.
     """
+    tokens_of = reading(tokenizer, (prompt.text for pair in pairs for prompt in (pair.base, pair.source)))
     placed, dropped = [], []
     for pair in dict.fromkeys(pairs):
         try:
-            placed.append(Places(pair, _by_role(pair, tokenizer)))
+            placed.append(Places(pair, _by_role(pair, tokens_of)))
         except Unusable as reason:
             dropped.append((records.content_id("pair", pair), str(reason)))
     rows = []
@@ -83,10 +84,10 @@ def pair_cases(
     return Result(records.rows_table(rows, records.PATCHING_CASES), dropped)
 
 
-def _by_role(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[tuple[int, int]]]:
+def _by_role(pair: Pair, tokens_of: Callable[[str], PromptTokens]) -> dict[str, list[tuple[int, int]]]:
     tokens, roles = [], []
     for prompt in (pair.base, pair.source):
-        tokens.append(prompt_tokens(tokenizer, prompt.text))
+        tokens.append(tokens_of(prompt.text))
         roles.append(
             token_roles(tokens[-1], prompt.text, prompt.subject, statement_end=prompt.statement_end, named=prompt.named)
         )

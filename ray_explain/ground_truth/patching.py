@@ -1,6 +1,6 @@
 """What patches do: cases in, the vectors written and the target's answers with and without them out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from ray_explain import records
 from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, rows_with
-from ray_explain.ground_truth.positions import Unusable
+from ray_explain.ground_truth.positions import PromptTokens, Unusable
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import BlockRequest, block_means
 from ray_explain.interventions.hooks import KINDS
@@ -70,20 +70,21 @@ class PatchingStage:
 
     def _plan(self, cases: Sequence[dict[str, Any]]) -> tuple[list[_Planned], list[tuple[str, str]]]:
         """The cases that can be run, and why the others cannot."""
+        tokens_of = self._target.read(case[name] for case in cases for name in ("base_prompt", "source_prompt"))
         plans, dropped = [], []
         for row, case in enumerate(cases):
             try:
-                plans.append(self._planned(row, case))
+                plans.append(self._planned(row, case, tokens_of))
             except Unusable as reason:
                 dropped.append((case["case_id"], str(reason)))
         return plans, dropped
 
-    def _planned(self, row: int, case: dict[str, Any]) -> _Planned:
+    def _planned(self, row: int, case: dict[str, Any], tokens_of: Callable[[str], PromptTokens]) -> _Planned:
         self._target.check_layers(case["first_layer"], case["last_layer"])
         if case["site"] not in SITES or case["kind"] not in KINDS:
             raise Unusable(NO_SUCH_CHANGE)
-        base = self._target.read(case["base_prompt"]).ids
-        source = self._target.read(case["source_prompt"]).ids
+        base = tokens_of(case["base_prompt"]).ids
+        source = tokens_of(case["source_prompt"]).ids
         _check_positions(case["base_positions"], len(base))
         _check_positions(case["source_positions"], len(source))
         if len(case["base_positions"]) != len(case["source_positions"]):

@@ -4,7 +4,7 @@ Works for every fast tokenizer, through its offsets. A token belongs to a span i
 " Rome" belongs to "Rome", and all byte tokens of one character belong to the span of that character.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -44,18 +44,42 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptToke
         Unusable: the prompt is empty, or holds a word that the tokenizer does not know.
         ValueError: the tokenizer is not a fast one.
     """
+    return reading(tokenizer, [prompt])(prompt)
+
+
+def reading(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Callable[[str], PromptTokens]:
+    """`prompt_tokens` for these prompts only: all are encoded in one call, which is several times faster.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no offsets: load the fast tokenizer of this model")
-    if not prompt.strip():
-        raise Unusable(EMPTY_PROMPT)
-    begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    # not verbose: whoever reads the prompt compares its length with the context
-    encoded = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=not begun, verbose=False)
-    tokens = PromptTokens(tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"]))
+    found: dict[str, PromptTokens | str] = dict.fromkeys(prompts, EMPTY_PROMPT)
+    begin = tokenizer.bos_token
+    for begun in (True, False):
+        some = [p for p in found if p.strip() and (begin is not None and p.startswith(begin)) == begun]
+        if some:
+            found |= zip(some, _encoded(tokenizer, some, begun))
+
+    def tokens_of(prompt: str) -> PromptTokens:
+        tokens = found[prompt]
+        if isinstance(tokens, str):
+            raise Unusable(tokens)
+        return tokens
+
+    return tokens_of
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: list[str], begun: bool) -> Iterator[PromptTokens | str]:
+    """The tokens of each prompt, or the reason why it cannot be used."""
+    # not verbose: whoever reads a prompt compares its length with the context
+    encoded = tokenizer(prompts, return_offsets_mapping=True, add_special_tokens=not begun, verbose=False)
     unknown = tokenizer.unk_token_id
-    if unknown is not None and any(i == unknown and tokens.is_text(at) for at, i in enumerate(tokens.ids)):
-        raise Unusable(UNKNOWN_TOKEN)
-    return tokens
+    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        tokens = PromptTokens(tuple(ids), tuple(offsets))
+        known = unknown not in ids or not any(i == unknown and tokens.is_text(at) for at, i in enumerate(ids))
+        yield tokens if known else UNKNOWN_TOKEN
 
 
 def span_positions(tokens: PromptTokens, prompt: str, span: tuple[int, int]) -> list[int]:

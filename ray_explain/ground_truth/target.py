@@ -1,10 +1,11 @@
 """The model that is measured, and which prompts it can read."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ray_explain.ground_truth.positions import UNKNOWN_TOKEN, PromptTokens, Unusable, prompt_tokens
+from ray_explain.ground_truth.positions import UNKNOWN_TOKEN, PromptTokens, Unusable, reading
 from ray_explain.interventions.layout import Layout, layout_of
 from ray_explain.interventions.patching import MEMORY_BUDGET
 from ray_explain.models import load_model
@@ -31,13 +32,16 @@ class Target:
         self.layout = layout_of(loaded.model)
         self.memory_budget = config.get("memory_budget", MEMORY_BUDGET)
 
-    def read(self, prompt: str) -> PromptTokens:
-        """The prompt's tokens.
+    def read(self, prompts: Iterable[str]) -> Callable[[str], PromptTokens]:
+        """What gives the tokens of one of these prompts.
 
-        Raises:
-            Unusable: it is empty or longer than the context, or has a token that the model does not know.
+        It raises Unusable where a prompt is empty or longer than the context, or has a token that the model does not
+        know.
         """
-        tokens = prompt_tokens(self.tokenizer, prompt)
+        tokens_of = reading(self.tokenizer, prompts)
+        return lambda prompt: self._readable(tokens_of(prompt))
+
+    def _readable(self, tokens: PromptTokens) -> PromptTokens:
         if self.layout.max_positions is not None and len(tokens.ids) > self.layout.max_positions:
             raise Unusable(TOO_LONG)
         if max(tokens.ids) >= self.layout.embedding.weight.shape[0]:

@@ -1,7 +1,7 @@
 """Cases from the synthetic world: facts to patch between, and quizzes whose hint is to be removed."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, patching_case
 from ray_explain.ground_truth.pairs import layer_blocks as layer_blocks
-from ray_explain.ground_truth.positions import prompt_tokens, span_positions
+from ray_explain.ground_truth.positions import PromptTokens, reading, span_positions
 from ray_explain.world.cases import PatchingPair, hint_cases, patching_pairs
 from ray_explain.world.facts import World
 
@@ -31,8 +31,9 @@ def patching_cases(
     rows = []
     for split, size in n.items():
         pairs = patching_pairs(world, size, split, seed) if size else []  # type: ignore[arg-type]
+        tokens_of = reading(tokenizer, (text for pair in pairs for text in (pair.base_prompt, pair.source_prompt)))
         for pair, block in zip(pairs, _dealt_blocks(pairs, layers, f"{split} {seed}")):
-            rows.append(_patching_case(pair, block, tokenizer))
+            rows.append(_patching_case(pair, block, tokens_of))
     return records.rows_table(rows, records.PATCHING_CASES)
 
 
@@ -49,12 +50,10 @@ def _dealt_blocks(pairs: Sequence[PatchingPair], blocks: Sequence[Block], seed: 
     return dealt
 
 
-def _patching_case(pair: PatchingPair, block: Block, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+def _patching_case(pair: PatchingPair, block: Block, tokens_of: Callable[[str], PromptTokens]) -> dict[str, object]:
     base = SubjectPrompt(pair.base_prompt, pair.base_span, pair.base_truth)
     source = SubjectPrompt(pair.source_prompt, pair.source_span, pair.source_truth)
-    positions = [
-        span_positions(prompt_tokens(tokenizer, prompt.text), prompt.text, prompt.subject) for prompt in (base, source)
-    ]
+    positions = [span_positions(tokens_of(prompt.text), prompt.text, prompt.subject) for prompt in (base, source)]
     whole = Pair(base, source, group=pair.group, split=pair.split, stratum=pair.relation)
     return patching_case(whole, pair.role, block, positions[0][-1:], positions[1][-1:])
 

@@ -41,7 +41,7 @@ def ablated_logits(
     def pair(i: int) -> int:
         return cost(len(full[i])) + cost(len(ablated[i]), len(ablated[i]) - _shared(full[i], ablated[i]))
 
-    for some in budgeted(layout, order, pair, memory_budget):
+    for some in budgeted(order, pair, memory_budget):
         both[:, some] = _walked_pairs(layout, [full[i] for i in some], [ablated[i] for i in some])
     return both[0], both[1]
 

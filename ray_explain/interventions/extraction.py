@@ -52,7 +52,7 @@ def residuals(
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     cost = row_bytes(layout)
-    for some in budgeted(layout, order, lambda i: cost(len(prompts[i])), memory_budget):
+    for some in budgeted(order, lambda i: cost(len(prompts[i])), memory_budget):
         read = _read(layout, [prompts[i] for i in some], sorted(set(layers)), [wanted[i] for i in some], site)
         stacked = torch.stack([read[layer] for layer in layers])
         for i, part in zip(some, stacked.split([len(wanted[i]) for i in some], dim=1), strict=True):

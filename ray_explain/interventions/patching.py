@@ -85,7 +85,7 @@ def clean_logits(
     logits = torch.empty(len(prompts), layout.d_vocab, device=layout.device)
     cost = row_bytes(layout)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for some in budgeted(layout, order, lambda i: cost(len(prompts[i])), memory_budget):
+    for some in budgeted(order, lambda i: cost(len(prompts[i])), memory_budget):
         logits[some] = _logits(layout, [prompts[i] for i in some], [], [], with_clean=True)[0]
     return logits
 
@@ -191,7 +191,7 @@ def _chunks(
     cost = row_bytes(layout)
     walked = {n: obstacle(layout, n) is None for n in {len(ids) for ids in bases}}
     order = sorted(range(len(interventions)), key=key)
-    for chunk in budgeted(layout, order, row, memory_budget, clean):
+    for chunk in budgeted(order, row, memory_budget, clean):
         yield sorted(chunk, key=lambda i: interventions[i].join)
 
 

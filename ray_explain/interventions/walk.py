@@ -25,7 +25,6 @@ from ray_explain.interventions.hooks import at_site
 from ray_explain.interventions.layout import Layout, Site
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
-CACHED = 64 << 20  # bytes per chunk beyond which a CPU gets slower, a third at 1 GiB (4 layers of width 64)
 PACKED = "ray_explain_packed"  # name of our attention function in transformers' registry
 
 T = TypeVar("T")
@@ -109,27 +108,25 @@ def row_bytes(layout: Layout) -> Callable[..., int]:
 
 
 def budgeted(
-    layout: Layout,
     items: Iterable[T],
     cost: Callable[[T], int],
     budget: int,
     shared: Callable[[T], tuple[Hashable, int]] = lambda item: (None, 0),
 ) -> Iterator[list[T]]:
-    """`items` in order, as many at a time as cost at most `budget` bytes; on a CPU no more than stay in its caches.
+    """`items` in order, as many at a time as cost at most `budget` bytes.
 
     `shared` names what an item needs that costs only once per chunk, and its cost.
 
     Raises:
         ValueError: one item alone costs more than the budget.
     """
-    target = min(budget, CACHED) if layout.device.type == "cpu" else budget
     chunk: list[T] = []
     used: set[Hashable] = set()
     total = 0
     for item in items:
         key, once = shared(item)
         own = cost(item)
-        if chunk and total + own + (0 if key in used else once) > target:
+        if chunk and total + own + (0 if key in used else once) > budget:
             yield chunk
             chunk, used, total = [], set(), 0
         total += own + (0 if key in used else once)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from ray_explain.explainer.examples import Question, Refused, encode, encode_prompt, stop_ids
 from ray_explain.explainer.markers import markers_of
@@ -116,6 +117,20 @@ def test_the_longest_example_allowed_is_allowed(tokenizer):
     assert encode(QUESTION, tokenizer, markers, max_tokens=length)
     with pytest.raises(Refused, match="over-long"):
         encode(QUESTION, tokenizer, markers, max_tokens=length - 1)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(new_tokenizer):
+    tokenizer = new_tokenizer("llama_base")
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A {tokenizer.eos_token}", special_tokens=tokens
+    )
+    example = encode(QUESTION, tokenizer, markers_of(tokenizer), max_tokens=100)
+    assert [i for i, token in enumerate(example.input_ids) if token == tokenizer.eos_token_id] == [
+        len(example.input_ids) - 1
+    ]
+    learned = encode(text("rome", "paris"), tokenizer, markers_of(tokenizer), max_tokens=100)
+    assert tokenizer.decode(learned.input_ids[learned.n_prompt :]) == "paris"
 
 
 def text(prompt: str, answer: str) -> Question:

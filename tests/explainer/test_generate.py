@@ -88,7 +88,9 @@ def test_with_adapters_and_their_markers_too(new_model, markers, prompts):
     model = with_lora(new_model("llama"), rank=4, alpha=8, dropout=0.5)
     explainer = Explainer(model, markers, Projection("identity", 32, 32), train_markers=True)
     with torch.no_grad():
-        explainer.marker_embeddings.normal_(0, 2)
+        for name, parameter in explainer.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 2 if name == "marker_embeddings" else 0.2)
     explainer.train()
     found = generate(explainer, prompts, Numbers(), max_new_tokens=4, batch_size=3)
     assert explainer.training  # as it was; dropout is off while it answers

@@ -53,7 +53,9 @@ def in_one_pass(n_tokens: int) -> dict[int, list[int]]:
     def batches():
         start = 0
         for batch in contexts(n_tokens).split(BATCH):
-            read = torch.cat(residuals(model, batch.tolist(), [LAYER])).reshape(-1, WINDOW, D_MODEL)
+            read = torch.cat(residuals(model, batch.tolist(), [LAYER], memory_budget=1 << 27)).reshape(
+                -1, WINDOW, D_MODEL
+            )
             ids = torch.arange(start, start + len(read))
             yield Windows(ids, batch.reshape(-1, WINDOW), read, torch.ones(len(read), WINDOW, dtype=torch.bool))
             start += per_context * len(batch)

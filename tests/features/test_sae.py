@@ -64,7 +64,7 @@ def test_scaled_inputs_are_brought_back_by_decode(trained, planted):
     )
     x = planted.residual[:100]
     decoded = trained.decode(trained.encode(x))
-    assert float((x - decoded).norm() / x.norm()) < 0.25
+    assert float((x - decoded).norm() / x.norm()) < 0.3
 
 
 @pytest.mark.parametrize(("normalisation", "scale"), [("token_norm", 2.0), ("layer_norm", 1.0)])

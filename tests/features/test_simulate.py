@@ -109,10 +109,15 @@ def test_the_interval_narrows_with_more_windows_and_holds_the_value():
 
 
 def test_resampling_keeps_the_number_of_each_kind():
-    # One top window among many others: without it nothing is defined, with it in all resamples the interval is whole.
-    top, rest = np.array([0.0, 9.0]), [np.zeros(2)] * 30
-    score = simulator_score([top, *rest], [top, *rest], ["top"] + ["random"] * 30)
-    assert score.low == pytest.approx(1)
+    # Windows of a kind are all alike, so resampling within kinds changes nothing; mixing kinds would.
+    top, other = (np.array([0.0, 9.0]), np.array([0.0, 8.0])), (np.array([3.0, 1.0]), np.array([0.0, 0.5]))
+    simulated, true = zip(*[top] * 4, *[other] * 20, strict=True)
+    apart = simulator_score(simulated, true, ["top"] * 4 + ["random"] * 20)
+    assert apart.low == pytest.approx(apart.value)
+    assert apart.high == pytest.approx(apart.value)
+    together = simulator_score(simulated, true)
+    assert together.value == pytest.approx(apart.value)
+    assert together.high - together.low > 0.05
 
 
 def test_the_same_seed_gives_the_same_interval():

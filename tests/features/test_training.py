@@ -81,7 +81,7 @@ def test_dead_features_are_revived(planted, monkeypatch):
     left = train_sae(planted.residual, steps=200, seed=0, **SMALL)
     assert left.declared["dead_fraction"] >= 0.5
     assert revived.declared["dead_fraction"] < 0.1
-    assert revived.declared["fvu"] < 0.5 * left.declared["fvu"]
+    assert revived.declared["fvu"] < 0.7 * left.declared["fvu"]
 
 
 def test_progress_is_told_at_every_step(planted):

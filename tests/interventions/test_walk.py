@@ -67,14 +67,7 @@ def test_known_families_can_be_walked_and_others_cannot(model, fallback_model):
     assert obstacle(layout_of(fallback_model), 64) is not None
 
 
-def test_items_are_taken_while_they_fit_and_what_they_share_counts_once(tiny_target):
-    layout = layout_of(tiny_target)
+def test_items_are_taken_while_they_fit_and_what_they_share_counts_once():
     items = [("a", 2), ("a", 2), ("a", 2), ("b", 2), ("b", 5)]
-    chunks = budgeted(layout, items, lambda item: item[1], 7, lambda item: (item[0], 1))
+    chunks = budgeted(items, lambda item: item[1], 7, lambda item: (item[0], 1))
     assert list(chunks) == [items[:3], items[3:4], items[4:]]
-
-
-def test_on_a_cpu_a_chunk_is_no_larger_than_its_caches_but_one_row_may_be(tiny_target):
-    layout, mega = layout_of(tiny_target), 1 << 20
-    chunks = budgeted(layout, [30, 30, 30, 100, 1], lambda n: n * mega, 1 << 30)
-    assert list(chunks) == [[30, 30], [30], [100], [1]]
