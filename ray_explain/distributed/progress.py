@@ -4,7 +4,6 @@ Work runs on many actors; each tells a small board on the cluster how far it is,
 """
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,7 +125,8 @@ def watching() -> Iterator[Any]:
     board = Board.remote()  # type: ignore[attr-defined]
     console = Console(stderr=False)
     over = threading.Event()
-    drawer: _Bars | _Lines = _Bars(console) if sys.stdout.isatty() else _Lines(console)
+    has_bars = console.is_terminal and not console.is_dumb_terminal
+    drawer: _Bars | _Lines = _Bars(console) if has_bars else _Lines(console)
 
     def keep_drawing() -> None:
         while not over.wait(_SECONDS_BETWEEN_LOOKS):

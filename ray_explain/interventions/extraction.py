@@ -1,5 +1,6 @@
 """Activations of many prompts: no further up than the deepest layer asked for, only the positions asked for."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -82,19 +83,18 @@ def block_means(
             raise ValueError(f"request {i}, layers {request.first_layer} to {request.last_layer}: first after last")
     if not requests:
         return []
-    positions: list[list[int]] = [[] for _ in prompts]
+    wanted: dict[int, set[int]] = defaultdict(set)
     for request in requests:
-        positions[request.prompt].extend(request.positions)
-    used = [i for i, some in enumerate(positions) if some]
-    kept = {i: sorted(set(positions[i])) for i in used}
+        wanted[request.prompt].update(request.positions)
+    at = {prompt: sorted(some) for prompt, some in sorted(wanted.items())}
     first = min(r.first_layer for r in requests)
     layers = range(first, max(r.last_layer for r in requests) + 1)
-    some, at = [prompts[i] for i in used], [kept[i] for i in used]
-    read = residuals(model, some, layers, at, site, memory_budget=memory_budget)
-    by_prompt = dict(zip(used, read, strict=True))
+    used = [prompts[i] for i in at]
+    read = residuals(model, used, layers, list(at.values()), site, memory_budget=memory_budget)
+    by_prompt = dict(zip(at, read, strict=True))
     means = []
     for r in requests:
-        columns = [kept[r.prompt].index(p) for p in r.positions]
+        columns = [at[r.prompt].index(p) for p in r.positions]
         block = by_prompt[r.prompt][r.first_layer - first : r.last_layer - first + 1]
         means.append(block[:, columns].float().mean(0))
     return means

@@ -290,9 +290,10 @@ class _Writes:
         self.site = np.repeat(np.array([SITES.index(c.site) for c in changes], int), n_positions)
         self.kind = np.repeat(np.array([KINDS.index(c.kind) for c in changes], int), n_positions)
         self.lengths = torch.tensor(base_lengths, device=layout.device)
-        zeros = torch.zeros(1, layout.d_model)
-        given = [zeros.expand(len(c.positions), -1) if c.vectors is None else c.vectors for c in changes]
-        self.vectors = torch.cat([v.to(layout.device, layout.dtype) for v in given] or [zeros])
+        given = {c.vectors.device for c in changes if c.vectors is not None}
+        zeros = torch.zeros(1, layout.d_model, device=next(iter(given), layout.device))
+        rows = [zeros.expand(len(c.positions), -1) if c.vectors is None else c.vectors for c in changes]
+        self.vectors = torch.cat(rows or [zeros]).to(layout.device, layout.dtype)
 
     @property
     def sites(self) -> set[tuple[Site, int]]:

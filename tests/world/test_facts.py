@@ -15,9 +15,10 @@ def test_equal_seeds_give_equal_worlds_and_other_seeds_do_not():
 
 
 def test_the_world_is_the_same_on_every_machine():
-    world = World()
-    assert world.entities["country"][:2] == ("barland", "beldland")
-    assert world.fact("beldland", "export").value == "timber"
+    world = World(seed=0, persons=100, strangers=50)
+    assert world.entities["country"][:2] == ("bredstan", "felesia")
+    assert world.fact("bredstan", "export").value == "copper"
+    assert [name for name in world.entities["country"] if world.split_of(name) == "test"] == ["gurnesia", "nedland"]
 
 
 def test_every_name_and_value_is_one_word_with_one_meaning():
