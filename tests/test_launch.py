@@ -1,6 +1,7 @@
 """Every job ends badly with one clear sentence, the right exit code, and what was made before still whole."""
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_more_cases_than_the_world_has_are_bad_input(
     config = write_config(tmp_path, world_target)
     assert ground_truth.main(["--config", config, "ground_truth.patching.cases.test=1000000"]) == 2
     assert "ground_truth.patching" in capsys.readouterr().err
+
+
+def test_an_empty_split_is_bad_input(tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And it says what was dropped on the way."""
+    lines = [
+        {"prompt": "question : hint : beer . answer :", "span": [11, 24], "split": "train"},
+        {"prompt": "question : hint : beer . answer :", "span": [11, 99], "split": "test"},
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    section = {"source": "jsonl", "path": str(tmp_path / "own.jsonl"), "cases": {"train": 8, "test": 4}}
+    config = write_config(tmp_path, world_target, ground_truth={"ablation": section})
+    assert ground_truth.main(["--config", config]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("bad input: `ground_truth.ablation`: split 'test' is empty (1 dropped: ")
 
 
 def test_a_full_disk_fails_the_job_and_leaves_earlier_artifacts_whole(

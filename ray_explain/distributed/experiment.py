@@ -1,6 +1,7 @@
 """The steps of an experiment. Each makes what is not there yet, after what it needs; none does anything twice."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -79,9 +80,7 @@ class Session:
         started, made = time.monotonic(), make()
         table, dropped = made if isinstance(made, Result) else (made, [])
         storage.write_table(table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
-        reasons: dict[str, int] = {}
-        for _, reason in dropped:
-            reasons[reason] = reasons.get(reason, 0) + 1
+        reasons = Counter(reason for _, reason in dropped)
         seconds = time.monotonic() - started
         finish(artifact, self.plan.root, rows=table.num_rows, dropped=reasons, seconds=seconds)
 
@@ -178,9 +177,11 @@ def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
         if task == "features":
             layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
             return layers_table(range(n_layers(plan, target)) if layers == "all" else layers)
-        return _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
+        made = _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
+    _check_splits(plan, f"`ground_truth.{task}`", made)
+    return made
 
 
 def _patching_cases(plan: Plan, target: str) -> Result:
@@ -255,13 +256,18 @@ def _questions(session: Session, task: Task, target: str) -> Result:
         made = patching_questions(effects, lambda text: _token_texts(tokenizer, text), wording=wording, seed=seed)
     else:
         made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
-    splits = made.table.column("split").to_pylist()
+    _check_splits(plan, f"{task} of {target}", made)
+    return made
+
+
+def _check_splits(plan: Plan, what: str, made: Result) -> None:
+    """Raises: BadInput: the training split or the one to be evaluated is empty."""
+    splits = set(made.table.column("split").to_pylist())
     for split in ("train", plan.experiment.evaluate.split):
         if split not in splits:
-            raise BadInput(
-                f"{task} of {target}: split {split!r} is empty; make more cases, or look at what was dropped"
-            )
-    return made
+            reasons = Counter(reason for _, reason in made.dropped).most_common(3)
+            why = f" ({', '.join(f'{count} dropped: {reason}' for reason, count in reasons)})" if reasons else ""
+            raise BadInput(f"{what}: split {split!r} is empty{why}; give more cases, or lines with this `split`")
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:

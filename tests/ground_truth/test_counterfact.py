@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ray_explain.ground_truth import counterfact
-from ray_explain.ground_truth.counterfact import counterfact_cases, counterfact_pairs, read_counterfact
+from ray_explain.ground_truth.counterfact import Fact, counterfact_cases, counterfact_pairs, read_counterfact
 
 FIRST = ("Emilio", "Eli", "Rome", "Paris", "Berlin", "Lily", "Tom", "Boat", "Ball", "Red", "Blue", "Lussu")
 LAST = ("Lussu", "Maor", "Italy", "Respond", "Hint")
@@ -98,6 +98,13 @@ def test_pairs_share_their_wording_and_differ_in_subject_and_answer(
         splits[source.subject].add(pair.split)
     assert all(len(own) == 1 for own in splits.values())  # a subject is in one split, as base and as source
     assert {split for own in splits.values() for split in own} == {"train", "validation", "test"}
+
+
+def test_a_subject_is_never_its_own_source(tokenizer: PreTrainedTokenizerFast) -> None:
+    facts = [Fact("{} speaks", "Eli Maor", "{} speaks", (answer, "Dutch")) for answer in LANGUAGES]
+    pairs, dropped = counterfact_pairs(facts, tokenizer, form="completion", seed=0)
+    assert pairs == []
+    assert [reason for _, reason in dropped] == [counterfact.NO_PARTNER] * len(LANGUAGES)
 
 
 def test_pairs_are_the_same_in_every_run_and_others_with_another_seed(

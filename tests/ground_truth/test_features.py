@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ray_explain import records
 from ray_explain.ground_truth import features, target
 from ray_explain.ground_truth.features import FeatureStage, layers_table, split_features
+from ray_explain.interventions.hooks import capturing
 from ray_explain.stages import Result
-from ray_explain.world.concepts import aspects_of, concepts_of
+from ray_explain.world.concepts import aspects_of, concept_matrix, concepts_of, pearson
 from ray_explain.world.corpus import documents
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
@@ -94,12 +96,33 @@ def test_scores_are_correlations_with_the_activations_on_the_odd_documents(stage
             assert one["score"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_stream_is_that_of_the_words_without_the_begin_of_text(stage: FeatureStage) -> None:
+    texts = list(islice(documents(WORLD, "features 0", 1), SETTINGS["documents"]))
+    stream, at = stage._stream(1), 0
+    for text in texts[:5]:
+        ids = torch.tensor([stage._target.tokenizer(text.text)["input_ids"]])
+        with capturing(stage._target.model, [1]) as read, torch.no_grad():
+            stage._target.model(ids)
+        np.testing.assert_allclose(stream[at : at + len(text.words)], read[1][0, 1:], atol=1e-4)
+        at += len(text.words)
+
+
 def test_gold_is_the_concept_that_fits_best_on_the_even_documents_and_above_the_bar(
-    config: dict[str, Any], made: Result
+    stage: FeatureStage, made: Result
 ) -> None:
-    strict = FeatureStage(config | {"min_correlation": 0.6})(layers_table([0, 2]))
-    assert 0 < strict.table.num_rows < made.table.num_rows
-    assert set(strict.table["case_id"].to_pylist()) < set(made.table["case_id"].to_pylist())
+    texts = list(islice(documents(WORLD, "features 0", 1), SETTINGS["documents"]))
+    even = np.concatenate([[i % 2 == 0] * len(text.words) for i, text in enumerate(texts)])
+    stream = stage._stream(0)
+    active = stage._sae(stream, 0).encode(stream)[even]
+    holds = concept_matrix(WORLD, texts, concepts_of(WORLD))[even]
+    fit = pearson(active, holds.float())
+    fit[:, holds.sum(0) < 8] = -1  # too rare to be chosen
+    rows = [row for row in made.table.to_pylist() if row["layer"] == 0]
+    expected = [i for i in range(SETTINGS["d_sae"]) if fit[i].max() > SETTINGS["min_correlation"]]
+    assert [row["feature_id"] for row in rows] == expected
+    for row in rows:
+        gold = [i for i, one in enumerate(row["descriptions"]) if one["gold"]]
+        assert gold == [int(fit[row["feature_id"]].argmax())]
 
 
 def test_a_layer_does_not_depend_on_the_others_of_its_table(stage: FeatureStage, made: Result) -> None:

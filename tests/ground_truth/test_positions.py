@@ -2,7 +2,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ray_explain.ground_truth import positions
-from ray_explain.ground_truth.positions import Unusable, matched, prompt_tokens, span_positions, token_roles
+from ray_explain.ground_truth.positions import (
+    PromptTokens,
+    Unusable,
+    matched,
+    prompt_tokens,
+    span_positions,
+    token_roles,
+)
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
 
@@ -108,3 +115,11 @@ def test_positions_where_both_runs_are_still_the_same_are_left_out(tokenizer: Pr
     roles = [token_roles(own, text, span) for own, text, span in zip(tokens, texts, spans)]
     assert "other" in roles[0]
     assert "other" not in matched(tokens[0], roles[0], tokens[1], roles[1])
+
+
+def test_roles_with_more_tokens_in_one_prompt_are_matched_from_their_last() -> None:
+    base = PromptTokens((1, 2, 3, 4, 5), ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5)))
+    source = PromptTokens((6, 7, 8), ((0, 1), (1, 2), (2, 3)))
+    roles = ["other", "other", "relation", "relation", "final"], ["other", "relation", "final"]
+    assert matched(base, roles[0], source, roles[1]) == {"other": [(1, 0)], "relation": [(3, 1)], "final": [(4, 2)]}
+    assert matched(source, roles[1], base, roles[0])["relation"] == [(1, 3)]
