@@ -16,6 +16,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,14 +33,19 @@ PARTS = 5
 
 def target() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": D_MODEL, "intermediate_size": 4 * D_MODEL, "num_hidden_layers": 6, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": D_MODEL,
+        "intermediate_size": 4 * D_MODEL,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).eval()
 
 
 def an_sae() -> SAE:
     generator = torch.Generator().manual_seed(1)
     encoder = torch.randn(D_SAE, D_MODEL, generator=generator) / D_MODEL**0.5
-    zeros = {"encoder_bias": torch.zeros(D_SAE), "decoder_bias": torch.zeros(D_MODEL)}
+    zeros: dict[str, Any] = {"encoder_bias": torch.zeros(D_SAE), "decoder_bias": torch.zeros(D_MODEL)}
     return SAE(encoder=encoder, directions=encoder, activation="topk", k=K, **zeros)
 
 
@@ -69,7 +75,7 @@ def by_materialising(n_tokens: int) -> dict[int, list[int]]:
     model, sae, batches = target(), an_sae(), contexts(n_tokens).split(BATCH)
     places, values = [], []
     for number, batch in enumerate(batches):
-        kept = []
+        kept: list[torch.Tensor] = []
         hook = model.model.layers[LAYER].register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
         model(batch)
         hook.remove()

@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from ray_explain.features import exemplars
 from ray_explain.features.exemplars import TopWindows, Windows, projecting, search
 
 POSITIONS, D_MODEL, D_SAE = 7, 6, 12
-SIZES = {"top": 3, "random": 4, "near": 2}
+SIZES: dict[str, Any] = {"top": 3, "random": 4, "near": 2}
 
 
 @pytest.fixture

@@ -486,7 +486,7 @@ def test_a_folder_without_an_sae_is_told(tmp_path):
 
 
 def test_only_the_part_that_is_asked_for_stays_in_memory(tmp_path, monkeypatch):
-    asked = []
+    asked: list[tuple[int, int]] = []
     monkeypatch.setattr(readers, "open_weights", lambda path, real=readers.open_weights: spy(real(path), asked))
     d_sae = 1000
     wide = {"w_enc": torch.zeros(d_sae, 4), "b_enc": torch.zeros(d_sae), "w_dec": torch.zeros(d_sae, 4)}

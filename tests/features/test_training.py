@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from ray_explain.features.doctor import examine
 from ray_explain.features.training import train_sae
 
 K = 3
-SMALL = {"d_sae": 64, "k": K, "batch_tokens": 512}
+SMALL: dict[str, Any] = {"d_sae": 64, "k": K, "batch_tokens": 512}
 
 
 def best_cosines(planted, sae):
