@@ -37,8 +37,8 @@ check: setup  ## ruff and mypy
 	$(BIN)/mypy ray_explain jobs
 
 test: setup  ## all tests that need no GPU and no network
-	$(BIN)/python -m pytest -n 2 -m "not ray and not gpu and not network"
-	$(BIN)/python -m pytest -m "ray and not gpu and not network"
+	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
+	$(BIN)/python -m pytest -m "(ray or slow) and not gpu and not network"
 
 test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"

@@ -79,7 +79,7 @@ def train_plain(
         for group in optimizer.param_groups:
             group["lr"] = rate
         outcomes = _backward(explainer, examples, step, pad_id)
-        norm = torch.nn.utils.clip_grad_norm_(explainer.parameters(), 1e9).item()
+        norm = torch.nn.utils.clip_grad_norm_(explainer.parameters(), config.clip).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report = _report(i, len(steps), outcomes, norm, rate)

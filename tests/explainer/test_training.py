@@ -36,7 +36,7 @@ def test_accumulation_changes_no_loss(new_explainer, data, micro_batches):
 
 def test_training_is_adamw_with_clipping_on_the_mean_over_answer_tokens(new_explainer, data):
     """Written out again, one example at a time."""
-    explainer, other = new_explainer("qwen2"), new_explainer("qwen2")
+    explainer, other = new_explainer("llama"), new_explainer("llama")
     config = PlainTraining(epochs=2, batch_size=8, learning_rate=3e-3, weight_decay=0.5, clip=2.0)
     reports = []
     train_plain(explainer, data, config, pad_id=0, on_step=reports.append)

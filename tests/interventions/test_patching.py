@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from ray_explain.interventions import patching
 from ray_explain.interventions.extraction import residuals
@@ -25,6 +25,16 @@ PROMPTS = [
     [43, 38, 32, 79, 50, 28, 84, 19, 71, 69, 39],
     [93, 75, 10],
 ]
+
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+}
 
 
 @st.composite
@@ -230,6 +240,23 @@ def test_what_is_allocated_stays_under_the_memory_budget(model):
         assert budget / 12 < memory.peak < budget
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Phi3Config(**LLAMA | {"intermediate_size": 1024, "pad_token_id": 0}),
+        GPT2Config(vocab_size=101, n_embd=32, n_layer=3, n_head=4, n_inner=1024, bos_token_id=1, eos_token_id=2),
+    ],
+    ids=["phi3", "gpt2"],
+)
+def test_the_budget_is_used_where_the_mlp_needs_most_of_it(config):
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    changes = [change(0, (0,), 0) for _ in range(40)]
+    budget = 21 * row_bytes(layout_of(model))(11)
+    with LiveBytes() as memory:
+        next(patch_sweep(model, PROMPTS, changes, memory_budget=budget))
+    assert budget / 2 < memory.peak < budget
+
+
 def test_a_budget_too_small_for_one_row_is_an_error(tiny_target):
     with pytest.raises(ValueError, match=r"budget of 1,000 bytes: one row alone needs [\d,]+; give at least that"):
         clean_logits(tiny_target, PROMPTS, memory_budget=1000)
@@ -267,16 +294,6 @@ def test_weights_added_by_an_adapter_count(judged):
         assert_same_logits(logits[0], expected)
         with tuned.disable_adapter():
             assert (expected - judged(tuned, PROMPTS[0], change())).abs().max() > 1e-3
-
-
-LLAMA: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-}
 
 
 def test_prompts_beyond_the_original_length_of_a_rotary_that_grows_are_not_walked(judged):
