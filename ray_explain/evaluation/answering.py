@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from ray_explain import records
 from ray_explain.explainer.baselines import untrained
@@ -41,8 +42,9 @@ class AnswerStage:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         if "folder" in config:
-            self._explainer, _ = load_explainer(config["folder"])
+            self._explainer, _ = load_explainer(config["folder"], device=device)
             self._tokenizer = load_tokenizer(config["folder"])
         else:
             loaded = load_model(config["model"], revision=config["revision"], dtype=config["dtype"])
