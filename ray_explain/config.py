@@ -84,23 +84,28 @@ class Splits(Section):
 
 
 class PatchingConfig(Section):
-    """Activation patching: cases, and the blocks of layers that are patched."""
+    """Activation patching: cases, and the blocks of layers that are patched.
 
-    source: Literal["world", "counterfact", "jsonl"] = "world"
-    path: str | None = None  # of the file, for sources other than the world
+    `balance` keeps, of each split, equally many cases of each combination of these columns, as far as there are any.
+    """
+
+    source: Literal["world", "counterfact", "jsonl", "released"] = "world"
+    path: str | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
+    balance: list[Literal["first_layer", "role", "stratum", "changed"]] = []
 
 
 class AblationConfig(Section):
     """Input ablation: prompts with a span, mostly a hint, that is removed."""
 
-    source: Literal["world", "mmlu", "jsonl"] = "world"
-    path: str | None = None  # of the file, for sources other than the world
+    source: Literal["world", "mmlu", "jsonl", "released"] = "world"
+    path: str | None = None  # as in `patching`
     form: Literal["completion", "chat"] = "completion"  # of MMLU's prompts
     hint: Literal["random", "right", "sentence"] = "random"  # in MMLU's prompts
     cases: Splits
+    balance: list[Literal["kind", "stratum", "changed"]] = []  # as in `patching`
 
 
 class FeaturesConfig(Section):

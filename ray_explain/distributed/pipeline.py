@@ -18,6 +18,7 @@ from ray_explain.config import Task
 from ray_explain.distributed.experiment import (
     Session,
     evaluate,
+    export_ground_truth,
     make_ground_truth,
     make_models,
     train_explainers,
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "Session",
     "evaluate",
+    "export_ground_truth",
     "make_ground_truth",
     "make_models",
     "make_report",

@@ -68,12 +68,22 @@ class Plan:
     def cases(self, task: Task, target: str) -> Artifact:
         """What will be tried on the target; for features, the layers whose features are looked for."""
         section = getattr(self.experiment.ground_truth, task)
-        config = section.model_dump(mode="json") | {
+        config = section.model_dump(mode="json", exclude={"balance"}) | {
             "seed": self.experiment.seed,
             "world": self.experiment.world.model_dump(),
-            "content": _digest(section.path) if getattr(section, "path", None) else None,
+            "content": self._content(task, target) if getattr(section, "path", None) else None,
         }
         return Artifact(kind=f"{task}_cases", label=target, config=config, parents=(self.model(target),))
+
+    def released_folder(self, task: Task, target: str) -> str:
+        """Where the released data set of a target lies."""
+        return getattr(self.experiment.ground_truth, task).path.replace("{target}", target)
+
+    def _content(self, task: Task, target: str) -> Any:
+        section = getattr(self.experiment.ground_truth, task)
+        if section.source != "released":
+            return _digest(section.path)
+        return _files_of(self.released_folder(task, target), "**/*.parquet")
 
     def effects(self, task: Task, target: str) -> Artifact:
         """What the target really did."""
@@ -81,7 +91,11 @@ class Plan:
 
     def questions(self, task: Task, target: str) -> Artifact:
         """What explainers are asked about it."""
-        config = {"wording": self.experiment.ground_truth.wording, "seed": self.experiment.seed}
+        config = {
+            "wording": self.experiment.ground_truth.wording,
+            "seed": self.experiment.seed,
+            "balance": getattr(getattr(self.experiment.ground_truth, task), "balance", []),
+        }
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=(self.effects(task, target),))
 
     # -- explainers ---------------------------------------------------------------------------------------------------
@@ -152,9 +166,14 @@ class Plan:
 def _identity(config: ModelConfig) -> Mapping[str, Any]:
     """What tells one model that lies elsewhere from another: its id and revision, or the edges of its files."""
     named = config.model_dump(exclude={"pretrain"})
-    folder = Path(config.path or "")
-    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
-    return named | {"files": {path.name: _edges(str(path), path.stat().st_size) for path in files}}
+    return named | {"files": _files_of(config.path, "*") if config.path else {}}
+
+
+def _files_of(folder: str, pattern: str) -> dict[str, str]:
+    """A digest of each file; none where there is no folder."""
+    root = Path(folder)
+    files = sorted(path for path in root.glob(pattern) if path.is_file()) if root.is_dir() else []
+    return {str(path.relative_to(root)): _edges(str(path), path.stat().st_size) for path in files}
 
 
 @cache
