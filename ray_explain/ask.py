@@ -104,7 +104,7 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
     from ray_explain.distributed.plan import Plan
 
     plan = Plan(read_experiment(arguments.config, arguments.overrides))
-    runs = [run for run in plan.runs() if task in run.tasks]
+    runs = [run for run in plan.runs() if task in run.tasks and not run.text_only]
     target = arguments.target or plan.experiment.targets[0]
     by = arguments.by or target
     chosen = [run for run in runs if (run.target, run.explainer) == (target, by)]

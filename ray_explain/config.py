@@ -158,6 +158,7 @@ class TrainConfig(Section):
     warmup: Fraction = 0.0  # share of the steps
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
+    text_only: bool = False  # train each target on its own questions without their vectors as well, as a control
     replay: Annotated[float, Field(ge=0)] = 0.0  # texts of the world per question, against forgetting
     max_tokens: Positive = 500  # longer questions are dropped and counted
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -184,7 +185,9 @@ class EvaluateConfig(Section):
 
     split: Literal["validation", "test"] = "test"
     controls: list[Control] = ["shuffled", "no_vector", "other_layer", "random"]
-    untrained: bool = True  # ask the untrained models as well
+    untrained: bool = True  # ask the untrained targets as well
+    shots: list[Count] = [0, 4]  # prompt them with the form of the answer and so many answered examples
+    selfie: list[Annotated[float, Field(gt=0)]] = [1, 5, 10, 25, 50]  # scales at which they are asked SelfIE's question
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
     resamples: Annotated[int, Field(ge=100)] = 2000

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import Task
-from ray_explain.distributed.plan import Plan, Run
+from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.baselines import baselines
 from ray_explain.evaluation.comparisons import comparisons
 from ray_explain.evaluation.controls import under_control
-from ray_explain.evaluation.grading import grade
+from ray_explain.evaluation.grading import best_of, grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
@@ -32,12 +32,14 @@ from ray_explain.ground_truth.released_files import read_folder, write_folder
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
+from ray_explain.questions.prompting import BEST_SELFIE, prompted, selfie_label
 from ray_explain.stages import Result
 from ray_explain.world.corpus import replay_texts
 from ray_explain.world.facts import World
 
 ROWS_PER_GROUP = 256  # of the Parquet files that actors read slices of
 TABLE = "table.parquet"
+CONTROL = pa.field("control", pa.string(), nullable=False)  # column of the questions that are asked
 
 
 @dataclass
@@ -366,6 +368,7 @@ def _train_run(session: Session, run: Run) -> Any:
         train=train,
         seed=run.seed,
         wording=plan.experiment.ground_truth.wording,
+        text_only=run.text_only,
     )
 
 
@@ -376,9 +379,9 @@ def evaluate(session: Session) -> None:
     """Every explainer's answers to the held-out questions, and all scores."""
     plan = session.plan
     train_explainers(session)
-    for asked in dict.fromkeys(answers.parents[-1] for answers in plan.scores().parents):
-        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
     answers = plan.scores().parents
+    for asked in dict.fromkeys(each.parents[-1] for each in answers):
+        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
     if session.missing(answers):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -391,12 +394,16 @@ def evaluate(session: Session) -> None:
 
 
 def _asked(session: Session, asked: Artifact) -> pa.Table:
-    """The questions of the split, once for each control."""
-    questions = session.table(asked.parents[0])
-    questions = questions.filter(pc.equal(questions.column("split"), asked.config["split"]))
+    """The questions of the split, once for each control, or with answered examples before them."""
+    every = session.table(asked.parents[0])
+    questions = every.filter(pc.equal(every.column("split"), asked.config["split"]))
+    if "shots" in asked.config:
+        training = every.filter(pc.equal(every.column("split"), "train"))
+        made = prompted(questions, training, shots=asked.config["shots"], seed=asked.config["seed"])
+        return made.append_column(CONTROL, pa.array(["none"] * made.num_rows))
     return pa.concat_tables(
         under_control(questions, control, asked.config["seed"]).append_column(
-            pa.field("control", pa.string(), nullable=False), pa.array([control] * questions.num_rows)
+            CONTROL, pa.array([control] * questions.num_rows)
         )
         for control in ["none", *asked.config["controls"]]
     )
@@ -404,31 +411,32 @@ def _asked(session: Session, asked: Artifact) -> pa.Table:
 
 def _answer_jobs(plan: Plan) -> list[Any]:
     from ray_explain.distributed.run_stages import StageJob
-    from ray_explain.evaluation.answering import AnswerStage
+    from ray_explain.evaluation.answering import AnswerStage, SelfieStage
 
-    evaluate = plan.experiment.evaluate
-    common = {
-        "max_new_tokens": evaluate.max_new_tokens,
-        "batch_size": evaluate.batch_size,
-        "max_tokens": plan.experiment.train.max_tokens,
-    }
-    jobs = []
+    evaluate, longest = plan.experiment.evaluate, plan.experiment.train.max_tokens
+    common = {"max_new_tokens": evaluate.max_new_tokens, "batch_size": evaluate.batch_size, "max_tokens": longest}
+    injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
+    jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
     for run in plan.runs():
-        for task in run.tasks:
-            own: dict[str, Any] = {"explainer": run.explainer, "folder": plan.path(plan.explainer(run))}
-            jobs.append((run.target, own, plan.answers(run, task)))
-    for target, task in plan.target_tasks() if evaluate.untrained else []:
-        injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
-        own = {"explainer": "untrained", **plan.model_place(target), "injection": injection}
-        jobs.append((target, own, plan.untrained_answers(target, task)))
+        own: dict[str, Any] = {"explainer": run.speaker, "folder": plan.path(plan.explainer(run))}
+        own |= {"text_only": True} if run.text_only else {}
+        jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]
+    for one in plan.untrained():
+        own = {"explainer": one.way, **plan.model_place(one.target), "injection": injection}
+        own |= {"max_tokens": longest * (one.shots + 1)} if one.shots else {}
+        if one.way == SELFIE:
+            own |= {"scales": evaluate.selfie, "brief": plan.experiment.ground_truth.wording == "brief"}
+        stage = SelfieStage if one.way == SELFIE else AnswerStage
+        jobs.append((stage, one.target, own, plan.untrained_answers(one)))
     return [
         StageJob(
-            stage=AnswerStage,
+            stage=stage,
             config=common | own | {"d_target": d_model(plan, target)},
             source=plan.path(answers.parents[-1]),
             artifact=answers,
+            expands=stage is SelfieStage,
         )
-        for target, own, answers in jobs
+        for stage, target, own, answers in jobs
     ]
 
 
@@ -440,7 +448,7 @@ def _make_scores(session: Session) -> None:
     tables = {
         "graded": graded,
         "scores": scores(graded, seed=seed, resamples=evaluate.resamples),
-        "comparisons": comparisons(graded, seed=seed, resamples=evaluate.resamples),
+        "comparisons": comparisons(graded, trained=plan.experiment.explainers, seed=seed, resamples=evaluate.resamples),
     }
     for name, table in tables.items():
         storage.write_table(table, f"{folder}/{name}/{TABLE}")
@@ -454,17 +462,21 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
     training = questions.filter(pc.equal(questions.column("split"), "train"))
     given = [(run.seed, session.table(plan.answers(run, task))) for run in plan.runs() if _about(run, target, task)]
-    if plan.experiment.evaluate.untrained:
-        given.append((0, session.table(plan.untrained_answers(target, task))))
+    asked = [one for one in plan.untrained() if (one.target, one.task) == (target, task)]
+    given += [(0, session.table(plan.untrained_answers(one))) for one in asked]
     given += [(0, answers) for answers in baselines(training, held_out)]
     by_seed: dict[int, list[pa.Table]] = {}
     for seed, answers in given:
         by_seed.setdefault(seed, []).append(answers)
     descriptions = _descriptions(session, target, held_out) if task == "features" else None
-    return pa.concat_tables(
+    graded = pa.concat_tables(
         grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed)
         for seed, answers in by_seed.items()
     )
+    if task != "features" or not plan.experiment.evaluate.selfie:
+        return graded
+    scales = [selfie_label(scale) for scale in plan.experiment.evaluate.selfie]
+    return pa.concat_tables([graded, best_of(graded, scales, BEST_SELFIE)])
 
 
 def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Table:
@@ -475,4 +487,4 @@ def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Tabl
 
 
 def _about(run: Run, target: str, task: Task) -> bool:
-    return run.target == target and task in run.tasks
+    return run.target == target and task in run.asked

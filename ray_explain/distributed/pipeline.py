@@ -145,7 +145,7 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
     for target, task in plan.target_tasks():
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
         for run in plan.runs():
-            if run.target != target or task not in run.tasks or run.seed != plan.experiment.seeds[0]:
+            if run.text_only or run.target != target or task not in run.tasks or run.seed != plan.experiment.seeds[0]:
                 continue
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():

@@ -30,6 +30,7 @@ class TrainRun:
     train: TrainConfig
     seed: int
     wording: str
+    text_only: bool = False  # all numbers of the vectors are 0
 
     @property
     def name(self) -> str:

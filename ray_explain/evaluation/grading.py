@@ -158,6 +158,21 @@ def _description_grade(
     }
 
 
+def best_of(graded: pa.Table, names: Sequence[str], name: str) -> pa.Table:
+    """The best answer to each question among those of the explainers `names`, as one explainer's `name`.
+
+    It is chosen by the scores themselves, exact match first, as the paper does with SelfIE's scales: an advantage that
+    no real answer has.
+    """
+    scored = [column for column in ("exact", "judged", "correlation", "similarity") if column in graded.column_names]
+    best: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {}
+    for row in graded.filter(pc.is_in(graded["explainer"], pa.array(names, pa.string()))).to_pylist():
+        value = tuple(-1.0 if row[column] is None else float(row[column]) for column in scored)
+        if row["question_id"] not in best or value > best[row["question_id"]][0]:
+            best[row["question_id"]] = (value, row | {"explainer": name})
+    return records.rows_table([row for _, row in best.values()], graded.schema)
+
+
 def series_of(graded: pa.Table) -> list[dict[str, Any]]:
     """The different (task, target, explainer, control, seed) of a table, sorted."""
     keys = ["task", "target", "explainer", "control", "seed"]

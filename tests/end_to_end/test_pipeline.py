@@ -39,8 +39,13 @@ EXPERIMENT: dict[str, Any] = {
         "ablation": {"cases": {"train": 60, "test": 30}},
         "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
     },
-    "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
-    "evaluate": {"max_new_tokens": 8, "resamples": 100},
+    "train": {
+        "mixtures": [["patching", "ablation", "features"]],
+        "learning_rate": 0.002,
+        "replay": 0.5,
+        "text_only": True,
+    },
+    "evaluate": {"max_new_tokens": 8, "resamples": 100, "shots": [0, 2], "selfie": [1, 10]},
     "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
 }
 
@@ -67,7 +72,17 @@ def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:
     report = Path(plan_of(config).root, "report")
     page = html.unescape((report / "index.html").read_text())
     assert "nan" not in page.lower().split()
-    for word in ("llama", "qwen3", "majority", "nearest neighbour", "untrained", "shuffled"):
+    for word in (
+        "llama",
+        "qwen3",
+        "majority",
+        "nearest neighbour",
+        "untrained",
+        "shuffled",
+        "text only",
+        "2-shot",
+        "SelfIE",
+    ):
         assert word in page, word
     assert (report / "tables.md").exists() and (report / "scores.json").exists()
 
@@ -184,7 +199,7 @@ def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str,
 def test_live_receipts_confirm_as_many_answers_as_were_right_offline(config: str) -> None:
     """Each test case is run on the target anew and asked anew: the same sentences, the same verdicts."""
     plan = plan_of(config)
-    run = next(run for run in plan.runs() if run.explainer == run.target == "llama")
+    run = next(run for run in plan.runs() if run.explainer == run.target and not run.text_only)
     asking = {"explainer": "llama", "folder": plan.path(plan.explainer(run)), "d_target": 32, "batch_size": 64}
     sizes = {"max_new_tokens": 8, "max_tokens": plan.experiment.train.max_tokens}
     witness = Witness(asking | sizes, plan.model_place("llama"), wording="brief", seed=plan.experiment.seed)
