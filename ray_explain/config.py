@@ -21,6 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -212,6 +213,7 @@ class Experiment(Section):
     targets: Annotated[list[Name], Field(min_length=1)]
     explainers: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    fractions: Annotated[list[Share], Field(min_length=1)] = [1.0]  # of the training questions, one explainer for each
     ground_truth: GroundTruthConfig
     train: TrainConfig = TrainConfig()
     pairings: list[Pairing] = []  # overrides for single pairings; every explainer meets every target
@@ -220,6 +222,10 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Experiment":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` names one twice: {self.seeds}")
+        if len(set(self.fractions)) < len(self.fractions):
+            raise ValueError(f"`fractions` names one twice: {self.fractions}")
         for key, names in [("targets", self.targets), ("explainers", self.explainers)]:
             if len(set(names)) < len(names):
                 raise ValueError(f"`{key}` names a model twice: {names}")
