@@ -46,7 +46,8 @@ def train_on_worker(run: TrainRun, root: str, board: Any) -> None:
     """What every worker does: the same steps in the same order, each with its share of every step's examples."""
     started, train, context = time.monotonic(), run.train, ray.train.get_context()
     torch.manual_seed(run.seed)
-    loaded = load_model(run.model["model"], revision=run.model["revision"], dtype=train.precision)
+    with storage.local_folder(run.model["model"]) as folder:
+        loaded = load_model(folder, revision=run.model["revision"], dtype=train.precision)
     markers = markers_of(loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers)
     explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)
