@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ray_explain.errors import BadInput
+from ray_explain.world.facts import World
 
 Task = Literal["patching", "ablation", "features"]
 Control = Literal["shuffled", "no_vector", "other_layer", "random"]
@@ -26,6 +27,26 @@ class Section(BaseModel):
     """A part of the file: no unknown key, nothing changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorldConfig(Section):
+    """The synthetic world that small targets learn and that cases are drawn from; see `World` for the meaning."""
+
+    seed: int = 0
+    persons: int = World.persons
+    strangers: int = World.strangers
+    cities: int = World.cities
+    companies: int = World.companies
+    countries: int = World.countries
+
+    @model_validator(mode="after")
+    def _possible(self) -> "WorldConfig":
+        self.world()
+        return self
+
+    def world(self) -> World:
+        """Raises: ValueError: too few of a kind, or more entities than there are names."""
+        return World(**self.model_dump())
 
 
 class PretrainConfig(Section):
@@ -181,7 +202,7 @@ class Experiment(Section):
     name: Name
     storage: str
     seed: int = 0
-    world_seed: int = 0
+    world: WorldConfig = WorldConfig()
     models: Annotated[dict[Name, ModelConfig], Field(min_length=1)]
     targets: Annotated[list[Name], Field(min_length=1)]
     explainers: Annotated[list[Name], Field(min_length=1)]

@@ -7,6 +7,7 @@ import yaml
 
 from ray_explain.config import read_experiment
 from ray_explain.errors import BadInput
+from ray_explain.world.facts import World
 
 SMALL = {
     "name": "small",
@@ -98,3 +99,10 @@ def test_the_shipped_configs_are_valid() -> None:
     assert configs
     for path in configs:
         assert read_experiment(str(path)).name == path.stem
+
+
+def test_the_world_is_of_the_size_asked_for_and_an_impossible_one_is_refused(config: str) -> None:
+    assert read_experiment(config).world.world() == World()
+    assert read_experiment(config, ["world.persons=40"]).world.world() == World(persons=40)
+    with pytest.raises(BadInput, match="`world`: world of 3 city entities: each kind needs 4"):
+        read_experiment(config, ["world.cities=3"])

@@ -214,7 +214,7 @@ def _ablation_cases(plan: Plan, target: str) -> Result:
 
 
 def _source(plan: Plan, path: str | None) -> World | str:
-    return World(seed=plan.experiment.world_seed) if path is None else path
+    return plan.experiment.world.world() if path is None else path
 
 
 def _stage_job(plan: Plan, task: Task, target: str) -> Any:
@@ -229,7 +229,7 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
         assert section is not None
         config |= section.model_dump(exclude={"layers"}) | {
             "seed": plan.experiment.seed,
-            "world": {"seed": plan.experiment.world_seed},
+            "world": plan.experiment.world.model_dump(),
         }
     stages = {"patching": PatchingStage, "ablation": AblationStage, "features": FeatureStage}
     return StageJob(
@@ -304,7 +304,7 @@ def _train_run(session: Session, run: Run) -> Any:
         raise BadInput(
             "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
         )
-    texts = replay_texts(World(seed=plan.experiment.world_seed), round(asked * train.replay), run.seed)
+    texts = replay_texts(plan.experiment.world.world(), round(asked * train.replay), run.seed)
     return TrainRun(
         artifact=plan.explainer(run),
         model=plan.model_place(run.explainer),

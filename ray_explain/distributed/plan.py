@@ -10,6 +10,7 @@ from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import Experiment, ModelConfig, Task, TrainConfig
 from ray_explain.errors import BadInput
+from ray_explain.world import RECIPE
 
 # Fields of the training section that change how the work is done, not what comes out.
 _HOW_NOT_WHAT = {"checkpoint_every", "max_failures", "mixtures"}
@@ -52,7 +53,7 @@ class Plan:
         """A pretrained small target, or a stand-in for a model that lies elsewhere, which has no directory here."""
         config = self.experiment.models[name]
         if config.pretrain is not None:
-            what = {**config.pretrain.model_dump(), "world_seed": self.experiment.world_seed}
+            what = {**config.pretrain.model_dump(), "world": self.experiment.world.model_dump(), "recipe": RECIPE}
             return Artifact(kind="models", label=name, config=what)
         return Artifact(kind="external_models", label=name, config=_identity(config))
 
@@ -69,7 +70,7 @@ class Plan:
         section = getattr(self.experiment.ground_truth, task)
         config = section.model_dump(mode="json") | {
             "seed": self.experiment.seed,
-            "world_seed": self.experiment.world_seed,
+            "world": self.experiment.world.model_dump(),
             "content": _digest(section.path) if getattr(section, "path", None) else None,
         }
         return Artifact(kind=f"{task}_cases", label=target, config=config, parents=(self.model(target),))

@@ -33,7 +33,7 @@ def _pretrain(artifact: Artifact, root: str, board: Any) -> None:
     from ray_explain.world.tokenizer import world_tokenizer
 
     config, started = artifact.config, time.monotonic()
-    world = World(seed=config["world_seed"])
+    world = World(**config["world"])
     tokenizer, tell = world_tokenizer(world), Teller(board, f"pretrain {artifact.label}")
     scratch = _scratch_folder(artifact.path(root))
     model = pretrain(

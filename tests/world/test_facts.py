@@ -106,7 +106,7 @@ def test_a_world_too_small_to_split_is_refused():
 
 
 def test_a_world_with_more_entities_than_names_is_refused():
-    with pytest.raises(ValueError, match="648 entities"):
+    with pytest.raises(ValueError, match="638 entities"):
         World(persons=540)
 
 
