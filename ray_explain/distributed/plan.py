@@ -22,19 +22,21 @@ SELFIE = "SelfIE"
 
 
 class Run(NamedTuple):
-    """One explainer to train: of which model, of which target, on which tasks, from which seed."""
+    """One explainer to train: of which model, of which target, on which tasks, from which seed, on how much data."""
 
     explainer: str
     target: str
     tasks: tuple[Task, ...]
     seed: int
+    fraction: float = 1.0  # of the training questions
     text_only: bool = False  # trained and asked without vectors
 
     @property
     def name(self) -> str:
-        """For people and paths: "qwen3-of-llama-patching-s0"."""
+        """For people and paths: "qwen3-of-llama-patching-s0", "qwen3-of-llama-patching-s0-f0.25"."""
+        share = "" if self.fraction == 1 else f"-f{self.fraction:g}"
         kind = "-text" if self.text_only else ""
-        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}{kind}"
+        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}{share}{kind}"
 
     @property
     def asked(self) -> tuple[Task, ...]:
@@ -130,7 +132,8 @@ class Plan:
         tasks = self.experiment.tasks
         mixtures = [tuple(t for t in mixture if t in tasks) for mixture in self.experiment.train.mixtures]
         runs = [
-            Run(explainer, target, mixture, seed)
+            Run(explainer, target, mixture, seed, fraction)
+            for fraction in sorted(self.experiment.fractions, reverse=True)
             for seed in self.experiment.seeds
             for target in self.experiment.targets
             for explainer in self.experiment.explainers
@@ -138,7 +141,8 @@ class Plan:
             if mixture
         ]
         if self.experiment.train.text_only:
-            own = (run for run in runs if run.explainer == run.target)
+            whole = max(self.experiment.fractions)
+            own = (run for run in runs if run.explainer == run.target and run.fraction == whole)
             runs += [run._replace(text_only=True) for run in own if set(run.tasks) - set(WITHOUT_VECTORS)]
         return sorted(runs, key=lambda run: (run.text_only, run.explainer != run.target))
 
@@ -151,6 +155,8 @@ class Plan:
         config = self.train_config(run).model_dump(mode="json", exclude=_HOW_NOT_WHAT) | {"seed": run.seed}
         if run.text_only:
             config["text_only"] = True
+        if run.fraction < 1:
+            config["fraction"] = run.fraction
         parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
         return Artifact(kind="explainers", label=run.name, config=config, parents=parents)
 
@@ -204,7 +210,11 @@ class Plan:
         evaluate = self.experiment.evaluate
         answers = [self.answers(run, task) for run in self.runs() for task in run.asked]
         answers += [self.untrained_answers(one) for one in self.untrained()]
-        config = {"resamples": evaluate.resamples, "seed": self.experiment.seed}
+        config = {
+            "resamples": evaluate.resamples,
+            "seed": self.experiment.seed,
+            "fractions": sorted(self.experiment.fractions),
+        }
         return Artifact(kind="scores", label=self.experiment.name, config=config, parents=tuple(answers))
 
     def target_tasks(self) -> list[tuple[str, Task]]:

@@ -2,18 +2,19 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.explainer.baselines import SELFIE_BRIEF, selfie, untrained
 from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.sidecar import load_explainer, load_tokenizer
+from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_sidecar
 from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
 from ray_explain.questions.prompting import selfie_label
@@ -36,6 +37,12 @@ def without_vectors(question: Question) -> Question:
     return question._replace(vectors=np.zeros_like(question.vectors))
 
 
+def _base_folder(folder: str) -> AbstractContextManager[str]:
+    """Where the model that an adapter changes lies for the block; a fully trained explainer is its own."""
+    sidecar = read_sidecar(folder)
+    return storage.local_folder(sidecar.base) if sidecar.lora else nullcontext(folder)
+
+
 def asked_schema(d_model: int) -> pa.Schema:
     """Questions, each with the control that its vectors are under ("none": its own vectors)."""
     return records.questions(d_model).append(pa.field("control", pa.string(), nullable=False))
@@ -53,10 +60,12 @@ class AnswerStage:
         self._config = config
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if "folder" in config:
-            self._explainer, _ = load_explainer(config["folder"], device=device)
-            self._tokenizer = load_tokenizer(config["folder"])
+            with storage.local_folder(config["folder"]) as folder, _base_folder(folder) as base:
+                self._explainer, _ = load_explainer(folder, base=base, device=device)
+                self._tokenizer = load_tokenizer(folder)
         else:
-            loaded = load_model(config["model"], revision=config["revision"], dtype=config["dtype"])
+            with storage.local_folder(config["model"]) as folder:
+                loaded = load_model(folder, revision=config["revision"], dtype=config["dtype"])
             injection = InjectionConfig(**config["injection"])
             self._tokenizer = loaded.tokenizer
             self._explainer = untrained(
@@ -117,7 +126,8 @@ class SelfieStage:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
-        loaded = load_model(config["model"], revision=config["revision"], dtype=config["dtype"])
+        with storage.local_folder(config["model"]) as folder:
+            loaded = load_model(folder, revision=config["revision"], dtype=config["dtype"])
         self._tokenizer = loaded.tokenizer
         self._explainer = untrained(loaded.model, loaded.tokenizer, d_target=config["d_target"])
 
