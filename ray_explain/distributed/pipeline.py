@@ -23,6 +23,7 @@ from ray_explain.distributed.experiment import (
     train_explainers,
 )
 from ray_explain.distributed.plan import Plan
+from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
 from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.page import write_report
@@ -90,6 +91,7 @@ def _report_data(session: Session) -> ReportData:
         explainers={name: name for name in explainers},
         examples=list(_examples(session, whole)),
         advantages=self_advantage(whole, seed=seed, resamples=resamples) if several else [],
+        calibrations=calibrations(whole, explainers, seed=seed, resamples=resamples),
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={
