@@ -23,6 +23,7 @@ from ray_explain.distributed.experiment import (
     train_explainers,
 )
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.power import say_power
 from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
 from ray_explain.report.data import ReportData, WorkedExample
@@ -37,6 +38,7 @@ __all__ = [
     "make_models",
     "make_report",
     "run_pipeline",
+    "say_power",
     "train_explainers",
 ]
 
