@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -475,14 +476,42 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     for seed, fraction, answers in given:
         alike.setdefault((seed, fraction), []).append(answers)
     descriptions = _descriptions(session, target, held_out) if task == "features" else None
-    graded = pa.concat_tables(
-        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed, fraction=fraction)
-        for (seed, fraction), answers in alike.items()
-    )
+    marks = _marks(session) if task == "features" else []
+    parts = []
+    for (seed, fraction), tables in alike.items():
+        said = pa.concat_tables(tables)
+        part = grade(held_out, said, descriptions, target=target, seed=seed, fraction=fraction)
+        for mark in marks:
+            part = mark(part, held_out, said)
+        parts.append(part)
+    graded = pa.concat_tables(parts)
     if task != "features" or not plan.experiment.evaluate.selfie:
         return graded
     scales = [selfie_label(scale) for scale in plan.experiment.evaluate.selfie]
     return pa.concat_tables([graded, best_of(graded, scales, BEST_SELFIE)])
+
+
+def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa.Table]]:
+    """What marks descriptions beside exact match, as far as the experiment asks for it: of graded answers, questions
+    and answers each makes graded answers."""
+    evaluate, found = session.plan.experiment.evaluate, list[Callable[[pa.Table, pa.Table, pa.Table], pa.Table]]()
+    if evaluate.embedding is not None:
+        from ray_explain.evaluation.embeddings import compared, sentence_encoder
+
+        found.append(partial(compared, encoder=sentence_encoder(evaluate.embedding)))
+    if (asked := evaluate.judge) is not None:
+        from ray_explain.endpoints import Chat, Endpoint
+        from ray_explain.evaluation.judges import Judge, judged
+
+        endpoint = Endpoint(
+            model=asked.model,
+            cache=f"{session.plan.root}/judge",
+            address=asked.url,
+            key_variable=asked.key_variable,
+            threads=asked.threads,
+        )
+        found.append(partial(judged, judge=Judge(Chat(endpoint))))
+    return found
 
 
 def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Table:

@@ -215,6 +215,9 @@ class Plan:
             "seed": self.experiment.seed,
             "fractions": sorted(self.experiment.fractions),
         }
+        if "features" in self.experiment.tasks:
+            judge = {"judge": evaluate.judge.model_dump(include={"url", "model"})} if evaluate.judge else {}
+            config |= judge | ({"embedding": evaluate.embedding} if evaluate.embedding else {})
         return Artifact(kind="scores", label=self.experiment.name, config=config, parents=tuple(answers))
 
     def target_tasks(self) -> list[tuple[str, Task]]:
