@@ -54,6 +54,8 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.learning_rate=fast", ["train.learning_rate", "'fast'", "number"]),
         ("targets=[llamma]", ["targets", "llamma", "`llama`"]),
         ("targets=[llama, llama]", ["targets", "twice"]),
+        ("fractions=[0.5, 0.5]", ["fractions", "twice"]),
+        ("fractions=[0]", ["fractions", "greater than 0"]),
         ("ground_truth.patching.blocks=[[0, 7]]", ["[0, 7]", "4 layers", "numbered from 0"]),
         ("ground_truth.features.layers=[4]", ["no layer 4", "numbered from 0"]),
         ("ground_truth.patching.source=counterfact", ["counterfact", "`path`"]),

@@ -24,9 +24,12 @@ from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
+from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
+from ray_explain.ground_truth.released_files import read_folder, write_folder
+from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
@@ -78,11 +81,16 @@ class Session:
         if not self.missing([artifact]):
             return
         started, made = time.monotonic(), make()
-        table, dropped = made if isinstance(made, Result) else (made, [])
-        storage.write_table(table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
-        reasons = Counter(reason for _, reason in dropped)
-        seconds = time.monotonic() - started
-        finish(artifact, self.plan.root, rows=table.num_rows, dropped=reasons, seconds=seconds)
+        made = made if isinstance(made, Result) else Result(made, [])
+        storage.write_table(made.table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
+        finish(
+            artifact,
+            self.plan.root,
+            rows=made.table.num_rows,
+            dropped=Counter(reason for _, reason in made.dropped),
+            seconds=time.monotonic() - started,
+            measured=made.measured,
+        )
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -157,20 +165,61 @@ def make_ground_truth(session: Session) -> None:
     """What the targets really do, and the questions about it."""
     plan = session.plan
     make_models(session)
-    for target, task in plan.target_tasks():
+    released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
+    for target, task in released:
+        session.make_table(plan.effects(task, target), lambda k=task, t=target: _released(plan, k, t))  # type: ignore[misc]
+    measured = [pair for pair in plan.target_tasks() if pair not in released]
+    for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
-    if session.missing([plan.effects(task, target) for target, task in plan.target_tasks()]):
+    if session.missing([plan.effects(task, target) for target, task in measured]):
         from ray_explain.distributed.run_stages import run_stages
 
         session.say("Ground truth: intervening on the targets")
         session.start_ray()
-        run_stages(
-            [_stage_job(plan, task, target) for target, task in plan.target_tasks()],
-            plan.root,
-            plan.experiment.cluster,
-        )
+        run_stages([_stage_job(plan, task, target) for target, task in measured], plan.root, plan.experiment.cluster)
     for target, task in plan.target_tasks():
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
+
+
+def export_ground_truth(session: Session) -> None:
+    """The effects in the schemas of the paper's released data sets, below `released/` in the storage."""
+    plan = session.plan
+    make_ground_truth(session)
+    for target, task in plan.target_tasks():
+        section = getattr(plan.experiment.ground_truth, task)
+        mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
+        place = f"{plan.root}/released/{target}/{task}"
+        try:
+            with storage.new_folder(place) as folder:
+                told = write_folder(
+                    session.table(plan.effects(task, target)), task, folder, _tokenizer(plan, target), mmlu=mmlu
+                )
+        except ValueError as error:
+            session.say(f"{task} of {target}: not written: {error}")
+            continue
+        counts = ", ".join(
+            f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
+        )
+        session.say(f"{task} of {target}: {counts} in {place}")
+
+
+def _is_released(plan: Plan, task: Task) -> bool:
+    return getattr(getattr(plan.experiment.ground_truth, task), "source", None) == "released"
+
+
+def _released(plan: Plan, task: Task, target: str) -> Result:
+    """Raises: BadInput: no released data set of the target is in the folder."""
+    section = getattr(plan.experiment.ground_truth, task)
+    try:
+        return read_folder(
+            plan.released_folder(task, target),
+            task,
+            _tokenizer(plan, target),
+            d_model=d_model(plan, target),
+            n=section.cases.model_dump(),
+        )
+    except (ValueError, OSError) as error:
+        raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
@@ -248,7 +297,11 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
     plan = session.plan
     wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
-    effects = session.table(plan.effects(task, target))
+    effects, counts = session.table(plan.effects(task, target)), dict[str, Any]()
+    by = getattr(getattr(plan.experiment.ground_truth, task), "balance", [])
+    if by:
+        effects, before, after = balanced(effects, by, seed=seed)
+        counts = {"cases before balancing": before, "cases after balancing": after}
     if task == "features":
         features, descriptions = split_features(effects)
         features = grouped_by_direction(features, seed=seed)
@@ -259,7 +312,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     else:
         made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
     _check_splits(plan, f"{task} of {target}", made)
-    return made
+    return made._replace(measured=counts)
 
 
 def _check_splits(plan: Plan, what: str, made: Result) -> None:
@@ -301,7 +354,7 @@ def _train_run(session: Session, run: Run) -> Any:
 
     plan = session.plan
     train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
-    asked = sum(pc.sum(pc.equal(session.table(table).column("split"), "train")).as_py() or 0 for table in questions)
+    asked = sum(training_rows(session.table(table), run.fraction).num_rows for table in questions)
     if train.replay and plan.experiment.models[run.explainer].pretrain is None:
         raise BadInput(
             "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
@@ -316,6 +369,7 @@ def _train_run(session: Session, run: Run) -> Any:
         train=train,
         seed=run.seed,
         wording=plan.experiment.ground_truth.wording,
+        fraction=run.fraction,
     )
 
 
@@ -402,18 +456,20 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     plan = session.plan
     questions = session.table(plan.questions(task, target))
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
-    training = questions.filter(pc.equal(questions.column("split"), "train"))
-    given = [(run.seed, session.table(plan.answers(run, task))) for run in plan.runs() if _about(run, target, task)]
+    runs = [run for run in plan.runs() if _about(run, target, task)]
+    given = [(run.seed, run.fraction, session.table(plan.answers(run, task))) for run in runs]
     if plan.experiment.evaluate.untrained:
-        given.append((0, session.table(plan.untrained_answers(target, task))))
-    given += [(0, answers) for answers in baselines(training, held_out)]
-    by_seed: dict[int, list[pa.Table]] = {}
-    for seed, answers in given:
-        by_seed.setdefault(seed, []).append(answers)
+        given.append((0, 0.0, session.table(plan.untrained_answers(target, task))))
+    for fraction in plan.experiment.fractions:
+        known = training_rows(questions, fraction)
+        given += [(0, fraction, answers) for answers in baselines(known, held_out)]
+    alike: dict[tuple[int, float], list[pa.Table]] = {}
+    for seed, fraction, answers in given:
+        alike.setdefault((seed, fraction), []).append(answers)
     descriptions = _descriptions(session, target, held_out) if task == "features" else None
     return pa.concat_tables(
-        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed)
-        for seed, answers in by_seed.items()
+        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed, fraction=fraction)
+        for (seed, fraction), answers in alike.items()
     )
 
 

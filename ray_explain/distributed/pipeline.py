@@ -17,6 +17,7 @@ from ray_explain.config import Task
 from ray_explain.distributed.experiment import (
     Session,
     evaluate,
+    export_ground_truth,
     make_ground_truth,
     make_models,
     train_explainers,
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "Session",
     "evaluate",
+    "export_ground_truth",
     "make_ground_truth",
     "make_models",
     "make_report",
@@ -76,7 +78,8 @@ def _report_data(session: Session) -> ReportData:
     graded, scores, comparisons = (
         storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
     )
-    explainers = plan.experiment.explainers
+    explainers, largest = plan.experiment.explainers, max(plan.experiment.fractions)
+    whole = graded.filter(pc.equal(graded["fraction"], largest))
     several = len(set(explainers) & set(plan.experiment.targets)) > 1
     seed, resamples = plan.experiment.seed, plan.experiment.evaluate.resamples
     manifests = _manifests(plan)
@@ -85,8 +88,8 @@ def _report_data(session: Session) -> ReportData:
         scores=scores,
         comparisons=comparisons,
         explainers={name: name for name in explainers},
-        examples=list(_examples(session, graded)),
-        advantages=self_advantage(graded, seed=seed, resamples=resamples) if several else [],
+        examples=list(_examples(session, whole)),
+        advantages=self_advantage(whole, seed=seed, resamples=resamples) if several else [],
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={
@@ -142,7 +145,8 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
     for target, task in plan.target_tasks():
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
         for run in plan.runs():
-            if run.target != target or task not in run.tasks or run.seed != plan.experiment.seeds[0]:
+            shown = (target, plan.experiment.seeds[0], max(plan.experiment.fractions))
+            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks:
                 continue
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():

@@ -62,7 +62,7 @@ class _Worker:
             self._stage = (number, job.stage(job.config))
         stage = self._stage[1]
         cases = _rows(job.source, start, stop)
-        table, dropped = stage(conform(cases, stage.schema_in))
+        table, dropped, _ = stage(conform(cases, stage.schema_in))
         if not job.expands and table.num_rows + len(dropped) != cases.num_rows:
             raise JobFailed(
                 f"{job.artifact.kind}: {cases.num_rows} cases gave {table.num_rows} rows and {len(dropped)} dropped"

@@ -30,6 +30,7 @@ class TrainRun:
     train: TrainConfig
     seed: int
     wording: str
+    fraction: float = 1.0  # of the training questions
 
     @property
     def name(self) -> str:
