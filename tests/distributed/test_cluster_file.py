@@ -89,3 +89,21 @@ def test_a_planted_fault_is_told(key: str, value: Any, said: str, tmp_path: Path
     if value is None:
         del here[last]
     assert said in told(config, tmp_path)
+
+
+def test_every_file_that_nodes_get_is_there_and_the_environment_comes_from_the_lock() -> None:
+    config = cluster()
+    mounted = {here for here in config["file_mounts"].values() if not here.startswith("~")}
+    assert all((ROOT / here).exists() for here in mounted) and "requirements.lock" in mounted
+    assert any("-r ~/ray_explain/requirements.lock" in command for command in config["setup_commands"])
+
+
+def test_ray_itself_makes_of_the_file_what_was_meant() -> None:
+    """Ray fills in what is left out; on AWS it must not have to make a security group or a role of its own."""
+    from ray.autoscaler._private.util import prepare_config
+
+    prepared = prepare_config(cluster())
+    for node_type in prepared["available_node_types"].values():
+        assert node_type["node_config"]["SecurityGroupIds"] == [GROUP]
+        assert node_type["node_config"]["IamInstanceProfile"] == {"Name": "ray-explain"}
+    assert prepared["provider"]["cache_stopped_nodes"] is False
