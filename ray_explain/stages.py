@@ -1,5 +1,7 @@
 """What a step of ground truth is: tables in, tables out, every row accounted for. Knows nothing of Ray."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ class Result(NamedTuple):
 
     table: pa.Table  # of the stage's schema_out
     dropped: list[tuple[str, str]]  # (id of the row, reason); a reason is a short fixed phrase, it is counted
+    measured: Mapping[str, Any] = MappingProxyType({})  # for the manifest, of tables that are made in one piece
 
 
 class Stage(Protocol):

@@ -24,9 +24,11 @@ from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
+from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
+from ray_explain.ground_truth.released_files import read_folder, write_folder
 from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
@@ -49,18 +51,29 @@ class Session:
     _started: bool = False
 
     def __enter__(self) -> "Session":
+        if storage.is_remote(self.plan.root):
+            from ray_explain.distributed.checks import check_storage
+
+            check_storage(self.plan.root)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def start_ray(self) -> None:
-        """Ray is running afterwards."""
-        from ray_explain.distributed.cluster import cluster  # takes a second that a finished experiment can save
+        """Ray is running afterwards.
+
+        Raises:
+            BadInput: the cluster is not there, or cannot be used for this experiment.
+        """
+        # These take a second that a finished experiment can save.
+        from ray_explain.distributed.checks import check_gpus
+        from ray_explain.distributed.cluster import cluster
 
         if not self._started:
-            self._started = True
             self._stack.enter_context(cluster(self.plan.experiment.storage))
+            check_gpus(self.plan.experiment.cluster)
+            self._started = True
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -79,11 +92,16 @@ class Session:
         if not self.missing([artifact]):
             return
         started, made = time.monotonic(), make()
-        table, dropped = made if isinstance(made, Result) else (made, [])
-        storage.write_table(table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
-        reasons = Counter(reason for _, reason in dropped)
-        seconds = time.monotonic() - started
-        finish(artifact, self.plan.root, rows=table.num_rows, dropped=reasons, seconds=seconds)
+        made = made if isinstance(made, Result) else Result(made, [])
+        storage.write_table(made.table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
+        finish(
+            artifact,
+            self.plan.root,
+            rows=made.table.num_rows,
+            dropped=Counter(reason for _, reason in made.dropped),
+            seconds=time.monotonic() - started,
+            measured=made.measured,
+        )
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -156,20 +174,61 @@ def make_ground_truth(session: Session) -> None:
     """What the targets really do, and the questions about it."""
     plan = session.plan
     make_models(session)
-    for target, task in plan.target_tasks():
+    released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
+    for target, task in released:
+        session.make_table(plan.effects(task, target), lambda k=task, t=target: _released(plan, k, t))  # type: ignore[misc]
+    measured = [pair for pair in plan.target_tasks() if pair not in released]
+    for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
-    if session.missing([plan.effects(task, target) for target, task in plan.target_tasks()]):
+    if session.missing([plan.effects(task, target) for target, task in measured]):
         from ray_explain.distributed.run_stages import run_stages
 
         session.say("Ground truth: intervening on the targets")
         session.start_ray()
-        run_stages(
-            [_stage_job(plan, task, target) for target, task in plan.target_tasks()],
-            plan.root,
-            plan.experiment.cluster,
-        )
+        run_stages([_stage_job(plan, task, target) for target, task in measured], plan.root, plan.experiment.cluster)
     for target, task in plan.target_tasks():
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
+
+
+def export_ground_truth(session: Session) -> None:
+    """The effects in the schemas of the paper's released data sets, below `released/` in the storage."""
+    plan = session.plan
+    make_ground_truth(session)
+    for target, task in plan.target_tasks():
+        section = getattr(plan.experiment.ground_truth, task)
+        mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
+        place = f"{plan.root}/released/{target}/{task}"
+        try:
+            with storage.new_folder(place) as folder:
+                told = write_folder(
+                    session.table(plan.effects(task, target)), task, folder, _tokenizer(plan, target), mmlu=mmlu
+                )
+        except ValueError as error:
+            session.say(f"{task} of {target}: not written: {error}")
+            continue
+        counts = ", ".join(
+            f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
+        )
+        session.say(f"{task} of {target}: {counts} in {place}")
+
+
+def _is_released(plan: Plan, task: Task) -> bool:
+    return getattr(getattr(plan.experiment.ground_truth, task), "source", None) == "released"
+
+
+def _released(plan: Plan, task: Task, target: str) -> Result:
+    """Raises: BadInput: no released data set of the target is in the folder."""
+    section = getattr(plan.experiment.ground_truth, task)
+    try:
+        return read_folder(
+            plan.released_folder(task, target),
+            task,
+            _tokenizer(plan, target),
+            d_model=d_model(plan, target),
+            n=section.cases.model_dump(),
+        )
+    except (ValueError, OSError) as error:
+        raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
@@ -247,7 +306,11 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
     plan = session.plan
     wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
-    effects = session.table(plan.effects(task, target))
+    effects, counts = session.table(plan.effects(task, target)), dict[str, Any]()
+    by = getattr(getattr(plan.experiment.ground_truth, task), "balance", [])
+    if by:
+        effects, before, after = balanced(effects, by, seed=seed)
+        counts = {"cases before balancing": before, "cases after balancing": after}
     if task == "features":
         features, descriptions = split_features(effects)
         features = grouped_by_direction(features, seed=seed)
@@ -258,7 +321,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     else:
         made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
     _check_splits(plan, f"{task} of {target}", made)
-    return made
+    return made._replace(measured=counts)
 
 
 def _check_splits(plan: Plan, what: str, made: Result) -> None:
@@ -292,10 +355,15 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
-        train_all([_train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+        train_all([train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
 
 
-def _train_run(session: Session, run: Run) -> Any:
+def train_run(session: Session, run: Run) -> Any:
+    """What the workers of a run are given; its questions must be there.
+
+    Raises:
+        BadInput: texts are to be replayed, but the model has not read the world's.
+    """
     from ray_explain.distributed.train import TrainRun
 
     plan = session.plan
@@ -326,18 +394,23 @@ def evaluate(session: Session) -> None:
     """Every explainer's answers to the held-out questions, and all scores."""
     plan = session.plan
     train_explainers(session)
-    for asked in dict.fromkeys(answers.parents[-1] for answers in plan.scores().parents):
-        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
+    make_asked(session)
     answers = plan.scores().parents
     if session.missing(answers):
         from ray_explain.distributed.run_stages import run_stages
 
         session.say("Evaluation: asking the explainers")
         session.start_ray()
-        run_stages(_answer_jobs(plan), plan.root, plan.experiment.cluster)
+        run_stages(answer_jobs(plan), plan.root, plan.experiment.cluster)
     if session.missing([plan.scores()]):
         session.say("Evaluation: scoring the answers")
         _make_scores(session)
+
+
+def make_asked(session: Session) -> None:
+    """The questions that are asked for the scores; those of the experiment must be there."""
+    for asked in dict.fromkeys(answers.parents[-1] for answers in session.plan.scores().parents):
+        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
 
 
 def _asked(session: Session, asked: Artifact) -> pa.Table:
@@ -352,7 +425,8 @@ def _asked(session: Session, asked: Artifact) -> pa.Table:
     )
 
 
-def _answer_jobs(plan: Plan) -> list[Any]:
+def answer_jobs(plan: Plan) -> list[Any]:
+    """A stage for each of the answers that the scores are made from."""
     from ray_explain.distributed.run_stages import StageJob
     from ray_explain.evaluation.answering import AnswerStage
 

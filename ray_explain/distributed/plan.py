@@ -1,7 +1,7 @@
 """Which artifacts an experiment consists of, and what each is made from: known before anything is made."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +34,16 @@ class Run(NamedTuple):
 
 
 class Plan:
-    """The artifacts of an experiment below its storage root."""
+    """The artifacts of an experiment below its storage root, but those `without` some of its runs."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, *, without: Collection[Run] = ()) -> None:
+        self.experiment, self._without = experiment, without
         self.root = storage.absolute(experiment.storage)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all runs of the experiment are in it."""
+        return not self._without
 
     def path(self, artifact: Artifact) -> str:
         """Where an artifact lies."""
@@ -70,12 +75,22 @@ class Plan:
     def cases(self, task: Task, target: str) -> Artifact:
         """What will be tried on the target; for features, the layers whose features are looked for."""
         section = getattr(self.experiment.ground_truth, task)
-        config = section.model_dump(mode="json") | {
+        config = section.model_dump(mode="json", exclude={"balance"}) | {
             "seed": self.experiment.seed,
             "world": self.experiment.world.model_dump(),
-            "content": _digest(section.path) if getattr(section, "path", None) else None,
+            "content": self._content(task, target) if getattr(section, "path", None) else None,
         }
         return Artifact(kind=f"{task}_cases", label=target, config=config, parents=(self.model(target),))
+
+    def released_folder(self, task: Task, target: str) -> str:
+        """Where the released data set of a target lies."""
+        return getattr(self.experiment.ground_truth, task).path.replace("{target}", target)
+
+    def _content(self, task: Task, target: str) -> Any:
+        section = getattr(self.experiment.ground_truth, task)
+        if section.source != "released":
+            return _digest(section.path)
+        return _files_of(self.released_folder(task, target), "**/*.parquet")
 
     def effects(self, task: Task, target: str) -> Artifact:
         """What the target really did."""
@@ -83,7 +98,11 @@ class Plan:
 
     def questions(self, task: Task, target: str) -> Artifact:
         """What explainers are asked about it."""
-        config = {"wording": self.experiment.ground_truth.wording, "seed": self.experiment.seed}
+        config = {
+            "wording": self.experiment.ground_truth.wording,
+            "seed": self.experiment.seed,
+            "balance": getattr(getattr(self.experiment.ground_truth, task), "balance", []),
+        }
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=(self.effects(task, target),))
 
     # -- explainers ---------------------------------------------------------------------------------------------------
@@ -101,7 +120,7 @@ class Plan:
             for mixture in mixtures
             if mixture
         ]
-        return sorted(runs, key=lambda run: run.explainer != run.target)
+        return sorted((run for run in runs if run not in self._without), key=lambda run: run.explainer != run.target)
 
     def train_config(self, run: Run) -> TrainConfig:
         """How this explainer is trained."""
@@ -161,9 +180,14 @@ class Plan:
 def _identity(config: ModelConfig) -> Mapping[str, Any]:
     """What tells one model that lies elsewhere from another: its id and revision, or the edges of its files."""
     named = config.model_dump(exclude={"pretrain"})
-    folder = Path(config.path or "")
-    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
-    return named | {"files": {path.name: _edges(str(path), path.stat().st_size) for path in files}}
+    return named | {"files": _files_of(config.path, "*") if config.path else {}}
+
+
+def _files_of(folder: str, pattern: str) -> dict[str, str]:
+    """A digest of each file; none where there is no folder."""
+    root = Path(folder)
+    files = sorted(path for path in root.glob(pattern) if path.is_file()) if root.is_dir() else []
+    return {str(path.relative_to(root)): _edges(str(path), path.stat().st_size) for path in files}
 
 
 @cache

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs import ground_truth, pipeline
+from jobs import export, ground_truth, pipeline
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
@@ -153,3 +153,27 @@ def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config
         one, other = (storage.read_table(p.path(p.effects(task, "llama"))).to_pylist() for p in (plan, undisturbed))
         keys = ("case_id", *(("patched_answer",) if task == "patching" else ("ablated_answer",)), "changed")
         assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]
+
+
+def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str, tmp_path: Path) -> None:
+    """Neither writing nor reading measures anything anew."""
+    plan = plan_of(config)
+    assert export.main(["--config", config]) == 0
+    section = {"source": "released", "path": f"{plan.root}/released/{{target}}/patching", "balance": ["changed"]}
+    again = config_in(
+        tmp_path,
+        models={"llama": {"path": plan.path(plan.model("llama"))}},
+        explainers=["llama"],
+        ground_truth={"wording": "brief", "patching": {**section, "cases": {"train": 80, "test": 40}}},
+    )
+    assert ground_truth.main(["--config", again]) == 0
+    other = plan_of(again)
+    one, two = (storage.read_table(p.path(p.effects("patching", "llama"))).to_pylist() for p in (plan, other))
+    keys = ("split", "base_prompt", "first_layer", "base_answer", "patched_answer", "changed", "vectors")
+    assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in two]
+    counts = finished(other.questions("patching", "llama"), other.root)
+    assert counts is not None
+    before, after = (counts.measured[f"cases {when} balancing"] for when in ("before", "after"))
+    assert sum(before.values()) == 120
+    for split in ("train", "test"):
+        assert len({n for cell, n in after.items() if split in cell}) == 1
