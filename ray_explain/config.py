@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
@@ -243,6 +243,23 @@ class Experiment(Section):
     sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_a_place(cls, storage: str) -> str:
+        scheme, remote, rest = storage.partition("://")
+        if not remote or scheme == "file":
+            return storage
+        if scheme != "s3":
+            raise ValueError("give a path, or s3://bucket/folder")
+        if "@" in rest or "?" in rest:  # it would be written into configs, manifests and logs
+            raise ValueError(
+                "keep credentials and endpoint out of it: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+                "AWS_ENDPOINT_URL are read from the environment"
+            )
+        if not all(rest.rstrip("/").split("/")) or ".." in rest.split("/"):
+            raise ValueError("not of the form s3://bucket/folder")
+        return storage.rstrip("/")
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Experiment":

@@ -155,7 +155,9 @@ def _text_config(plan: Plan, name: str) -> Any:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
     try:
-        return AutoConfig.from_pretrained(place["model"], revision=place["revision"]).get_text_config()
+        with storage.local_folder(place["model"], weights=False) as local:
+            found = AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
+        return found.get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
@@ -163,8 +165,8 @@ def _text_config(plan: Plan, name: str) -> Any:
 
 def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
     place = plan.model_place(name)
-    with storage.local_folder(place["model"]) as folder:
-        return AutoTokenizer.from_pretrained(folder, revision=place["revision"])
+    with storage.local_folder(place["model"], weights=False) as folder:
+        return AutoTokenizer.from_pretrained(folder, revision=place["revision"], trust_remote_code=False)
 
 
 # -- ground truth -----------------------------------------------------------------------------------------------------

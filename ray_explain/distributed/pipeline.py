@@ -4,7 +4,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -58,11 +57,11 @@ def run_sweep(session: Session) -> None:
     sweep(session)
 
 
-def make_report(session: Session) -> Path:
+def make_report(session: Session) -> str:
     """The report, written anew each time: it costs a second and may hold words of a newer version."""
     evaluate(session)
     plan = session.plan
-    return write_report(_report_data(session), Path(plan.root) / "report")
+    return write_report(_report_data(session), f"{plan.root}/report")
 
 
 def all_artifacts(plan: Plan) -> Iterator[Artifact]:
@@ -191,7 +190,7 @@ def _chosen(graded: pa.Table, task: Task, target: str, explainer: str, seed: int
     return right[:n_right] + wrong[: EXAMPLES_PER_CELL - n_right]
 
 
-def _say_summary(session: Session, seconds: float, report: Path) -> None:
+def _say_summary(session: Session, seconds: float, report: str) -> None:
     manifests, kinds = _manifests(session.plan), dict[str, list[Manifest]]()
     for manifest in manifests:
         kinds.setdefault(manifest.kind.replace("_", " "), []).append(manifest)

@@ -184,6 +184,7 @@ def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
 def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
     """Run the trials, `n` at a time; returns why some failed, by name."""
     rules, outcomes = plan.experiment.sweep, _Outcomes()
+    system, logs = storage.filesystem(f"{plan.root}/tensorboard")
     verdicts = Verdicts.remote()  # type: ignore[attr-defined]
     with watching() as board:
         known = {"trials": {trial.name: trial for trial in trials}, "root": plan.root, "verdicts": verdicts}
@@ -199,7 +200,8 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
             ),
             run_config=tune.RunConfig(
                 name=f"sweep-{time.strftime('%Y%m%d-%H%M%S')}",
-                storage_path=f"{plan.root}/tensorboard",
+                storage_path=logs,
+                storage_filesystem=system,
                 callbacks=[outcomes],
                 failure_config=tune.FailureConfig(max_failures=_RESTARTS),
                 verbose=0,

@@ -70,6 +70,7 @@ def fit(
     up what the workers report.
     """
     gpus = cluster.gpus_per_worker
+    system, checkpoints = storage.filesystem(f"{root}/ray_train")
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
         train_loop_config={"run": run, "root": root, "board": board, "verdicts": verdicts},
@@ -82,7 +83,8 @@ def fit(
         run_config=ray.train.RunConfig(
             name=run.name,
             callbacks=list(callbacks),  # type: ignore[arg-type]
-            storage_path=f"{root}/ray_train",
+            storage_path=checkpoints,
+            storage_filesystem=system,
             failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

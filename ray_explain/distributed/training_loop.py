@@ -56,7 +56,8 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any = None) 
 def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
     started, train, context = time.monotonic(), run.train, ray.train.get_context()
     torch.manual_seed(run.seed)
-    loaded = load_model(run.model["model"], revision=run.model["revision"], dtype=train.precision)
+    with storage.local_folder(run.model["model"]) as folder:
+        loaded = load_model(folder, revision=run.model["revision"], dtype=train.precision)
     markers = markers_of(loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers)
     explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)

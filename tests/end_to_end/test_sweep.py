@@ -13,7 +13,7 @@ from jobs import sweep
 from ray_explain import storage
 from ray_explain.config import read_experiment
 from ray_explain.distributed.plan import Plan
-from tests.end_to_end.test_pipeline import EXPERIMENT
+from tests.tiny import EXPERIMENT
 
 pytestmark = pytest.mark.ray
 
