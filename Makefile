@@ -6,12 +6,20 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 CONFIG ?= jobs/configs/demo.yaml
+RUN ?= runs/demo
 BIN := $(VENV)/bin
 
 # pip looks into PIP_FIND_LINKS by itself; uv only into UV_FIND_LINKS.
 ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
+
+.PHONY: dashboard
+dashboard: setup  ## links to jobs, actors and curves of RUN; serves TensorBoard until Ctrl-C, tunnels to CLUSTER
+	@echo "Ray, with jobs, actors and Train runs: http://127.0.0.1:8265 (the token: $(BIN)/ray get-auth-token)"
+	@echo "TensorBoard, with curves and HParams:  http://127.0.0.1:6006 ($(RUN)/tensorboard)"
+	@$(if $(CLUSTER),$(BIN)/ray dashboard $(CLUSTER) & trap "kill $$!" EXIT;) \
+		$(BIN)/tensorboard --logdir $(RUN)/tensorboard --host 127.0.0.1 --port 6006 --load_fast=false 2>/dev/null
 
 .PHONY: help setup demo check test test-fast bench lock clean
 help:  ## list the commands
