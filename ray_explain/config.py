@@ -4,8 +4,9 @@ Imports nothing heavy, so that a mistake is told before torch or Ray are loaded.
 """
 
 import difflib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -202,6 +203,28 @@ class ClusterConfig(Section):
     max_dropped: Fraction = 0.05  # a stage that drops more of its rows fails
 
 
+class AshaConfig(Section):
+    """Early stopping of a sweep's trials that fall behind others of the same explainer, target, tasks, seed and
+    fraction of the data: only settings of training compete, never the pairings that are to be compared.
+    """
+
+    grace: Share = 0.2  # of a trial's steps, before which it is not stopped
+    reduction: Annotated[float, Field(gt=1)] = 2  # of those that come so far, one in so many goes on
+
+
+class SweepConfig(Section):
+    """Training settings that every explainer of the experiment is tried with."""
+
+    parameters: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}  # field of `train` -> values
+    metric: Literal["loss", "validation_exact", "validation_uplift"] = "loss"  # by which trials are judged
+    asha: AshaConfig | None = None
+
+    @property
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every choice of one value for each field; one empty choice where there is no field."""
+        return [dict(zip(self.parameters, values)) for values in itertools.product(*self.parameters.values())]
+
+
 class Experiment(Section):
     """The whole file."""
 
@@ -217,6 +240,7 @@ class Experiment(Section):
     ground_truth: GroundTruthConfig
     train: TrainConfig = TrainConfig()
     pairings: list[Pairing] = []  # overrides for single pairings; every explainer meets every target
+    sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -270,6 +294,25 @@ class Experiment(Section):
         for mixture in self.train.mixtures:
             if not mixture:
                 raise ValueError("`train.mixtures` holds an empty mixture: name at least one task in each")
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_is_possible(self) -> "Experiment":
+        if "mixtures" in self.sweep.parameters:
+            raise ValueError("`sweep.parameters`: mixtures are no setting of one explainer: give them in `train`")
+        if self.sweep.asha is not None and len(self.sweep.combinations) < 2:
+            raise ValueError("`sweep.asha` stops settings that fall behind others: give several in `sweep.parameters`")
+        if self.sweep.metric != "loss" and not getattr(self.train, "validate_every", 0):
+            raise ValueError(
+                f"`sweep.metric` = {self.sweep.metric!r} is measured where `train.validate_every` is given"
+            )
+        for chosen in self.sweep.combinations:
+            try:
+                for explainer, target in itertools.product(self.explainers, self.targets):
+                    TrainConfig.model_validate(self.train_config(explainer, target).model_dump() | chosen)
+            except ValidationError as error:
+                told = "; ".join(_told(fault, TrainConfig) for fault in error.errors())
+                raise ValueError(f"`sweep.parameters`: {told}") from error
         return self
 
     @model_validator(mode="after")
@@ -330,6 +373,14 @@ class Experiment(Section):
     def tasks(self) -> list[Task]:
         """The tasks that have ground truth, in the paper's order."""
         return [task for task in ("features", "patching", "ablation") if getattr(self.ground_truth, task) is not None]
+
+    def trained_with(self, settings: Mapping[tuple[str, str], Mapping[str, Any]]) -> "Experiment":
+        """The experiment with these fields of `train` for (explainer, target), over all that it says itself."""
+        known = {(pairing.explainer, pairing.target): pairing.train for pairing in self.pairings}
+        for pair, fields in settings.items():
+            known[pair] = {**known.get(pair, {}), **fields}
+        pairings = [Pairing(explainer=e, target=t, train=fields) for (e, t), fields in known.items()]
+        return self.model_copy(update={"pairings": pairings})
 
     def train_config(self, explainer: str, target: str) -> TrainConfig:
         """`train` with the overrides of this pairing."""

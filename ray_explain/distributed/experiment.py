@@ -51,18 +51,29 @@ class Session:
     _started: bool = False
 
     def __enter__(self) -> "Session":
+        if storage.is_remote(self.plan.root):
+            from ray_explain.distributed.checks import check_storage
+
+            check_storage(self.plan.root)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def start_ray(self) -> None:
-        """Ray is running afterwards."""
-        from ray_explain.distributed.cluster import cluster  # takes a second that a finished experiment can save
+        """Ray is running afterwards.
+
+        Raises:
+            BadInput: the cluster is not there, or cannot be used for this experiment.
+        """
+        # These take a second that a finished experiment can save.
+        from ray_explain.distributed.checks import check_gpus
+        from ray_explain.distributed.cluster import cluster
 
         if not self._started:
-            self._started = True
             self._stack.enter_context(cluster(self.plan.experiment.storage))
+            check_gpus(self.plan.experiment.cluster)
+            self._started = True
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -346,10 +357,15 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
-        train_all([_train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+        train_all([train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
 
 
-def _train_run(session: Session, run: Run) -> Any:
+def train_run(session: Session, run: Run) -> Any:
+    """What the workers of a run are given; its questions must be there.
+
+    Raises:
+        BadInput: texts are to be replayed, but the model has not read the world's.
+    """
     from ray_explain.distributed.train import TrainRun
 
     plan = session.plan
@@ -380,18 +396,23 @@ def evaluate(session: Session) -> None:
     """Every explainer's answers to the held-out questions, and all scores."""
     plan = session.plan
     train_explainers(session)
-    for asked in dict.fromkeys(answers.parents[-1] for answers in plan.scores().parents):
-        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
+    make_asked(session)
     answers = plan.scores().parents
     if session.missing(answers):
         from ray_explain.distributed.run_stages import run_stages
 
         session.say("Evaluation: asking the explainers")
         session.start_ray()
-        run_stages(_answer_jobs(plan), plan.root, plan.experiment.cluster)
+        run_stages(answer_jobs(plan), plan.root, plan.experiment.cluster)
     if session.missing([plan.scores()]):
         session.say("Evaluation: scoring the answers")
         _make_scores(session)
+
+
+def make_asked(session: Session) -> None:
+    """The questions that are asked for the scores; those of the experiment must be there."""
+    for asked in dict.fromkeys(answers.parents[-1] for answers in session.plan.scores().parents):
+        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
 
 
 def _asked(session: Session, asked: Artifact) -> pa.Table:
@@ -406,7 +427,8 @@ def _asked(session: Session, asked: Artifact) -> pa.Table:
     )
 
 
-def _answer_jobs(plan: Plan) -> list[Any]:
+def answer_jobs(plan: Plan) -> list[Any]:
+    """A stage for each of the answers that the scores are made from."""
     from ray_explain.distributed.run_stages import StageJob
     from ray_explain.evaluation.answering import AnswerStage
 

@@ -1,7 +1,7 @@
 """Which artifacts an experiment consists of, and what each is made from: known before anything is made."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +34,16 @@ class Run(NamedTuple):
 
 
 class Plan:
-    """The artifacts of an experiment below its storage root."""
+    """The artifacts of an experiment below its storage root, but those `without` some of its runs."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, *, without: Collection[Run] = ()) -> None:
+        self.experiment, self._without = experiment, without
         self.root = storage.absolute(experiment.storage)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all runs of the experiment are in it."""
+        return not self._without
 
     def path(self, artifact: Artifact) -> str:
         """Where an artifact lies."""
@@ -115,7 +120,7 @@ class Plan:
             for mixture in mixtures
             if mixture
         ]
-        return sorted(runs, key=lambda run: run.explainer != run.target)
+        return sorted((run for run in runs if run not in self._without), key=lambda run: run.explainer != run.target)
 
     def train_config(self, run: Run) -> TrainConfig:
         """How this explainer is trained."""
