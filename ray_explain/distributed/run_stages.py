@@ -24,10 +24,11 @@ from ray_explain.config import ClusterConfig
 from ray_explain.distributed.progress import Teller, watching
 from ray_explain.errors import JobFailed
 from ray_explain.records import conform
-from ray_explain.stages import Stage
+from ray_explain.stages import Stage, measured, measured_in
 
 _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
 _EXAMPLES_SHOWN = 3
+_ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,10 @@ class _Worker:
             raise JobFailed(
                 f"{job.artifact.kind}: {cases.num_rows} cases gave {table.num_rows} rows and {len(dropped)} dropped"
             )
-        made = conform(table, stage.schema_out).replace_schema_metadata({_DROPPED: json.dumps(dropped).encode()})
-        storage.write_table(made, f"{job.artifact.path(self._root)}/{_part_name(start, stop)}")
+        made = measured(conform(table, stage.schema_out), measured_in(table.schema.metadata))
+        made = made.replace_schema_metadata({**made.schema.metadata, _DROPPED: json.dumps(dropped).encode()})
+        part = f"{job.artifact.path(self._root)}/{_part_name(start, stop)}"
+        storage.write_table(made, part, row_group_size=_ROWS_PER_GROUP)
 
 
 def _part_name(start: int, stop: int) -> str:
@@ -177,6 +180,15 @@ def dropped_rows(folder: str) -> list[tuple[str, str]]:
     return found
 
 
+def _numbers(folder: str) -> Counter[str]:
+    """Sums over the parts of an artifact of what its stage measured."""
+    system, path = storage.filesystem(folder)
+    sums = Counter[str]()
+    for name in storage.list_files(folder, ".parquet"):
+        sums.update(measured_in(pq.read_schema(f"{path}/{name}", filesystem=system).metadata))
+    return sums
+
+
 def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
     folder = job.artifact.path(root)
     dropped = dropped_rows(folder)
@@ -187,4 +199,5 @@ def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: fl
             f"`cluster.max_dropped` = {max_dropped}; the first: {shown}"
         )
     reasons = Counter(reason for _, reason in dropped)
-    finish(job.artifact, root, rows=count_rows(folder), dropped=reasons, seconds=seconds)
+    rows, numbers = count_rows(folder), _numbers(folder)
+    finish(job.artifact, root, rows=rows, dropped=reasons, seconds=seconds, measured=dict(numbers))
