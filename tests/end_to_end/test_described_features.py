@@ -102,7 +102,7 @@ def replies(prompt: str, n: int) -> str | int:
 
 def marked_word(prompt: str) -> str:
     words = [part.split(">>")[0].strip() for part in prompt.split("<<")[1:]]
-    words = [word for word in words if word]
+    words = [word for word in words if word.isalnum()]
     return max(set(words), key=words.count) if words else "and"
 
 
@@ -130,7 +130,7 @@ def test_published_saes_become_described_and_scored_features_and_questions(
     usage = made["descriptions"].measured
     assert 80 < usage["asked"] <= made["exemplars"].rows and usage["failed: 429"] > 0 and usage["cost"] > 0
     effects = storage.read_table(plan.path(plan.effects("features", "small")))
-    assert effects.num_rows == made["descriptions"].rows == made["exemplars"].rows
+    assert effects.num_rows == made["descriptions"].rows == made["exemplars"].rows > D_SAE
     told = [row[0] for row in effects["descriptions"].to_pylist()]
     scored = [one for one in told if one["score"] is not None]
     assert len(scored) > 20
@@ -149,3 +149,81 @@ def read_layer(saes: Path, layer: int) -> torch.Tensor:
     from ray_explain.features.readers import read_sae
 
     return read_sae(saes, layer).directions.float()
+
+
+def test_an_sae_that_does_not_fit_is_one_sentence_and_exit_code_2(
+    running_ray: None, world_target: Path, saes: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tmp_path / "saes" / "blocks.0.hook_resid_post"
+    wrong.parent.mkdir()
+    sae = train_sae(torch.randn(600, 16), d_sae=8, k=2, steps=5, batch_tokens=64, seed=0, layer=0)
+    write_sae_lens(wrong, sae)
+    features = {
+        "layers": [0],
+        "sae": {"path": str(wrong.parent)},
+        "corpus": {"path": str(corpus), "windows": 20, "tokens": 16},
+        "describer": {"kind": "endpoint", "model": "m"},
+    }
+    config = config_in(tmp_path, world_target, features)
+    capsys.readouterr()
+    overrides = ["evaluate.controls=[shuffled]"]  # there is no other layer
+    assert ground_truth.main(["--config", config, *overrides]) == 2
+    told = capsys.readouterr().err
+    assert "is 16 wide, the target 32: not its SAE" in told and "Traceback" not in told
+
+
+def test_a_neuronpedia_export_gives_the_papers_questions_and_one_off_by_one_is_refused(
+    running_ray: None, world_target: Path, saes: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = peaks(world_target, saes, corpus)
+    rows = [line(layer, i + off, f"mentions of {word}") for off in (0,) for (layer, i), word in told.items()]
+    rows += [line(1, D_SAE + 5, "a feature that is not there"), "garbage"]
+    write_export(tmp_path / "right", rows)
+    write_export(tmp_path / "shifted", [line(layer, i + 1, f"mentions of {word}") for (layer, i), word in told.items()])
+    features = {
+        "sae": {"path": str(saes)},
+        "corpus": {"path": str(corpus), "windows": 300, "tokens": 16},
+        "exemplars": EXEMPLARS,
+        "describer": {"kind": "neuronpedia", "path": str(tmp_path / "shifted")},
+    }
+    config = config_in(tmp_path, world_target, features)
+    assert ground_truth.main(["--config", config]) == 2
+    assert "the export's ids are off by 1" in capsys.readouterr().err
+    assert ground_truth.main(["--config", config, f"ground_truth.features.describer.path={tmp_path}/right"]) == 0
+    plan = Plan(read_experiment(config, [f"ground_truth.features.describer.path={tmp_path}/right"]))
+    steps = FeaturePlan(plan, "small")
+    labels, chosen = steps.labels(), finished(steps.features(), plan.root)
+    assert labels is not None and chosen is not None
+    imported = finished(labels, plan.root)
+    assert imported is not None and imported.dropped == {"a line that is not a JSON object": 1}
+    assert chosen.dropped == {"an id that the SAE does not have": 1} and chosen.rows == len(told)
+    questions = storage.read_table(plan.path(plan.questions("features", "small")))
+    assert all(answer.startswith("mentions of ") for answer in questions["answer"].to_pylist())
+
+
+def peaks(target_folder: Path, saes: Path, corpus: Path) -> dict[tuple[int, int], str]:
+    """Of each feature, the word on which it is highest in the corpus."""
+    from ray_explain.features.readers import read_sae
+
+    target = Target({"model": str(target_folder), "dtype": "float32"})
+    texts = [json.loads(each)["text"] for each in corpus.read_text().splitlines()]
+    read = target.read(texts)
+    ids = [read(text).ids for text in texts]
+    stream = residuals(target.model, ids, [0, 1])
+    tokens = [token for own in ids for token in own[1:]]
+    found = {}
+    for layer in range(2):
+        active = read_sae(saes, layer).encode(torch.cat([own[layer, 1:] for own in stream]))
+        for i, at in enumerate(active.argmax(dim=0).tolist()):
+            found[layer, i] = str(target.tokenizer.decode([tokens[at]])).strip()
+    return found
+
+
+def line(layer: int, number: int, text: str) -> dict[str, str]:
+    return {"layer": f"{layer}-small-res-48", "index": str(number), "description": text, "explanationModelName": "x"}
+
+
+def write_export(folder: Path, rows: list[Any]) -> None:
+    path = folder / "explanations" / "batch-0.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
