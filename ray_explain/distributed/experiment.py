@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import Task
+from ray_explain.distributed.feature_plan import describes
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.baselines import baselines
@@ -87,21 +88,33 @@ class Session:
         """The rows of a finished table."""
         return storage.read_table(self.plan.path(artifact))
 
+    def parts(self, artifact: Artifact) -> Iterator[pa.Table]:
+        """The rows of a finished table, file by file."""
+        return storage.read_tables(self.plan.path(artifact))
+
     def make_table(self, artifact: Artifact, make: Callable[[], pa.Table | Result]) -> None:
         """A table that is made on the driver, unless it is there."""
+
+        def parts() -> Iterator[Result]:
+            made = make()
+            yield made if isinstance(made, Result) else Result(made, [])
+
+        self.make_parts(artifact, parts)
+
+    def make_parts(self, artifact: Artifact, parts: Callable[[], Iterator[Result]]) -> None:
+        """As `make_table`, part by part; there is at least one."""
         if not self.missing([artifact]):
             return
-        started, made = time.monotonic(), make()
-        made = made if isinstance(made, Result) else Result(made, [])
-        storage.write_table(made.table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
-        finish(
-            artifact,
-            self.plan.root,
-            rows=made.table.num_rows,
-            dropped=Counter(reason for _, reason in made.dropped),
-            seconds=time.monotonic() - started,
-            measured=made.measured,
-        )
+        started, rows, reasons = time.monotonic(), 0, Counter[str]()
+        measured: dict[str, Any] = {}
+        with storage.table_writer(f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP) as write:
+            for made in parts():
+                write(made.table)
+                rows += made.table.num_rows
+                reasons.update(reason for _, reason in made.dropped)
+                measured |= made.measured
+        seconds = time.monotonic() - started
+        finish(artifact, self.plan.root, rows=rows, dropped=reasons, seconds=seconds, measured=measured)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -182,6 +195,12 @@ def make_ground_truth(session: Session) -> None:
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
+    described = describes(plan.experiment.ground_truth.features)
+    if described:
+        from ray_explain.distributed.features import make_features
+
+        make_features(session, {target: _feature_layers(plan, target) for target in plan.experiment.targets})
+        measured = [(target, task) for target, task in measured if task != "features"]
     if session.missing([plan.effects(task, target) for target, task in measured]):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -189,6 +208,8 @@ def make_ground_truth(session: Session) -> None:
         session.start_ray()
         run_stages([_stage_job(plan, task, target) for target, task in measured], plan.root, plan.experiment.cluster)
     for target, task in plan.target_tasks():
+        if task == "features" and plan.groups_features == "feature":
+            _stream_questions(session, target)
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
 
 
@@ -233,12 +254,16 @@ def _released(plan: Plan, task: Task, target: str) -> Result:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
+def _feature_layers(plan: Plan, target: str) -> list[int]:
+    layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
+    return list(range(n_layers(plan, target))) if layers == "all" else layers
+
+
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
     """Raises: BadInput: the file of the cases cannot be read, or they do not fit the model or the world."""
     try:
         if task == "features":
-            layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
-            return layers_table(range(n_layers(plan, target)) if layers == "all" else layers)
+            return layers_table(_feature_layers(plan, target))
         made = _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
@@ -289,7 +314,7 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
     if task == "features":
         section = plan.experiment.ground_truth.features
         assert section is not None
-        config |= section.model_dump(exclude={"layers"}) | {
+        config |= section.model_dump(include={"d_sae", "k", "steps", "documents", "min_correlation"}) | {
             "seed": plan.experiment.seed,
             "world": plan.experiment.world.model_dump(),
         }
@@ -326,12 +351,36 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     return made._replace(measured=counts)
 
 
+def _stream_questions(session: Session, target: str) -> None:
+    """Questions about features part by part, so that no more than a part of all vectors is in memory.
+
+    Raises:
+        BadInput: as `_questions`.
+    """
+    plan, splits = session.plan, set[str]()
+    wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
+
+    def parts() -> Iterator[Result]:
+        dropped = []
+        for effects in session.parts(plan.effects("features", target)):
+            made = features_questions(*split_features(effects), wording=wording, seed=seed)
+            splits.update(made.table.column("split").to_pylist())
+            dropped += made.dropped
+            yield made
+        _check_found(plan, f"features of {target}", splits, dropped)
+
+    session.make_parts(plan.questions("features", target), parts)
+
+
 def _check_splits(plan: Plan, what: str, made: Result) -> None:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
-    splits = set(made.table.column("split").to_pylist())
+    _check_found(plan, what, set(made.table.column("split").to_pylist()), made.dropped)
+
+
+def _check_found(plan: Plan, what: str, splits: set[str], dropped: Sequence[tuple[str, str]]) -> None:
     for split in ("train", plan.experiment.evaluate.split):
         if split not in splits:
-            reasons = Counter(reason for _, reason in made.dropped).most_common(3)
+            reasons = Counter(reason for _, reason in dropped).most_common(3)
             why = f" ({', '.join(f'{count} dropped: {reason}' for reason, count in reasons)})" if reasons else ""
             raise BadInput(f"{what}: split {split!r} is empty{why}; give more cases, or lines with this `split`")
 
