@@ -64,16 +64,6 @@ ABLATION_EFFECTS = pa.schema(
     ]
 )
 
-EXEMPLARS = pa.schema(
-    [
-        pa.field("case_id", pa.string(), nullable=False),  # of the feature
-        pa.field("kind", pa.string(), nullable=False),  # top | random | near
-        pa.field("rank", pa.int32(), nullable=False),
-        pa.field("tokens", pa.list_(pa.string()), nullable=False),
-        pa.field("activations", pa.list_(pa.float32()), nullable=False),
-    ]
-)
-
 DESCRIPTIONS = pa.schema(
     [
         pa.field("case_id", pa.string(), nullable=False),  # of the feature

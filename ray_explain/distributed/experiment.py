@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import Task
+from ray_explain.distributed.feature_plan import describes
 from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.baselines import baselines
@@ -54,18 +55,29 @@ class Session:
     _started: bool = False
 
     def __enter__(self) -> "Session":
+        if storage.is_remote(self.plan.root):
+            from ray_explain.distributed.checks import check_storage
+
+            check_storage(self.plan.root)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def start_ray(self) -> None:
-        """Ray is running afterwards."""
-        from ray_explain.distributed.cluster import cluster  # takes a second that a finished experiment can save
+        """Ray is running afterwards.
+
+        Raises:
+            BadInput: the cluster is not there, or cannot be used for this experiment.
+        """
+        # These take a second that a finished experiment can save.
+        from ray_explain.distributed.checks import check_gpus
+        from ray_explain.distributed.cluster import cluster
 
         if not self._started:
-            self._started = True
             self._stack.enter_context(cluster(self.plan.experiment.storage))
+            check_gpus(self.plan.experiment.cluster)
+            self._started = True
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -79,21 +91,33 @@ class Session:
         """The rows of a finished table."""
         return storage.read_table(self.plan.path(artifact))
 
+    def parts(self, artifact: Artifact) -> Iterator[pa.Table]:
+        """The rows of a finished table, file by file."""
+        return storage.read_tables(self.plan.path(artifact))
+
     def make_table(self, artifact: Artifact, make: Callable[[], pa.Table | Result]) -> None:
         """A table that is made on the driver, unless it is there."""
+
+        def parts() -> Iterator[Result]:
+            made = make()
+            yield made if isinstance(made, Result) else Result(made, [])
+
+        self.make_parts(artifact, parts)
+
+    def make_parts(self, artifact: Artifact, parts: Callable[[], Iterator[Result]]) -> None:
+        """As `make_table`, part by part; there is at least one."""
         if not self.missing([artifact]):
             return
-        started, made = time.monotonic(), make()
-        made = made if isinstance(made, Result) else Result(made, [])
-        storage.write_table(made.table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
-        finish(
-            artifact,
-            self.plan.root,
-            rows=made.table.num_rows,
-            dropped=Counter(reason for _, reason in made.dropped),
-            seconds=time.monotonic() - started,
-            measured=made.measured,
-        )
+        started, rows, reasons = time.monotonic(), 0, Counter[str]()
+        measured: dict[str, Any] = {}
+        with storage.table_writer(f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP) as write:
+            for made in parts():
+                write(made.table)
+                rows += made.table.num_rows
+                reasons.update(reason for _, reason in made.dropped)
+                measured |= made.measured
+        seconds = time.monotonic() - started
+        finish(artifact, self.plan.root, rows=rows, dropped=reasons, seconds=seconds, measured=measured)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -174,6 +198,12 @@ def make_ground_truth(session: Session) -> None:
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
+    described = describes(plan.experiment.ground_truth.features)
+    if described:
+        from ray_explain.distributed.features import make_features
+
+        make_features(session, {target: _feature_layers(plan, target) for target in plan.experiment.targets})
+        measured = [(target, task) for target, task in measured if task != "features"]
     if session.missing([plan.effects(task, target) for target, task in measured]):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -181,6 +211,8 @@ def make_ground_truth(session: Session) -> None:
         session.start_ray()
         run_stages([_stage_job(plan, task, target) for target, task in measured], plan.root, plan.experiment.cluster)
     for target, task in plan.target_tasks():
+        if task == "features" and plan.groups_features == "feature":
+            _stream_questions(session, target)
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
 
 
@@ -225,12 +257,16 @@ def _released(plan: Plan, task: Task, target: str) -> Result:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
+def _feature_layers(plan: Plan, target: str) -> list[int]:
+    layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
+    return list(range(n_layers(plan, target))) if layers == "all" else layers
+
+
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
     """Raises: BadInput: the file of the cases cannot be read, or they do not fit the model or the world."""
     try:
         if task == "features":
-            layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
-            return layers_table(range(n_layers(plan, target)) if layers == "all" else layers)
+            return layers_table(_feature_layers(plan, target))
         made = _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
@@ -281,7 +317,7 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
     if task == "features":
         section = plan.experiment.ground_truth.features
         assert section is not None
-        config |= section.model_dump(exclude={"layers"}) | {
+        config |= section.model_dump(include={"d_sae", "k", "steps", "documents", "min_correlation"}) | {
             "seed": plan.experiment.seed,
             "world": plan.experiment.world.model_dump(),
         }
@@ -318,12 +354,36 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     return made._replace(measured=counts)
 
 
+def _stream_questions(session: Session, target: str) -> None:
+    """Questions about features part by part, so that no more than a part of all vectors is in memory.
+
+    Raises:
+        BadInput: as `_questions`.
+    """
+    plan, splits = session.plan, set[str]()
+    wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
+
+    def parts() -> Iterator[Result]:
+        dropped = []
+        for effects in session.parts(plan.effects("features", target)):
+            made = features_questions(*split_features(effects), wording=wording, seed=seed)
+            splits.update(made.table.column("split").to_pylist())
+            dropped += made.dropped
+            yield made
+        _check_found(plan, f"features of {target}", splits, dropped)
+
+    session.make_parts(plan.questions("features", target), parts)
+
+
 def _check_splits(plan: Plan, what: str, made: Result) -> None:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
-    splits = set(made.table.column("split").to_pylist())
+    _check_found(plan, what, set(made.table.column("split").to_pylist()), made.dropped)
+
+
+def _check_found(plan: Plan, what: str, splits: set[str], dropped: Sequence[tuple[str, str]]) -> None:
     for split in ("train", plan.experiment.evaluate.split):
         if split not in splits:
-            reasons = Counter(reason for _, reason in made.dropped).most_common(3)
+            reasons = Counter(reason for _, reason in dropped).most_common(3)
             why = f" ({', '.join(f'{count} dropped: {reason}' for reason, count in reasons)})" if reasons else ""
             raise BadInput(f"{what}: split {split!r} is empty{why}; give more cases, or lines with this `split`")
 
@@ -349,10 +409,15 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
-        train_all([_train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+        train_all([train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
 
 
-def _train_run(session: Session, run: Run) -> Any:
+def train_run(session: Session, run: Run) -> Any:
+    """What the workers of a run are given; its questions must be there.
+
+    Raises:
+        BadInput: texts are to be replayed, but the model has not read the world's.
+    """
     from ray_explain.distributed.train import TrainRun
 
     plan = session.plan
@@ -384,18 +449,23 @@ def evaluate(session: Session) -> None:
     """Every explainer's answers to the held-out questions, and all scores."""
     plan = session.plan
     train_explainers(session)
+    make_asked(session)
     answers = plan.scores().parents
-    for asked in dict.fromkeys(each.parents[-1] for each in answers):
-        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
     if session.missing(answers):
         from ray_explain.distributed.run_stages import run_stages
 
         session.say("Evaluation: asking the explainers")
         session.start_ray()
-        run_stages(_answer_jobs(plan), plan.root, plan.experiment.cluster)
+        run_stages(answer_jobs(plan), plan.root, plan.experiment.cluster)
     if session.missing([plan.scores()]):
         session.say("Evaluation: scoring the answers")
         _make_scores(session)
+
+
+def make_asked(session: Session) -> None:
+    """The questions that are asked for the scores; those of the experiment must be there."""
+    for asked in dict.fromkeys(answers.parents[-1] for answers in session.plan.scores().parents):
+        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
 
 
 def _asked(session: Session, asked: Artifact) -> pa.Table:
@@ -414,7 +484,8 @@ def _asked(session: Session, asked: Artifact) -> pa.Table:
     )
 
 
-def _answer_jobs(plan: Plan) -> list[Any]:
+def answer_jobs(plan: Plan) -> list[Any]:
+    """A stage for each of the answers that the scores are made from."""
     from ray_explain.distributed.run_stages import StageJob
     from ray_explain.evaluation.answering import AnswerStage, SelfieStage
 

@@ -38,6 +38,7 @@ __all__ = [
     "make_models",
     "make_report",
     "run_pipeline",
+    "run_sweep",
     "say_power",
     "train_explainers",
 ]
@@ -50,6 +51,13 @@ def run_pipeline(session: Session) -> None:
     started = time.monotonic()
     report = make_report(session)
     _say_summary(session, time.monotonic() - started, report)
+
+
+def run_sweep(session: Session) -> None:
+    """All trials of the experiment, then the report of those that did best."""
+    from ray_explain.distributed.sweep import sweep  # Ray Tune takes a second to import
+
+    sweep(session)
 
 
 def make_report(session: Session) -> str:
@@ -82,8 +90,8 @@ def _report_data(session: Session) -> ReportData:
         storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
     )
     explainers, largest = plan.experiment.explainers, max(plan.experiment.fractions)
+    several = plan.is_whole and len(set(explainers) & set(plan.experiment.targets)) > 1
     whole = graded.filter(pc.equal(graded["fraction"], largest))
-    several = len(set(explainers) & set(plan.experiment.targets)) > 1
     seed, resamples = plan.experiment.seed, plan.experiment.evaluate.resamples
     manifests = _manifests(plan)
     return ReportData(

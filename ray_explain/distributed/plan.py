@@ -1,14 +1,14 @@
 """Which artifacts an experiment consists of, and what each is made from: known before anything is made."""
 
 import hashlib
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import Experiment, ModelConfig, Task, TrainConfig
+from ray_explain.distributed.feature_plan import FeaturePlan, describes, edges
 from ray_explain.errors import BadInput
 from ray_explain.questions.prompting import shots_label
 from ray_explain.records import TEXT_ONLY
@@ -16,7 +16,7 @@ from ray_explain.world import RECIPE
 
 # Fields of the training section that change how the work is done, not what comes out.
 _HOW_NOT_WHAT = {"checkpoint_every", "max_failures", "mixtures", "text_only"}
-_EDGE_BYTES = 2**16
+_OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correlation"}
 WITHOUT_VECTORS: tuple[Task, ...] = ("ablation",)
 SELFIE = "SelfIE"
 
@@ -59,11 +59,16 @@ class Lookup(NamedTuple):
 
 
 class Plan:
-    """The artifacts of an experiment below its storage root."""
+    """The artifacts of an experiment below its storage root, but those `without` some of its runs."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, *, without: Collection[Run] = ()) -> None:
+        self.experiment, self._without = experiment, without
         self.root = storage.absolute(experiment.storage)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all runs of the experiment are in it."""
+        return not self._without
 
     def path(self, artifact: Artifact) -> str:
         """Where an artifact lies."""
@@ -95,7 +100,12 @@ class Plan:
     def cases(self, task: Task, target: str) -> Artifact:
         """What will be tried on the target; for features, the layers whose features are looked for."""
         section = getattr(self.experiment.ground_truth, task)
-        config = section.model_dump(mode="json", exclude={"balance"}) | {
+        if task == "features" and describes(section):
+            return Artifact(
+                kind="features_cases", label=target, config={"layers": section.layers}, parents=(self.model(target),)
+            )
+        settings = _OF_WORLD_FEATURES if task == "features" else None
+        config = section.model_dump(mode="json", include=settings, exclude={"balance"}) | {
             "seed": self.experiment.seed,
             "world": self.experiment.world.model_dump(),
             "content": self._content(task, target) if getattr(section, "path", None) else None,
@@ -114,16 +124,27 @@ class Plan:
 
     def effects(self, task: Task, target: str) -> Artifact:
         """What the target really did."""
+        if task == "features" and describes(self.experiment.ground_truth.features):
+            return FeaturePlan(self, target).effects()
         return Artifact(kind=f"{task}_effects", label=target, config={}, parents=(self.cases(task, target),))
 
     def questions(self, task: Task, target: str) -> Artifact:
         """What explainers are asked about it."""
-        config = {
+        config: dict[str, Any] = {
             "wording": self.experiment.ground_truth.wording,
             "seed": self.experiment.seed,
             "balance": getattr(getattr(self.experiment.ground_truth, task), "balance", []),
         }
+        if task == "features" and self.groups_features == "feature":
+            config["group"] = "feature"
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=(self.effects(task, target),))
+
+    @property
+    def groups_features(self) -> Literal["direction", "feature"]:
+        """What splits keep together. Whole activations all point much the same way: their groups stay their texts."""
+        section = self.experiment.ground_truth.features
+        assert section is not None
+        return "feature" if section.source in ("activations", "differences") else section.group
 
     # -- explainers ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +165,8 @@ class Plan:
             whole = max(self.experiment.fractions)
             own = (run for run in runs if run.explainer == run.target and run.fraction == whole)
             runs += [run._replace(text_only=True) for run in own if set(run.tasks) - set(WITHOUT_VECTORS)]
-        return sorted(runs, key=lambda run: (run.text_only, run.explainer != run.target))
+        made = (run for run in runs if run not in self._without)
+        return sorted(made, key=lambda run: (run.text_only, run.explainer != run.target))
 
     def train_config(self, run: Run) -> TrainConfig:
         """How this explainer is trained."""
@@ -235,17 +257,7 @@ def _files_of(folder: str, pattern: str) -> dict[str, str]:
     """A digest of each file; none where there is no folder."""
     root = Path(folder)
     files = sorted(path for path in root.glob(pattern) if path.is_file()) if root.is_dir() else []
-    return {str(path.relative_to(root)): _edges(str(path), path.stat().st_size) for path in files}
-
-
-@cache
-def _edges(path: str, size: int) -> str:
-    """A digest of a file's size, first and last 64 KiB: whole weights of large models would take minutes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(str(size).encode() + file.read(_EDGE_BYTES))
-        file.seek(max(0, size - _EDGE_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+    return {str(path.relative_to(root)): edges(path) for path in files}
 
 
 def _digest(path: str) -> str:

@@ -48,7 +48,7 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:
         with watching() as board:
-            ended = list(threads.map(lambda run: _fit(run, root, cluster, board), runs))
+            ended = list(threads.map(lambda run: fit(run, root, cluster, board), runs))
     finally:  # stopped by hand, we do not wait for the others: Ray goes down, and they with it
         threads.shutdown(wait=False, cancel_futures=True)
     failures = [f"{run.artifact.label}: {failure}" for run, failure in zip(runs, ended) if failure]
@@ -56,13 +56,25 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
         raise JobFailed("; ".join(failures))
 
 
-def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | None:
-    """Train one explainer; returns why it failed, or None."""
+def fit(
+    run: TrainRun,
+    root: str,
+    cluster: ClusterConfig,
+    board: Any,
+    *,
+    verdicts: Any = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> str | None:
+    """Train one explainer; returns why it failed, or None.
+
+    A sweep gives `verdicts`, by which it may stop the training (there is no explainer then), and `callbacks` that take
+    up what the workers report.
+    """
     gpus = cluster.gpus_per_worker
     system, checkpoints = storage.filesystem(f"{root}/ray_train")
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
-        train_loop_config={"run": run, "root": root, "board": board},
+        train_loop_config={"run": run, "root": root, "board": board, "verdicts": verdicts},
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.train.workers,
             use_gpu=gpus > 0,
@@ -71,6 +83,7 @@ def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | 
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(
             name=run.name,
+            callbacks=list(callbacks),  # type: ignore[arg-type]
             storage_path=checkpoints,
             storage_filesystem=system,
             failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures),
@@ -82,7 +95,7 @@ def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | 
     except ray.train.TrainingFailedError as error:
         logger.exception("training of %s failed", run.artifact.label)
         return str(error).strip().splitlines()[-1]
-    storage.remove(f"{root}/ray_train/{run.name}")  # its checkpoints; the explainer is whole
+    storage.remove(f"{root}/ray_train/{run.name}")  # its checkpoints; the explainer is whole, or not wanted any more
     return None
 
 
@@ -90,4 +103,4 @@ def _on_worker(config: dict[str, Any]) -> None:
     """Imports what is heavy only where it is needed: in the workers, not in Ray Train's controllers."""
     from ray_explain.distributed.training_loop import train_on_worker
 
-    train_on_worker(config["run"], config["root"], config["board"])
+    train_on_worker(config["run"], config["root"], config["board"], config["verdicts"])

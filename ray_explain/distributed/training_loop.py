@@ -1,6 +1,7 @@
 """What each worker of an explainer's training does: Ray Train has made the process group, DeepSpeed does the steps."""
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import finish
 from ray_explain.config import TrainConfig
+from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.progress import Teller
 from ray_explain.distributed.train import TrainRun
 from ray_explain.distributed.zero import engine_of, whole_state, zero_config
@@ -37,13 +39,21 @@ from ray_explain.ground_truth.splits import training_rows
 from ray_explain.models import load_model
 from ray_explain.questions import wordings
 
+logger = logging.getLogger(__name__)
 CURVE = "training.jsonl"  # in the explainer's folder: one line every few steps
 _STEPS_PER_LINE = 10
 _TAG = "engine"  # of DeepSpeed's part of a checkpoint
 
 
-def train_on_worker(run: TrainRun, root: str, board: Any) -> None:
+def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any = None) -> None:
     """What every worker does: the same steps in the same order, each with its share of every step's examples."""
+    try:
+        _train(run, root, board, verdicts)
+    except Halted as told:
+        logger.info("%s", told)
+
+
+def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
     started, train, context = time.monotonic(), run.train, ray.train.get_context()
     torch.manual_seed(run.seed)
     with storage.local_folder(run.model["model"]) as folder:
@@ -69,7 +79,8 @@ def train_on_worker(run: TrainRun, root: str, board: Any) -> None:
         explainer, optimizer, zero_config(train, max(1, train.batch_size // micro_batches), accumulation)
     )
     watch = _Watch(board, run, root, len(steps), first=context.get_world_rank() == 0)
-    _train_steps(engine, examples, steps, train, loaded.pad_id, watch)
+    hearing = Hearing(verdicts, run.name, len(steps))
+    _train_steps(engine, examples, steps, train, loaded.pad_id, watch, hearing)
     _save(engine, run, root, loaded.tokenizer, watch, len(examples), dropped, time.monotonic() - started)
     watch.close()
 
@@ -134,11 +145,18 @@ def _micro_batches(train: TrainConfig, workers: int) -> int:
 
 
 def _train_steps(
-    engine: Any, examples: Sequence[Example], steps: Sequence[Step], train: TrainConfig, pad_id: int, watch: "_Watch"
+    engine: Any,
+    examples: Sequence[Example],
+    steps: Sequence[Step],
+    train: TrainConfig,
+    pad_id: int,
+    watch: "_Watch",
+    hearing: Hearing,
 ) -> None:
     """All steps after those of the last checkpoint.
 
     Raises:
+        Halted: the training shall stop.
         JobFailed: a loss is not finite; the message names the questions.
     """
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
@@ -161,6 +179,7 @@ def _train_steps(
             engine.step()
             sums += torch.stack([outcome.nll, outcome.n_right, outcome.n_tokens]).float().cpu()
         watch.step(number + 1, sums, rate)
+        hearing.after(number + 1, watch.last)
         if (number + 1) % train.checkpoint_every == 0 and number + 1 < len(steps):
             _report_checkpoint(engine, number + 1)
 
