@@ -261,6 +261,7 @@ class TrainConfig(Section):
     warmup: Fraction = 0.0  # share of the steps
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
+    text_only: bool = False  # train each target on its own questions without their vectors as well, as a control
     replay: Annotated[float, Field(ge=0)] = 0.0  # texts of the world per question, against forgetting
     max_tokens: Positive = 500  # longer questions are dropped and counted
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -282,14 +283,27 @@ class Pairing(Section):
     train: dict[str, Any] = {}
 
 
+class JudgeConfig(Section):
+    """A chat model that marks descriptions, at any endpoint that speaks the OpenAI protocol."""
+
+    url: str  # such as http://localhost:8000/v1
+    model: str
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    threads: Positive = 8
+
+
 class EvaluateConfig(Section):
     """How explainers are asked and scored."""
 
     split: Literal["validation", "test"] = "test"
     controls: list[Control] = ["shuffled", "no_vector", "other_layer", "random"]
-    untrained: bool = True  # ask the untrained models as well
+    untrained: bool = True  # ask the untrained targets as well
+    shots: list[Count] = [0, 4]  # prompt them with the form of the answer and so many answered examples
+    selfie: list[Annotated[float, Field(gt=0)]] = [1, 5, 10, 25, 50]  # scales at which they are asked SelfIE's question
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
+    judge: JudgeConfig | None = None  # marks descriptions, beside exact match
+    embedding: str | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 

@@ -31,6 +31,7 @@ class TrainRun:
     seed: int
     wording: str
     fraction: float = 1.0  # of the training questions
+    text_only: bool = False  # all numbers of the vectors are 0
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from ray_explain.distributed.progress import Teller
 from ray_explain.distributed.train import TrainRun
 from ray_explain.distributed.zero import engine_of, whole_state, zero_config
 from ray_explain.errors import BadInput, JobFailed
-from ray_explain.evaluation.answering import questions_of
+from ray_explain.evaluation.answering import questions_of, without_vectors
 from ray_explain.explainer.batches import Step, answer_tokens, collate, training_steps
 from ray_explain.explainer.examples import TEXT_TASK, Example, Question, Refused, encode
 from ray_explain.explainer.injection import InjectionConfig
@@ -98,6 +98,8 @@ def examples_of(
         for folder in run.questions
         for question in questions_of(training_rows(storage.read_table(folder), run.fraction))
     ]
+    if run.text_only:
+        questions = [without_vectors(question) for question in questions]
     none = questions[0].vectors[:0] if questions else None
     texts = [Question(f"text {i}", TEXT_TASK, p, a, none, ()) for i, (p, a) in enumerate(run.replay)]  # type: ignore[arg-type]
     examples, dropped = [], Counter[str]()

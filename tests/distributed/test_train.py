@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,20 @@ def test_a_failed_run_does_not_stop_the_others_and_says_why(
             ClusterConfig(concurrent_trainings=2),
         )
     assert finished(fine.artifact, str(tmp_path)) is not None
+
+
+def test_an_explainer_without_vectors_is_trained_on_the_same_words_and_zeros(
+    questions: tuple[str, str], world_target: Path
+) -> None:
+    from ray_explain.distributed.training_loop import examples_of
+    from ray_explain.explainer.markers import markers_of
+    from ray_explain.models import load_model
+
+    tokenizer = load_model(str(world_target)).tokenizer
+    run = run_of(TRAIN, "text", questions, world_target)
+    (own, _), (blind, _) = (
+        examples_of(each, tokenizer, markers_of(tokenizer)) for each in (run, replace(run, text_only=True))
+    )
+    assert [example.input_ids for example in own] == [example.input_ids for example in blind]
+    assert all(example.vectors.any() for example in own if len(example.vectors))
+    assert not any(example.vectors.any() for example in blind) and any(len(example.vectors) for example in blind)
