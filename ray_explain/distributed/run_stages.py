@@ -76,6 +76,7 @@ def _part_name(start: int, stop: int) -> str:
     return f"part-{start:010d}-{stop:010d}.parquet"
 
 
+@storage.patient
 def _rows(folder: str, start: int, stop: int) -> pa.Table:
     """Rows `start` to `stop` of a table, reading only the row groups they lie in."""
     system, path = storage.filesystem(folder)
@@ -92,6 +93,7 @@ def _rows(folder: str, start: int, stop: int) -> pa.Table:
     return pa.concat_tables(pieces).replace_schema_metadata(None)
 
 
+@storage.patient
 def count_rows(folder: str) -> int:
     """Rows of the Parquet files of a directory, from their footers."""
     system, path = storage.filesystem(folder)
@@ -188,6 +190,7 @@ def _actors(n: int) -> ray.data.ActorPoolStrategy:
     return ray.data.ActorPoolStrategy(min_size=1, initial_size=n, max_size=n, max_tasks_in_flight_per_actor=1)
 
 
+@storage.patient
 def dropped_rows(folder: str) -> list[tuple[str, str]]:
     """(id, reason) of the cases that gave no row, from the parts of an artifact."""
     system, path = storage.filesystem(folder)
