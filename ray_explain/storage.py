@@ -109,6 +109,12 @@ def remove(uri: str) -> None:
         system.delete_dir(path)
 
 
+def remove_file(uri: str) -> None:
+    """Raises: FileNotFoundError: it is not there."""
+    system, path = filesystem(uri)
+    system.delete_file(path)
+
+
 @contextmanager
 def local_folder(uri: str) -> Iterator[str]:
     """A local path with the files of the directory `uri`: itself, or for a remote one a copy for the block."""
