@@ -17,6 +17,7 @@ LAYERS = {
     "records": TABLES,
     "artifacts": TABLES,
     "storage": TABLES,
+    "endpoints": TABLES,
     "config": TABLES,
     "stages": TABLES,
     "ground_truth": TABLES,

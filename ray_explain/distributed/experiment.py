@@ -29,6 +29,7 @@ from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
 from ray_explain.ground_truth.released_files import read_folder, write_folder
+from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
@@ -148,7 +149,8 @@ def model_config(plan: Plan, name: str) -> Any:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
     try:
-        return AutoConfig.from_pretrained(place["model"], revision=place["revision"])
+        with storage.local_folder(place["model"], weights=False) as local:
+            return AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
@@ -156,8 +158,8 @@ def model_config(plan: Plan, name: str) -> Any:
 
 def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
     place = plan.model_place(name)
-    with storage.local_folder(place["model"]) as folder:
-        return AutoTokenizer.from_pretrained(folder, revision=place["revision"])
+    with storage.local_folder(place["model"], weights=False) as folder:
+        return AutoTokenizer.from_pretrained(folder, revision=place["revision"], trust_remote_code=False)
 
 
 # -- ground truth -----------------------------------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def _train_run(session: Session, run: Run) -> Any:
 
     plan = session.plan
     train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
-    asked = sum(pc.sum(pc.equal(session.table(table).column("split"), "train")).as_py() or 0 for table in questions)
+    asked = sum(training_rows(session.table(table), run.fraction).num_rows for table in questions)
     if train.replay and plan.experiment.models[run.explainer].pretrain is None:
         raise BadInput(
             "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
@@ -371,6 +373,7 @@ def _train_run(session: Session, run: Run) -> Any:
         train=train,
         seed=run.seed,
         wording=plan.experiment.ground_truth.wording,
+        fraction=run.fraction,
     )
 
 
@@ -457,18 +460,20 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     plan = session.plan
     questions = session.table(plan.questions(task, target))
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
-    training = questions.filter(pc.equal(questions.column("split"), "train"))
-    given = [(run.seed, session.table(plan.answers(run, task))) for run in plan.runs() if _about(run, target, task)]
+    runs = [run for run in plan.runs() if _about(run, target, task)]
+    given = [(run.seed, run.fraction, session.table(plan.answers(run, task))) for run in runs]
     if plan.experiment.evaluate.untrained:
-        given.append((0, session.table(plan.untrained_answers(target, task))))
-    given += [(0, answers) for answers in baselines(training, held_out)]
-    by_seed: dict[int, list[pa.Table]] = {}
-    for seed, answers in given:
-        by_seed.setdefault(seed, []).append(answers)
+        given.append((0, 0.0, session.table(plan.untrained_answers(target, task))))
+    for fraction in plan.experiment.fractions:
+        known = training_rows(questions, fraction)
+        given += [(0, fraction, answers) for answers in baselines(known, held_out)]
+    alike: dict[tuple[int, float], list[pa.Table]] = {}
+    for seed, fraction, answers in given:
+        alike.setdefault((seed, fraction), []).append(answers)
     descriptions = _descriptions(session, target, held_out) if task == "features" else None
     return pa.concat_tables(
-        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed)
-        for seed, answers in by_seed.items()
+        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed, fraction=fraction)
+        for (seed, fraction), answers in alike.items()
     )
 
 

@@ -18,17 +18,19 @@ _EDGE_BYTES = 2**16
 
 
 class Run(NamedTuple):
-    """One explainer to train: of which model, of which target, on which tasks, from which seed."""
+    """One explainer to train: of which model, of which target, on which tasks, from which seed, on how much data."""
 
     explainer: str
     target: str
     tasks: tuple[Task, ...]
     seed: int
+    fraction: float = 1.0  # of the training questions
 
     @property
     def name(self) -> str:
-        """For people and paths: "qwen3-of-llama-patching-s0"."""
-        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}"
+        """For people and paths: "qwen3-of-llama-patching-s0", "qwen3-of-llama-patching-s0-f0.25"."""
+        share = "" if self.fraction == 1 else f"-f{self.fraction:g}"
+        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}{share}"
 
 
 class Plan:
@@ -105,7 +107,8 @@ class Plan:
         tasks = self.experiment.tasks
         mixtures = [tuple(t for t in mixture if t in tasks) for mixture in self.experiment.train.mixtures]
         runs = [
-            Run(explainer, target, mixture, seed)
+            Run(explainer, target, mixture, seed, fraction)
+            for fraction in sorted(self.experiment.fractions, reverse=True)
             for seed in self.experiment.seeds
             for target in self.experiment.targets
             for explainer in self.experiment.explainers
@@ -121,6 +124,8 @@ class Plan:
     def explainer(self, run: Run) -> Artifact:
         """The trained explainer of a run."""
         config = self.train_config(run).model_dump(mode="json", exclude=_HOW_NOT_WHAT) | {"seed": run.seed}
+        if run.fraction < 1:
+            config["fraction"] = run.fraction
         parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
         return Artifact(kind="explainers", label=run.name, config=config, parents=parents)
 
@@ -155,7 +160,11 @@ class Plan:
         answers = [self.answers(run, task) for run in self.runs() for task in run.tasks]
         if evaluate.untrained:
             answers += [self.untrained_answers(target, task) for target, task in self.target_tasks()]
-        config = {"resamples": evaluate.resamples, "seed": self.experiment.seed}
+        config = {
+            "resamples": evaluate.resamples,
+            "seed": self.experiment.seed,
+            "fractions": sorted(self.experiment.fractions),
+        }
         return Artifact(kind="scores", label=self.experiment.name, config=config, parents=tuple(answers))
 
     def target_tasks(self) -> list[tuple[str, Task]]:

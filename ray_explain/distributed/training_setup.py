@@ -20,6 +20,7 @@ from ray_explain.explainer.markers import Markers, make_room, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
 from ray_explain.explainer.projection import Projection
+from ray_explain.ground_truth.splits import training_rows
 from ray_explain.models import load_model
 
 
@@ -40,7 +41,8 @@ def start_of(run: TrainRun, workers: int) -> Start:
     Raises:
         BadInput: no question can be learned, or there are fewer than the workers need for a step.
     """
-    loaded = load_model(run.model["model"], revision=run.model["revision"], dtype=run.train.precision)
+    with storage.local_folder(run.model["model"]) as folder:
+        loaded = load_model(folder, revision=run.model["revision"], dtype=run.train.precision)
     markers = markers_of(loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers)
     torch.manual_seed(run.seed)
@@ -61,7 +63,9 @@ def examples_of(
         BadInput: no question is left.
     """
     questions = [
-        question for folder in run.questions for question in questions_of(storage.read_table(folder), split="train")
+        question
+        for folder in run.questions
+        for question in questions_of(training_rows(storage.read_table(folder), run.fraction))
     ]
     none = questions[0].vectors[:0] if questions else None
     texts = [Question(f"text {i}", TEXT_TASK, p, a, none, ()) for i, (p, a) in enumerate(run.replay)]  # type: ignore[arg-type]

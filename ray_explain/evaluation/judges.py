@@ -4,21 +4,13 @@ The paper's scale: 1 is unrelated and 5 the same, an answer's score is (mark - 1
 the right descriptions. What could not be judged stays unscored; it is never given a mark.
 """
 
-import http.client
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from ray_explain import records, storage
+from ray_explain.endpoints import Ask, Chat
 from ray_explain.evaluation.answers import parse
 
 INSTRUCTION = """\
@@ -34,73 +26,23 @@ If you hesitate between 4 and 5, choose 5. Reply with one digit and nothing else
 Predicted: {predicted}
 Expected: {expected}"""
 
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+MARK_TOKENS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A chat model at any endpoint that speaks the OpenAI protocol."""
+    """A chat model that marks descriptions; a mark that was given once is not asked for again."""
 
-    model: str
-    cache: str  # folder, local or remote; a mark that was given once is not asked for again
-    endpoint: str = "https://api.openai.com/v1"
-    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; an unset one sends none
-    tries: int = 5
-    pause: float = 1.0  # seconds before the second try; doubled before each further one
-    timeout: float = 60.0  # seconds
-    threads: int = 8
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
 
     def marks(self, pairs: Sequence[tuple[str, str]]) -> list[int | None]:
-        """The mark, 1 to 5, of each (predicted, expected) pair; None where the endpoint gave none in `tries`.
+        """The mark, 1 to 5, of each (predicted, expected) pair; None where the endpoint gave none.
 
         Raises:
-            ValueError: the endpoint refuses to be asked like this: a wrong key, model or address.
+            BadInput: the endpoint refuses to be asked like this: a wrong key, model or address.
         """
-        different = list(dict.fromkeys(pairs))
-        with ThreadPoolExecutor(self.threads) as threads:
-            marks = dict(zip(different, threads.map(self._mark, different), strict=True))
-        return [marks[pair] for pair in pairs]
-
-    def _mark(self, pair: tuple[str, str]) -> int | None:
-        file = f"{self.cache}/{records.content_id(self.model, INSTRUCTION, *pair)}.json"
-        if storage.exists(file):
-            return int(storage.read_json(file)["mark"])
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            mark = _mark_in(self._reply(INSTRUCTION.format(predicted=pair[0], expected=pair[1])))
-            if mark is not None:
-                kept = {"model": self.model, "predicted": pair[0], "expected": pair[1], "mark": mark}
-                storage.write_json(kept, file)
-                return mark
-        return None
-
-    def _reply(self, prompt: str) -> str | None:
-        """What the model says; None if the endpoint is busy, out of reach, or sends something else."""
-        try:
-            with urllib.request.urlopen(self._request(prompt), timeout=self.timeout) as response:
-                return str(json.load(response)["choices"][0]["message"]["content"])
-        except urllib.error.HTTPError as error:
-            if error.code in _RETRIED:
-                return None
-            raise ValueError(
-                f"the judge {self.model!r} at {self.endpoint} refuses with {error.code} {error.reason}: check the "
-                f"address, the model's name, and the key in ${self.key_variable}"
-            ) from error
-        except (OSError, http.client.HTTPException, json.JSONDecodeError, KeyError, IndexError, TypeError):
-            return None
-
-    def _request(self, prompt: str) -> urllib.request.Request:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": 10,
-        }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
-        return urllib.request.Request(f"{self.endpoint}/chat/completions", json.dumps(body).encode(), headers)
+        prompts = [INSTRUCTION.format(predicted=predicted, expected=expected) for predicted, expected in pairs]
+        return self._chat.replies([Ask(prompt, max_tokens=MARK_TOKENS) for prompt in prompts], _mark_in)
 
 
 def judged(graded: pa.Table, questions: pa.Table, answers: pa.Table, judge: Judge) -> pa.Table:
@@ -108,7 +50,8 @@ def judged(graded: pa.Table, questions: pa.Table, answers: pa.Table, judge: Judg
     of other tasks. An empty answer is 0.
 
     Raises:
-        ValueError: `graded` is not of these questions and answers, or the judge refuses.
+        ValueError: `graded` is not of these questions and answers.
+        BadInput: as `Judge.marks`.
     """
     right = dict(zip(questions["question_id"].to_pylist(), questions["answers"].to_pylist(), strict=True))
     texts = {_key(row): row["text"] for row in answers.to_pylist()}
@@ -140,6 +83,6 @@ def _score(marks: Sequence[int | None]) -> float | None:
     return max(((mark - 1) / 4 for mark in known), default=0.0)
 
 
-def _mark_in(reply: str | None) -> int | None:
-    found = re.fullmatch(r"\s*([1-5])\s*\.?\s*", reply or "")
+def _mark_in(reply: str) -> int | None:
+    found = re.fullmatch(r"\s*([1-5])\s*\.?\s*", reply)
     return int(found.group(1)) if found else None

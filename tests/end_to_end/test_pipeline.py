@@ -8,10 +8,8 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import export, ground_truth, pipeline
@@ -19,46 +17,10 @@ from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
 from ray_explain.distributed.plan import Plan
+from tests.tiny import config_in, plan_of
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-EXPERIMENT: dict[str, Any] = {
-    "name": "tiny",
-    "models": {
-        "llama": {"pretrain": {"architecture": "llama", "seed": 1, "tokens": 5120, "d_model": 32, "n_layers": 2}},
-        "qwen3": {"pretrain": {"architecture": "qwen3", "seed": 2, "tokens": 5120, "d_model": 32, "n_layers": 2}},
-    },
-    "targets": ["llama"],
-    "explainers": ["llama", "qwen3"],
-    "ground_truth": {
-        "wording": "brief",
-        "patching": {"cases": {"train": 80, "test": 40}, "blocks": 2},
-        "ablation": {"cases": {"train": 60, "test": 30}},
-        "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
-    },
-    "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
-    "evaluate": {"max_new_tokens": 8, "resamples": 100},
-    "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
-}
-
-
-def config_in(folder: Path, **changes: Any) -> str:
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**EXPERIMENT, "storage": str(folder / "run"), **changes}))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def config(running_ray: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Config of an experiment that the pipeline has run."""
-    path = config_in(tmp_path_factory.mktemp("tiny"))
-    assert pipeline.main(["--config", path]) == 0
-    return path
-
-
-def plan_of(config: str) -> Plan:
-    return Plan(read_experiment(config))
 
 
 def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:

@@ -1,46 +1,21 @@
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
+from ray_explain.endpoints import Chat, Endpoint
 from ray_explain.evaluation.judges import Judge, judged
 from ray_explain.evaluation.metrics import grade, scores
 
 
 @pytest.fixture
-def endpoint():
-    """An endpoint on this machine: `script` says what it replies, a status or a text, `asked` what it was sent."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                server.asked.append((self.path, body, self.headers.get("Authorization")))
-                reply = server.script(body["messages"][0]["content"], len(server.asked))
-            self.send_response(reply if isinstance(reply, int) else 200)
-            self.end_headers()
-            if isinstance(reply, str):
-                self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
-
-        def log_message(self, *args):
-            pass
-
-    lock = threading.Lock()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.script = [], lambda prompt, n: "5"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
 def judge(endpoint, tmp_path):
-    address = f"http://127.0.0.1:{endpoint.server_port}/v1"
-    return Judge(model="m", cache=str(tmp_path), endpoint=address, key_variable="TEST_JUDGE_KEY", pause=0.01, tries=3)
+    place = Endpoint(
+        model="m",
+        cache=str(tmp_path),
+        address=endpoint.address,
+        key_variable="TEST_JUDGE_KEY",
+        pause=0.01,
+        tries=3,
+    )
+    return Judge(Chat(place))
 
 
 def test_the_judge_is_asked_once_for_each_different_pair_and_never_again(endpoint, judge, monkeypatch):
@@ -66,14 +41,14 @@ def test_a_busy_endpoint_or_an_unusable_reply_is_asked_again(endpoint, judge, bu
 def test_what_gets_no_mark_is_unscored_and_asked_again_next_time(endpoint, judge):
     endpoint.script = lambda prompt, n: 500
     assert judge.marks([("a", "b")]) == [None]
-    assert len(endpoint.asked) == judge.tries
+    assert len(endpoint.asked) == 3
     endpoint.script = lambda prompt, n: "1"
     assert judge.marks([("a", "b")]) == [1]
 
 
 def test_an_endpoint_out_of_reach_is_unscored(tmp_path):
-    nobody = Judge(model="m", cache=str(tmp_path), endpoint="http://127.0.0.1:9/v1", tries=2, pause=0.01)
-    assert nobody.marks([("a", "b")]) == [None]
+    nobody = Endpoint(model="m", cache=str(tmp_path), address="http://127.0.0.1:9/v1", tries=2, pause=0.01)
+    assert Judge(Chat(nobody)).marks([("a", "b")]) == [None]
 
 
 def test_a_wrong_key_is_told_and_not_taken_for_a_score(endpoint, judge):
