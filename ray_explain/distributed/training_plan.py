@@ -96,12 +96,12 @@ def _device() -> tuple[str, list[int]]:
 
 def _table(train: TrainConfig, made: Footprint, device: str, has: list[int]) -> Table:
     table = Table(title=f"peak of each worker, GiB, and whether it fits {len(has)} x {device}", title_justify="left")
-    names = ("ZeRO", "weights", "gradients", "optimizer", "activations", "buffers", "peak", "on the host", "fits")
+    names = ("ZeRO", "weights", "optimizer", "activations", "gradients", "buffers", "peak", "on the host", "fits")
     for name in names:
         table.add_column(name, justify="right")
     for stage in (0, 1, 2, 3):
         found = peak(made, zero_stage=stage, workers=train.workers, offload=train.offload)
-        parts = [found.weights, found.gradients, found.optimizer, found.activations, found.buffers, found.total]
+        parts = [found.weights, found.optimizer, found.activations, found.gradients, found.buffers, found.total]
         here = f"{stage} <" if stage == train.zero_stage else f"{stage}  "
         table.add_row(here, *(f"{part / _GIB:.2f}" for part in [*parts, found.offloaded]), _fits(found, train, has))
     return table

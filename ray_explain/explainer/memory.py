@@ -29,18 +29,19 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Bytes on one worker at the peak of a step. What is offloaded to the CPU is not in it."""
+    """Bytes on one worker. What is offloaded to the host's memory is in none of the others."""
 
     weights: int
-    gradients: int
-    optimizer: int  # float32 weights where they are kept beside others, and Adam's two moments
-    activations: int
-    buffers: int  # of communication, and of the optimizer step
-    offloaded: int  # bytes in the host's memory
+    optimizer: int  # Adam's moments, and what is kept in float32 beside the weights
+    activations: int  # at the end of the forward pass, logits among them
+    gradients: int  # at the end of the backward pass, when activations are gone
+    buffers: int  # of communication and of the optimizer step, then
+    offloaded: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+        """At the peak of a step."""
+        return self.weights + self.optimizer + max(self.activations, self.gradients + self.buffers)
 
 
 def footprint(
@@ -94,25 +95,26 @@ def _saved(model: Any, rows: int, tokens: int) -> int:
 
 
 def peak(made: Footprint, *, zero_stage: int, workers: int, offload: bool) -> Peak:
-    """Of one of `workers` workers with DeepSpeed's ZeRO at `zero_stage`, AdamW in float32."""
+    """Of one of `workers` workers with DeepSpeed's ZeRO at `zero_stage` and AdamW."""
     n, trained, each = made.n_parameters, made.n_trained, made.bytes_each
-    share = trained / workers if zero_stage else trained
-    low = each < 4
-    weights = n * each if zero_stage < 3 else n * each / workers + min(n, _MAX_LIVE) * each
+    share = trained // workers if zero_stage else trained
+    weights = n * each if zero_stage < 3 else n * each // workers + min(n, _MAX_LIVE) * each
+    # ZeRO keeps float32 weights even beside float32 ones; without it, bfloat16 has them and float32 gradients.
+    beside = 4 * share if zero_stage else (0 if each == 4 else 8 * trained)
+    optimizer = beside + 8 * share
     gradients = trained * each if zero_stage < 2 else share * each
-    master = share * 4 if low or zero_stage else 0.0
-    moments = share * 8
-    step = share * 4 if zero_stage else (trained * 4 if low else 0.0)  # gradients in float32
-    bucket = min(trained, _BUCKET) * each
-    offloaded = master + moments if offload and zero_stage else 0.0
-    if offload and zero_stage == 3:
-        offloaded += n * each / workers
-        weights -= n * each / workers
+    buffers = min(trained, _BUCKET) * each + (4 * share if zero_stage else 0)
+    offloaded = 0
+    if offload and zero_stage:
+        offloaded, optimizer = optimizer + 4 * share, 0
+        buffers -= 4 * share
+        if zero_stage == 3:
+            offloaded, weights = offloaded + n * each // workers, weights - n * each // workers
     return Peak(
-        weights=int(weights),
-        gradients=int(gradients),
-        optimizer=0 if offload and zero_stage else int(master + moments),
+        weights=weights,
+        optimizer=optimizer,
         activations=made.activations + made.logits,
-        buffers=int(bucket + (0.0 if offload and zero_stage else step)),
-        offloaded=int(offloaded),
+        gradients=gradients,
+        buffers=buffers,
+        offloaded=offloaded,
     )

@@ -5,7 +5,6 @@ weights; prints Markdown.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -13,7 +12,6 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ SIZES = {  # d_model, layers, d_vocab
     "130M": (896, 10, 16_000),
 }
 KINDS: list[dict[str, Any]] = [{}, {"precision": "bfloat16"}, {"lora": {"rank": 64}}, {"gradient_checkpointing": True}]
-_MARK = "measured: "
 ROWS, TOKENS, ANSWER = 8, 48, 8
 
 
@@ -57,9 +54,8 @@ def planned(size: str, train: dict[str, Any]) -> Any:
     return peak(made, zero_stage=train["zero_stage"], workers=1, offload=False)
 
 
-def measured(cases: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[int]:
-    """Bytes for each size and training section, one after the other in a child process."""
-    child = [sys.executable, __file__, "--child", json.dumps(list(cases))]
+def measured(size: str, train: dict[str, Any]) -> int:
+    """Bytes, in a child process."""
     # With these glibc gives freed pages back at once: only what is in use is to be counted.
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "131072",
@@ -67,25 +63,16 @@ def measured(cases: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[int]:
         "MALLOC_MMAP_MAX_": "65536",
         "MALLOC_TOP_PAD_": "0",
     }
-    with subprocess.Popen(child, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout or ():
-            if line.startswith(_MARK):
-                yield int(line.removeprefix(_MARK))
-    assert process.returncode == 0
-
-
-def _measure_all(cases: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    import torch.distributed as dist
-
-    os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    _measure(next(iter(SIZES)), {"zero_stage": 0})  # what libraries allocate once, whatever the model
-    for size, train in cases:
-        print(f"{_MARK}{_measure(size, train)}", flush=True)
+    child = [sys.executable, __file__, "--child", size, json.dumps(train)]
+    done = subprocess.run(child, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.strip().splitlines()[-1])
 
 
 def _measure(size: str, train: dict[str, Any]) -> int:
+    import deepspeed  # noqa: F401 - before the first look
     import torch
+    import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
     from ray_explain.config import TrainConfig
@@ -97,7 +84,9 @@ def _measure(size: str, train: dict[str, Any]) -> int:
     from ray_explain.explainer.projection import Projection
 
     config, section = config_of(size), TrainConfig.model_validate({"batch_size": ROWS, **train})
-    before = _resident()
+    os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    before = resident()
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.precision))
     if section.lora is not None:
         model.requires_grad_(False)
@@ -110,19 +99,15 @@ def _measure(size: str, train: dict[str, Any]) -> int:
     engine = new_engine(explainer, section, 1)
     examples = _examples(config.hidden_size)
     engine.train()
-    highest = _Highest()
+    highest = Highest()
     for _ in range(3):
         outcome = engine(collate(examples, 0), n_answer_tokens=answer_tokens(examples))
         engine.backward(outcome.loss)
         engine.step()
-    found = highest.stop() - before
-    engine.destroy()
-    del engine, model, explainer, outcome
-    gc.collect()
-    return found
+    return highest.stop() - before
 
 
-class _Highest:
+class Highest:
     """The largest resident memory from here on, looked at every two milliseconds."""
 
     def __init__(self) -> None:
@@ -132,7 +117,7 @@ class _Highest:
 
     def _look(self) -> None:
         while not self._over.wait(0.002):
-            self._found = max(self._found, _resident())
+            self._found = max(self._found, resident())
 
     def stop(self) -> int:
         self._over.set()
@@ -140,7 +125,7 @@ class _Highest:
         return self._found
 
 
-def _resident() -> int:
+def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -157,21 +142,19 @@ def _examples(d_model: int) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--stages", nargs="*", type=int, default=[0, 1, 2, 3])
     arguments = parser.parse_args()
     if arguments.child:
-        _measure_all(json.loads(arguments.child))
+        print(_measure(arguments.child[0], json.loads(arguments.child[1])))
         return
-    combinations = itertools.product(arguments.sizes, arguments.stages, KINDS)
-    cases = [(size, {"zero_stage": stage, **kind}) for size, stage, kind in combinations]
     print("| model | training | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|---|")
-    for (size, train), found in zip(cases, measured(cases), strict=True):
-        plan = planned(size, train).total
-        what = " ".join(str(key) for key in list(train)[1:]) or "float32"
+    for size, stage, kind in itertools.product(arguments.sizes, arguments.stages, KINDS):
+        train = {"zero_stage": stage, **kind}
+        plan, found = planned(size, train).total, measured(size, train)
         numbers = f"{plan / 1e6:.0f} | {found / 1e6:.0f} | {plan / found:.2f}"
-        print(f"| {size} | ZeRO-{train['zero_stage']} {what} | {numbers} |", flush=True)
+        print(f"| {size} | ZeRO-{stage} {' '.join(kind) or 'float32'} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
