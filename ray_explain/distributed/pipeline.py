@@ -23,6 +23,7 @@ from ray_explain.distributed.experiment import (
     train_explainers,
 )
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.training_plan import plan_training
 from ray_explain.evaluation.comparisons import self_advantage
 from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.page import write_report
@@ -35,6 +36,7 @@ __all__ = [
     "make_ground_truth",
     "make_models",
     "make_report",
+    "plan_training",
     "run_pipeline",
     "run_sweep",
     "train_explainers",

@@ -13,7 +13,7 @@ from ray_explain.errors import BadInput
 from ray_explain.world import RECIPE
 
 # Fields of the training section that change how the work is done, not what comes out.
-_HOW_NOT_WHAT = {"checkpoint_every", "max_failures", "mixtures"}
+_HOW_NOT_WHAT = {"checkpoint_every", "keep_checkpoints", "max_failures", "mixtures", "trackers"}
 _EDGE_BYTES = 2**16
 
 
