@@ -152,7 +152,7 @@ def n_layers(plan: Plan, name: str) -> int:
         BadInput: there is no model.
     """
     pretrain = plan.experiment.models[name].pretrain
-    return pretrain.n_layers if pretrain else _text_config(plan, name).num_hidden_layers
+    return pretrain.n_layers if pretrain else model_config(plan, name).get_text_config().num_hidden_layers
 
 
 def d_model(plan: Plan, name: str) -> int:
@@ -162,18 +162,22 @@ def d_model(plan: Plan, name: str) -> int:
         BadInput: there is no model.
     """
     pretrain = plan.experiment.models[name].pretrain
-    return pretrain.d_model if pretrain else _text_config(plan, name).hidden_size
+    return pretrain.d_model if pretrain else model_config(plan, name).get_text_config().hidden_size
 
 
-def _text_config(plan: Plan, name: str) -> Any:
+def model_config(plan: Plan, name: str) -> Any:
+    """The transformers config of a model that lies elsewhere, or of a small target that is there already.
+
+    Raises:
+        BadInput: there is no model.
+    """
     place = plan.model_place(name)
     folder = Path(place["model"])
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
     try:
         with storage.local_folder(place["model"], weights=False) as local:
-            found = AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
-        return found.get_text_config()
+            return AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error

@@ -15,7 +15,7 @@ from ray_explain.records import TEXT_ONLY
 from ray_explain.world import RECIPE
 
 # Fields of the training section that change how the work is done, not what comes out.
-_HOW_NOT_WHAT = {"checkpoint_every", "max_failures", "mixtures", "text_only"}
+_HOW_NOT_WHAT = {"checkpoint_every", "keep_checkpoints", "max_failures", "mixtures", "text_only", "trackers"}
 WITHOUT_VECTORS: tuple[Task, ...] = ("ablation",)
 SELFIE = "SelfIE"
 _OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correlation"}
