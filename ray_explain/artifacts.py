@@ -8,6 +8,7 @@ whether a step still has to be done is one look at the disk.
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from ray_explain import storage
 MANIFEST = "manifest.json"
 # Raised whenever the same config and parents would give other content: old artifacts are then made anew.
 FORMAT = 1
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _VERSIONS_OF = ("ray_explain", "torch", "transformers", "ray", "deepspeed", "peft", "pyarrow")
 
 
@@ -33,6 +35,12 @@ class Artifact:
     label: str  # for people: "llama", "qwen3-of-llama-s0"
     config: Mapping[str, Any]  # all that defines it besides its parents; pools and paths are not in it
     parents: tuple["Artifact", ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError: kind or label is not one plain name, and so could lead out of the storage root."""
+        for name in (self.kind, self.label):
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be part of an artifact's path: letters, digits and ._+- only")
 
     @cached_property
     def fingerprint(self) -> str:

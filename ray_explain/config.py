@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
@@ -21,6 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -84,23 +85,28 @@ class Splits(Section):
 
 
 class PatchingConfig(Section):
-    """Activation patching: cases, and the blocks of layers that are patched."""
+    """Activation patching: cases, and the blocks of layers that are patched.
 
-    source: Literal["world", "counterfact", "jsonl"] = "world"
-    path: str | None = None  # of the file, for sources other than the world
+    `balance` keeps, of each split, equally many cases of each combination of these columns, as far as there are any.
+    """
+
+    source: Literal["world", "counterfact", "jsonl", "released"] = "world"
+    path: str | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
+    balance: list[Literal["first_layer", "role", "stratum", "changed"]] = []
 
 
 class AblationConfig(Section):
     """Input ablation: prompts with a span, mostly a hint, that is removed."""
 
-    source: Literal["world", "mmlu", "jsonl"] = "world"
-    path: str | None = None  # of the file, for sources other than the world
+    source: Literal["world", "mmlu", "jsonl", "released"] = "world"
+    path: str | None = None  # as in `patching`
     form: Literal["completion", "chat"] = "completion"  # of MMLU's prompts
     hint: Literal["random", "right", "sentence"] = "random"  # in MMLU's prompts
     cases: Splits
+    balance: list[Literal["kind", "stratum", "changed"]] = []  # as in `patching`
 
 
 class EndpointConfig(Section):
@@ -308,14 +314,36 @@ class Experiment(Section):
     targets: Annotated[list[Name], Field(min_length=1)]
     explainers: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    fractions: Annotated[list[Share], Field(min_length=1)] = [1.0]  # of the training questions, one explainer for each
     ground_truth: GroundTruthConfig
     train: TrainConfig = TrainConfig()
     pairings: list[Pairing] = []  # overrides for single pairings; every explainer meets every target
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_a_place(cls, storage: str) -> str:
+        scheme, remote, rest = storage.partition("://")
+        if not remote or scheme == "file":
+            return storage
+        if scheme != "s3":
+            raise ValueError("give a path, or s3://bucket/folder")
+        if "@" in rest or "?" in rest:  # it would be written into configs, manifests and logs
+            raise ValueError(
+                "keep credentials and endpoint out of it: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+                "AWS_ENDPOINT_URL are read from the environment"
+            )
+        if not all(rest.rstrip("/").split("/")) or ".." in rest.split("/"):
+            raise ValueError("not of the form s3://bucket/folder")
+        return storage.rstrip("/")
+
     @model_validator(mode="after")
     def _names_exist(self) -> "Experiment":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` names one twice: {self.seeds}")
+        if len(set(self.fractions)) < len(self.fractions):
+            raise ValueError(f"`fractions` names one twice: {self.fractions}")
         for key, names in [("targets", self.targets), ("explainers", self.explainers)]:
             if len(set(names)) < len(names):
                 raise ValueError(f"`{key}` names a model twice: {names}")

@@ -91,6 +91,7 @@ SCORES = pa.schema(
         pa.field("explainer", pa.string(), nullable=False),
         pa.field("control", pa.string(), nullable=False),
         pa.field("seed", pa.int32(), nullable=False),
+        pa.field("fraction", pa.float64(), nullable=False),  # of the training data that it knows; 0 if untrained
         pa.field("metric", pa.string(), nullable=False),
         pa.field("by", pa.string(), nullable=False),  # "all", "layer=2", "role=subject_last", "changed=true"
         pa.field("value", pa.float64()),  # null where it is undefined, such as F1 without a changed case
@@ -108,6 +109,7 @@ COMPARISONS = pa.schema(
         pa.field("target", pa.string(), nullable=False),
         pa.field("explainer", pa.string(), nullable=False),
         pa.field("against", pa.string(), nullable=False),  # another explainer, a baseline, or a control of the same one
+        pa.field("fraction", pa.float64(), nullable=False),  # of the training data, the same on both sides
         pa.field("contrast", pa.string(), nullable=False),  # self_minus_cross | uplift (over a control) | over_baseline
         pa.field("metric", pa.string(), nullable=False),
         pa.field("by", pa.string(), nullable=False),
@@ -115,7 +117,7 @@ COMPARISONS = pa.schema(
         pa.field("low", pa.float64()),
         pa.field("high", pa.float64()),
         pa.field("p_value", pa.float64()),  # sign-flip permutation over groups, two-sided
-        pa.field("p_holm", pa.float64()),  # over one task, contrast, metric and kind of part
+        pa.field("p_holm", pa.float64()),  # over one task, fraction, contrast, metric and kind of part
         pa.field("n", pa.int32(), nullable=False),
         pa.field("n_groups", pa.int32(), nullable=False),
         pa.field("seeds", pa.int32(), nullable=False),

@@ -1,12 +1,10 @@
 """What a step of ground truth is: tables in, tables out, every row accounted for. Knows nothing of Ray."""
 
-import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
-
-_MEASURED = b"measured"
 
 
 class Result(NamedTuple):
@@ -14,6 +12,7 @@ class Result(NamedTuple):
 
     table: pa.Table  # of the stage's schema_out
     dropped: list[tuple[str, str]]  # (id of the row, reason); a reason is a short fixed phrase, it is counted
+    measured: Mapping[str, Any] = MappingProxyType({})  # for the manifest; of stages numbers, which are summed
 
 
 class Stage(Protocol):
@@ -35,13 +34,3 @@ class Stage(Protocol):
         ...
 
     def __call__(self, table: pa.Table) -> Result: ...
-
-
-def measured(table: pa.Table, numbers: Mapping[str, float]) -> pa.Table:
-    """`table` with what a stage counted in the making, such as calls and cost; a manifest holds their sums."""
-    return table.replace_schema_metadata({_MEASURED: json.dumps(dict(numbers)).encode()})
-
-
-def measured_in(metadata: Mapping[bytes, bytes] | None) -> dict[str, float]:
-    """The numbers that `measured` put there, if any."""
-    return dict(json.loads((metadata or {}).get(_MEASURED, b"{}")))

@@ -8,14 +8,19 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from ray_explain.errors import JobFailed
+
+_S3_ATTEMPTS = 12  # of each request; the pauses double from 25 ms, so a server may be gone for a minute and a half
+_UPLOADS = 3  # of a whole file
 
 
 def is_remote(uri: str) -> bool:
@@ -28,8 +33,38 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
+class _PatientS3(fs.S3FileSystem):
+    """Arrow's S3 with more retries. Pickled, it is only the bucket's name: each process looks into its own environment
+    for endpoint and credentials (Arrow's own pickle forgets retries and region)."""
+
+    def __init__(self, bucket: str) -> None:
+        self.bucket = bucket
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        parts = urlsplit(endpoint)
+        super().__init__(
+            endpoint_override=parts.netloc or None,
+            scheme=parts.scheme or "https",
+            region=None if endpoint else fs.resolve_s3_region(bucket),
+            retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+            # Small files go up in one request, which can be repeated; a multipart upload whose last answer got lost
+            # cannot be ended a second time.
+            allow_delayed_open=True,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _s3, (self.bucket,)
+
+
+@cache
+def _s3(bucket: str) -> _PatientS3:
+    return _PatientS3(bucket)
+
+
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The Arrow filesystem of `uri` and the path in it; S3 endpoint and credentials come from the environment."""
+    if uri.startswith("s3://"):
+        path = uri.removeprefix("s3://").rstrip("/")
+        return _s3(path.partition("/")[0]), path
     return fs.FileSystem.from_uri(absolute(uri))
 
 
@@ -53,21 +88,48 @@ def whole_file(uri: str) -> Iterator[Any]:
     Raises:
         JobFailed: the disk is full; nothing is left at `uri`.
     """
-    system, path = filesystem(uri)
-    draft = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex[:8]}.draft"
     try:
-        if not is_remote(uri):
-            system.create_dir(os.path.dirname(path), recursive=True)
+        with _whole_remote_file(uri) if is_remote(uri) else _whole_local_file(uri) as stream:
+            yield stream
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise JobFailed(f"no space left on the disk of {uri}: free some, or set another `storage`") from error
+
+
+@contextmanager
+def _whole_local_file(uri: str) -> Iterator[Any]:
+    system, path = filesystem(uri)
+    draft = f"{path}.{uuid.uuid4().hex[:8]}.draft"
+    try:
+        system.create_dir(os.path.dirname(path), recursive=True)
         with system.open_output_stream(draft) as stream:
             yield stream
-        if draft != path:
-            os.replace(draft, path)
-    except BaseException as error:
-        if draft != path:
-            Path(draft).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise JobFailed(f"no space left on the disk of {uri}: free some, or set another `storage`") from error
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _whole_remote_file(uri: str) -> Iterator[Any]:
+    """Written to disk and then uploaded: closing a stream to S3, even after an error, would leave half a file there."""
+    with tempfile.NamedTemporaryFile() as draft:
+        yield draft
+        draft.flush()
+        _upload(draft.name, uri)
+
+
+def _upload(file: str, uri: str) -> None:
+    system, path = filesystem(uri)
+    for attempt in range(1, _UPLOADS + 1):
+        try:
+            # From several threads, uploads can deadlock (https://github.com/apache/arrow/issues/32372).
+            fs.copy_files(file, path, destination_filesystem=system, use_threads=False)
+            break
+        except OSError:
+            if attempt == _UPLOADS:
+                raise
 
 
 def write_table(table: pa.Table, uri: str, *, row_group_size: int | None = None) -> None:
@@ -134,23 +196,33 @@ def remove(uri: str) -> None:
 
 
 @contextmanager
-def local_folder(uri: str) -> Iterator[str]:
-    """A local path with the files of the directory `uri`: itself, or for a remote one a copy for the block."""
+def local_folder(uri: str, *, weights: bool = True) -> Iterator[str]:
+    """A local path with the files of the directory `uri`: a copy for the block where it is remote, without the
+    `*.safetensors` unless `weights` are wanted.
+
+    What is not remote (a path, the hub id of a model) is given back as it is.
+    """
     if not is_remote(uri):
-        yield absolute(uri)
+        yield uri.removeprefix("file://")
         return
+    system, path = filesystem(uri)
     with tempfile.TemporaryDirectory() as folder:
-        fs.copy_files(uri, folder)
+        for name in list_files(uri):
+            if name.endswith(".safetensors") and not weights:
+                continue
+            fs.copy_files(f"{path}/{name}", f"{folder}/{name}", source_filesystem=system)
         yield folder
 
 
 @contextmanager
 def new_folder(uri: str) -> Iterator[str]:
-    """A local folder to fill; when the block ends well its files stand at `uri`, in place of what was there."""
+    """A local folder to fill with files; when the block ends well they stand at `uri`, in place of what was there."""
     if is_remote(uri):
         with tempfile.TemporaryDirectory() as folder:
             yield folder
-            fs.copy_files(folder, uri)
+            remove(uri)
+            for file in sorted(Path(folder).iterdir()):
+                _upload(str(file), f"{uri}/{file.name}")
         return
     final = absolute(uri)
     draft = f"{final}.{uuid.uuid4().hex[:8]}.draft"

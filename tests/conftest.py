@@ -7,17 +7,39 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import ray_explain.distributed  # noqa: F401 - sets how Ray behaves, before anything imports it
+from tests.object_store import FlakyProxy, Server, environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+class ObjectStore(NamedTuple):
+    """Where `s3://` leads in these tests."""
+
+    server: Server
+    proxy: FlakyProxy
+
+
 @pytest.fixture(scope="session")
-def running_ray() -> Iterator[None]:
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server behind a proxy; credentials and endpoint are in the environment."""
+    server = Server(tmp_path_factory.mktemp("s3") / "server.log")
+    proxy = FlakyProxy(server.port)
+    before = dict(os.environ)
+    os.environ.update(environment(proxy.port))
+    yield ObjectStore(server, proxy)
+    for name in environment(proxy.port):
+        os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
+    proxy.stop()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def running_ray(object_store: ObjectStore) -> Iterator[None]:
     """Ray with four logical CPUs: on fewer, training workers would leave none for those who feed them."""
     import ray
 

@@ -83,3 +83,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError("killed")
     assert Path(place, "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["../../etc", "a/b", "", ".hidden", "s3://b", "a\n", ".."])
+def test_no_name_leads_out_of_the_storage_root(name: str) -> None:
+    for kind, label in [("kind", name), (name, "label")]:
+        with pytest.raises(ValueError, match="cannot be part of an artifact's path"):
+            Artifact(kind=kind, label=label, config={})

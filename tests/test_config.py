@@ -54,6 +54,8 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.learning_rate=fast", ["train.learning_rate", "'fast'", "number"]),
         ("targets=[llamma]", ["targets", "llamma", "`llama`"]),
         ("targets=[llama, llama]", ["targets", "twice"]),
+        ("fractions=[0.5, 0.5]", ["fractions", "twice"]),
+        ("fractions=[0]", ["fractions", "greater than 0"]),
         ("ground_truth.patching.blocks=[[0, 7]]", ["[0, 7]", "4 layers", "numbered from 0"]),
         ("ground_truth.features.layers=[4]", ["no layer 4", "numbered from 0"]),
         ("ground_truth.patching.source=counterfact", ["counterfact", "`path`"]),
@@ -106,3 +108,22 @@ def test_the_world_is_of_the_size_asked_for_and_an_impossible_one_is_refused(con
     assert read_experiment(config, ["world.persons=40"]).world.world() == World(persons=40)
     with pytest.raises(BadInput, match="`world`: world of 3 city entities: each kind needs 4"):
         read_experiment(config, ["world.cities=3"])
+
+
+@pytest.mark.parametrize("storage", ["s3://key:secret@bucket/x", "s3://bucket/x?endpoint_override=h&access_key=k"])
+def test_credentials_in_the_storage_are_refused_without_being_repeated(config: str, storage: str) -> None:
+    with pytest.raises(BadInput, match="read from the environment") as refused:
+        read_experiment(config, [f"storage={storage}"])
+    assert "key:" not in str(refused.value) and "access_key=" not in str(refused.value)
+
+
+@pytest.mark.parametrize("storage", ["s3://", "s3://bucket/../other", "s3://bucket//x", "http://bucket/x"])
+def test_a_storage_that_is_no_place_is_refused(config: str, storage: str) -> None:
+    with pytest.raises(BadInput, match="`storage`: "):
+        read_experiment(config, [f"storage={storage}"])
+
+
+@pytest.mark.parametrize("key", ["name", "models.../x.path"])
+def test_names_that_lead_out_of_the_storage_are_refused(config: str, key: str) -> None:
+    with pytest.raises(BadInput):
+        read_experiment(config, [f"{key}=../../etc"])

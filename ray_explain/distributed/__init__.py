@@ -20,5 +20,7 @@ _ENVIRONMENT = {
 }
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+# DeepSpeed opens its checkpoints as pickles that may run code; PyTorch lets only tensors and known classes through.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 if "RAY_ADDRESS" in os.environ:  # a cluster with a dashboard, whose Train page asks for this; it costs a process a run
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")

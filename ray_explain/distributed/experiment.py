@@ -25,9 +25,12 @@ from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
+from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
+from ray_explain.ground_truth.released_files import read_folder, write_folder
+from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
@@ -92,12 +95,15 @@ class Session:
         if not self.missing([artifact]):
             return
         started, rows, reasons = time.monotonic(), 0, Counter[str]()
+        measured: dict[str, Any] = {}
         with storage.table_writer(f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP) as write:
-            for table, dropped in parts():
-                write(table)
-                rows += table.num_rows
-                reasons.update(reason for _, reason in dropped)
-        finish(artifact, self.plan.root, rows=rows, dropped=reasons, seconds=time.monotonic() - started)
+            for made in parts():
+                write(made.table)
+                rows += made.table.num_rows
+                reasons.update(reason for _, reason in made.dropped)
+                measured |= made.measured
+        seconds = time.monotonic() - started
+        finish(artifact, self.plan.root, rows=rows, dropped=reasons, seconds=seconds, measured=measured)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -151,7 +157,9 @@ def _text_config(plan: Plan, name: str) -> Any:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
     try:
-        return AutoConfig.from_pretrained(place["model"], revision=place["revision"]).get_text_config()
+        with storage.local_folder(place["model"], weights=False) as local:
+            found = AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
+        return found.get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
@@ -159,8 +167,8 @@ def _text_config(plan: Plan, name: str) -> Any:
 
 def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
     place = plan.model_place(name)
-    with storage.local_folder(place["model"]) as folder:
-        return AutoTokenizer.from_pretrained(folder, revision=place["revision"])
+    with storage.local_folder(place["model"], weights=False) as folder:
+        return AutoTokenizer.from_pretrained(folder, revision=place["revision"], trust_remote_code=False)
 
 
 # -- ground truth -----------------------------------------------------------------------------------------------------
@@ -170,14 +178,17 @@ def make_ground_truth(session: Session) -> None:
     """What the targets really do, and the questions about it."""
     plan = session.plan
     make_models(session)
-    for target, task in plan.target_tasks():
+    released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
+    for target, task in released:
+        session.make_table(plan.effects(task, target), lambda k=task, t=target: _released(plan, k, t))  # type: ignore[misc]
+    measured = [pair for pair in plan.target_tasks() if pair not in released]
+    for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
-    described = describes(plan.experiment.ground_truth.features)
-    if described:
+    if describes(plan.experiment.ground_truth.features):
         from ray_explain.distributed.features import make_features
 
         make_features(session, {target: _feature_layers(plan, target) for target in plan.experiment.targets})
-    measured = [(target, task) for target, task in plan.target_tasks() if not (described and task == "features")]
+        measured = [(target, task) for target, task in measured if task != "features"]
     if session.missing([plan.effects(task, target) for target, task in measured]):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -193,6 +204,47 @@ def make_ground_truth(session: Session) -> None:
 def _feature_layers(plan: Plan, target: str) -> list[int]:
     layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
     return list(range(n_layers(plan, target))) if layers == "all" else layers
+
+
+def export_ground_truth(session: Session) -> None:
+    """The effects in the schemas of the paper's released data sets, below `released/` in the storage."""
+    plan = session.plan
+    make_ground_truth(session)
+    for target, task in plan.target_tasks():
+        section = getattr(plan.experiment.ground_truth, task)
+        mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
+        place = f"{plan.root}/released/{target}/{task}"
+        try:
+            with storage.new_folder(place) as folder:
+                told = write_folder(
+                    session.table(plan.effects(task, target)), task, folder, _tokenizer(plan, target), mmlu=mmlu
+                )
+        except ValueError as error:
+            session.say(f"{task} of {target}: not written: {error}")
+            continue
+        counts = ", ".join(
+            f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
+        )
+        session.say(f"{task} of {target}: {counts} in {place}")
+
+
+def _is_released(plan: Plan, task: Task) -> bool:
+    return getattr(getattr(plan.experiment.ground_truth, task), "source", None) == "released"
+
+
+def _released(plan: Plan, task: Task, target: str) -> Result:
+    """Raises: BadInput: no released data set of the target is in the folder."""
+    section = getattr(plan.experiment.ground_truth, task)
+    try:
+        return read_folder(
+            plan.released_folder(task, target),
+            task,
+            _tokenizer(plan, target),
+            d_model=d_model(plan, target),
+            n=section.cases.model_dump(),
+        )
+    except (ValueError, OSError) as error:
+        raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
@@ -269,7 +321,11 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
     plan = session.plan
     wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
-    effects = session.table(plan.effects(task, target))
+    effects, counts = session.table(plan.effects(task, target)), dict[str, Any]()
+    by = getattr(getattr(plan.experiment.ground_truth, task), "balance", [])
+    if by:
+        effects, before, after = balanced(effects, by, seed=seed)
+        counts = {"cases before balancing": before, "cases after balancing": after}
     if task == "features":
         features, descriptions = split_features(effects)
         features = grouped_by_direction(features, seed=seed)
@@ -280,7 +336,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     else:
         made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
     _check_splits(plan, f"{task} of {target}", made)
-    return made
+    return made._replace(measured=counts)
 
 
 def _stream_questions(session: Session, target: str) -> None:
@@ -346,7 +402,7 @@ def _train_run(session: Session, run: Run) -> Any:
 
     plan = session.plan
     train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
-    asked = sum(pc.sum(pc.equal(session.table(table).column("split"), "train")).as_py() or 0 for table in questions)
+    asked = sum(training_rows(session.table(table), run.fraction).num_rows for table in questions)
     if train.replay and plan.experiment.models[run.explainer].pretrain is None:
         raise BadInput(
             "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
@@ -361,6 +417,7 @@ def _train_run(session: Session, run: Run) -> Any:
         train=train,
         seed=run.seed,
         wording=plan.experiment.ground_truth.wording,
+        fraction=run.fraction,
     )
 
 
@@ -447,18 +504,20 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     plan = session.plan
     questions = session.table(plan.questions(task, target))
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
-    training = questions.filter(pc.equal(questions.column("split"), "train"))
-    given = [(run.seed, session.table(plan.answers(run, task))) for run in plan.runs() if _about(run, target, task)]
+    runs = [run for run in plan.runs() if _about(run, target, task)]
+    given = [(run.seed, run.fraction, session.table(plan.answers(run, task))) for run in runs]
     if plan.experiment.evaluate.untrained:
-        given.append((0, session.table(plan.untrained_answers(target, task))))
-    given += [(0, answers) for answers in baselines(training, held_out)]
-    by_seed: dict[int, list[pa.Table]] = {}
-    for seed, answers in given:
-        by_seed.setdefault(seed, []).append(answers)
+        given.append((0, 0.0, session.table(plan.untrained_answers(target, task))))
+    for fraction in plan.experiment.fractions:
+        known = training_rows(questions, fraction)
+        given += [(0, fraction, answers) for answers in baselines(known, held_out)]
+    alike: dict[tuple[int, float], list[pa.Table]] = {}
+    for seed, fraction, answers in given:
+        alike.setdefault((seed, fraction), []).append(answers)
     descriptions = _descriptions(session, target, held_out) if task == "features" else None
     return pa.concat_tables(
-        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed)
-        for seed, answers in by_seed.items()
+        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed, fraction=fraction)
+        for (seed, fraction), answers in alike.items()
     )
 
 

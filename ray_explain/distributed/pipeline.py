@@ -4,7 +4,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +17,7 @@ from ray_explain.config import Task
 from ray_explain.distributed.experiment import (
     Session,
     evaluate,
+    export_ground_truth,
     make_ground_truth,
     make_models,
     train_explainers,
@@ -31,6 +31,7 @@ __all__ = [
     "Plan",
     "Session",
     "evaluate",
+    "export_ground_truth",
     "make_ground_truth",
     "make_models",
     "make_report",
@@ -48,11 +49,11 @@ def run_pipeline(session: Session) -> None:
     _say_summary(session, time.monotonic() - started, report)
 
 
-def make_report(session: Session) -> Path:
+def make_report(session: Session) -> str:
     """The report, written anew each time: it costs a second and may hold words of a newer version."""
     evaluate(session)
     plan = session.plan
-    return write_report(_report_data(session), Path(plan.root) / "report")
+    return write_report(_report_data(session), f"{plan.root}/report")
 
 
 def all_artifacts(plan: Plan) -> Iterator[Artifact]:
@@ -77,7 +78,8 @@ def _report_data(session: Session) -> ReportData:
     graded, scores, comparisons = (
         storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
     )
-    explainers = plan.experiment.explainers
+    explainers, largest = plan.experiment.explainers, max(plan.experiment.fractions)
+    whole = graded.filter(pc.equal(graded["fraction"], largest))
     several = len(set(explainers) & set(plan.experiment.targets)) > 1
     seed, resamples = plan.experiment.seed, plan.experiment.evaluate.resamples
     manifests = _manifests(plan)
@@ -86,8 +88,8 @@ def _report_data(session: Session) -> ReportData:
         scores=scores,
         comparisons=comparisons,
         explainers={name: name for name in explainers},
-        examples=list(_examples(session, graded)),
-        advantages=self_advantage(graded, seed=seed, resamples=resamples) if several else [],
+        examples=list(_examples(session, whole)),
+        advantages=self_advantage(whole, seed=seed, resamples=resamples) if several else [],
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={
@@ -143,7 +145,8 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
     for target, task in plan.target_tasks():
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
         for run in plan.runs():
-            if run.target != target or task not in run.tasks or run.seed != plan.experiment.seeds[0]:
+            shown = (target, plan.experiment.seeds[0], max(plan.experiment.fractions))
+            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks:
                 continue
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():
@@ -179,7 +182,7 @@ def _chosen(graded: pa.Table, task: Task, target: str, explainer: str, seed: int
     return right[:n_right] + wrong[: EXAMPLES_PER_CELL - n_right]
 
 
-def _say_summary(session: Session, seconds: float, report: Path) -> None:
+def _say_summary(session: Session, seconds: float, report: str) -> None:
     manifests, kinds = _manifests(session.plan), dict[str, list[Manifest]]()
     for manifest in manifests:
         kinds.setdefault(manifest.kind.replace("_", " "), []).append(manifest)

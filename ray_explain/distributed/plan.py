@@ -18,17 +18,19 @@ _OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correla
 
 
 class Run(NamedTuple):
-    """One explainer to train: of which model, of which target, on which tasks, from which seed."""
+    """One explainer to train: of which model, of which target, on which tasks, from which seed, on how much data."""
 
     explainer: str
     target: str
     tasks: tuple[Task, ...]
     seed: int
+    fraction: float = 1.0  # of the training questions
 
     @property
     def name(self) -> str:
-        """For people and paths: "qwen3-of-llama-patching-s0"."""
-        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}"
+        """For people and paths: "qwen3-of-llama-patching-s0", "qwen3-of-llama-patching-s0-f0.25"."""
+        share = "" if self.fraction == 1 else f"-f{self.fraction:g}"
+        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}{share}"
 
 
 class Plan:
@@ -73,12 +75,22 @@ class Plan:
                 kind="features_cases", label=target, config={"layers": section.layers}, parents=(self.model(target),)
             )
         settings = _OF_WORLD_FEATURES if task == "features" else None
-        config = section.model_dump(mode="json", include=settings) | {
+        config = section.model_dump(mode="json", include=settings, exclude={"balance"}) | {
             "seed": self.experiment.seed,
             "world": self.experiment.world.model_dump(),
-            "content": _digest(section.path) if getattr(section, "path", None) else None,
+            "content": self._content(task, target) if getattr(section, "path", None) else None,
         }
         return Artifact(kind=f"{task}_cases", label=target, config=config, parents=(self.model(target),))
+
+    def released_folder(self, task: Task, target: str) -> str:
+        """Where the released data set of a target lies."""
+        return getattr(self.experiment.ground_truth, task).path.replace("{target}", target)
+
+    def _content(self, task: Task, target: str) -> Any:
+        section = getattr(self.experiment.ground_truth, task)
+        if section.source != "released":
+            return _digest(section.path)
+        return _files_of(self.released_folder(task, target), "**/*.parquet")
 
     def effects(self, task: Task, target: str) -> Artifact:
         """What the target really did."""
@@ -88,7 +100,11 @@ class Plan:
 
     def questions(self, task: Task, target: str) -> Artifact:
         """What explainers are asked about it."""
-        config: dict[str, Any] = {"wording": self.experiment.ground_truth.wording, "seed": self.experiment.seed}
+        config: dict[str, Any] = {
+            "wording": self.experiment.ground_truth.wording,
+            "seed": self.experiment.seed,
+            "balance": getattr(getattr(self.experiment.ground_truth, task), "balance", []),
+        }
         if task == "features" and self.groups_features == "feature":
             config["group"] = "feature"
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=(self.effects(task, target),))
@@ -107,7 +123,8 @@ class Plan:
         tasks = self.experiment.tasks
         mixtures = [tuple(t for t in mixture if t in tasks) for mixture in self.experiment.train.mixtures]
         runs = [
-            Run(explainer, target, mixture, seed)
+            Run(explainer, target, mixture, seed, fraction)
+            for fraction in sorted(self.experiment.fractions, reverse=True)
             for seed in self.experiment.seeds
             for target in self.experiment.targets
             for explainer in self.experiment.explainers
@@ -123,6 +140,8 @@ class Plan:
     def explainer(self, run: Run) -> Artifact:
         """The trained explainer of a run."""
         config = self.train_config(run).model_dump(mode="json", exclude=_HOW_NOT_WHAT) | {"seed": run.seed}
+        if run.fraction < 1:
+            config["fraction"] = run.fraction
         parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
         return Artifact(kind="explainers", label=run.name, config=config, parents=parents)
 
@@ -157,7 +176,11 @@ class Plan:
         answers = [self.answers(run, task) for run in self.runs() for task in run.tasks]
         if evaluate.untrained:
             answers += [self.untrained_answers(target, task) for target, task in self.target_tasks()]
-        config = {"resamples": evaluate.resamples, "seed": self.experiment.seed}
+        config = {
+            "resamples": evaluate.resamples,
+            "seed": self.experiment.seed,
+            "fractions": sorted(self.experiment.fractions),
+        }
         return Artifact(kind="scores", label=self.experiment.name, config=config, parents=tuple(answers))
 
     def target_tasks(self) -> list[tuple[str, Task]]:
@@ -168,9 +191,14 @@ class Plan:
 def _identity(config: ModelConfig) -> Mapping[str, Any]:
     """What tells one model that lies elsewhere from another: its id and revision, or the edges of its files."""
     named = config.model_dump(exclude={"pretrain"})
-    folder = Path(config.path or "")
-    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
-    return named | {"files": {path.name: edges(path) for path in files}}
+    return named | {"files": _files_of(config.path, "*") if config.path else {}}
+
+
+def _files_of(folder: str, pattern: str) -> dict[str, str]:
+    """A digest of each file; none where there is no folder."""
+    root = Path(folder)
+    files = sorted(path for path in root.glob(pattern) if path.is_file()) if root.is_dir() else []
+    return {str(path.relative_to(root)): edges(path) for path in files}
 
 
 def _digest(path: str) -> str:

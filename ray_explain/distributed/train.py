@@ -30,6 +30,7 @@ class TrainRun:
     train: TrainConfig
     seed: int
     wording: str
+    fraction: float = 1.0  # of the training questions
 
     @property
     def name(self) -> str:
@@ -57,6 +58,7 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
 def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | None:
     """Train one explainer; returns why it failed, or None."""
     gpus = cluster.gpus_per_worker
+    system, checkpoints = storage.filesystem(f"{root}/ray_train")
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
         train_loop_config={"run": run, "root": root, "board": board},
@@ -68,7 +70,8 @@ def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | 
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(
             name=run.name,
-            storage_path=f"{root}/ray_train",
+            storage_path=checkpoints,
+            storage_filesystem=system,
             failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

@@ -33,6 +33,7 @@ from ray_explain.explainer.optimise import learning_rate_factor, parameter_group
 from ray_explain.explainer.projection import Projection
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
 from ray_explain.explainer.training import LossNotFinite, check_finite
+from ray_explain.ground_truth.splits import training_rows
 from ray_explain.models import load_model
 from ray_explain.questions import wordings
 
@@ -45,7 +46,8 @@ def train_on_worker(run: TrainRun, root: str, board: Any) -> None:
     """What every worker does: the same steps in the same order, each with its share of every step's examples."""
     started, train, context = time.monotonic(), run.train, ray.train.get_context()
     torch.manual_seed(run.seed)
-    loaded = load_model(run.model["model"], revision=run.model["revision"], dtype=train.precision)
+    with storage.local_folder(run.model["model"]) as folder:
+        loaded = load_model(folder, revision=run.model["revision"], dtype=train.precision)
     markers = markers_of(loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers)
     explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)
@@ -81,7 +83,9 @@ def examples_of(
         BadInput: no question is left.
     """
     questions = [
-        question for folder in run.questions for question in questions_of(storage.read_table(folder), split="train")
+        question
+        for folder in run.questions
+        for question in questions_of(training_rows(storage.read_table(folder), run.fraction))
     ]
     none = questions[0].vectors[:0] if questions else None
     texts = [Question(f"text {i}", TEXT_TASK, p, a, none, ()) for i, (p, a) in enumerate(run.replay)]  # type: ignore[arg-type]

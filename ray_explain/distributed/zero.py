@@ -33,13 +33,20 @@ def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) ->
 
 
 def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around `module`; the process group must be there already (Ray Train makes it)."""
+    """A DeepSpeed engine around `module`; the process group must be there already (Ray Train makes it).
+
+    It reads checkpoints of tensors, plain values and three classes of DeepSpeed; anything else in them is refused.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed  # here: its import looks for the accelerator and takes seconds
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     if not torch.cuda.is_available():
         # On a CPU DeepSpeed would compile a shared-memory extension for a minute, for ranks of one host alone.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler])
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.explainer.baselines import untrained
 from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.sidecar import load_explainer, load_tokenizer
+from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_sidecar
 from ray_explain.models import load_model
 from ray_explain.stages import Result
 
@@ -26,6 +27,12 @@ def questions_of(table: pa.Table, *, split: str | None = None) -> Iterator[Quest
     for row, own in zip(table.select(columns).to_pylist(), vectors, strict=True):
         if split is None or row["split"] == split:
             yield Question(row["question_id"], row["task"], row["prompt"], row["answer"], own, tuple(row["layers"]))
+
+
+def _base_folder(folder: str) -> AbstractContextManager[str]:
+    """Where the model that an adapter changes lies for the block; a fully trained explainer is its own."""
+    sidecar = read_sidecar(folder)
+    return storage.local_folder(sidecar.base) if sidecar.lora else nullcontext(folder)
 
 
 def asked_schema(d_model: int) -> pa.Schema:
@@ -44,10 +51,12 @@ class AnswerStage:
         self._config = config
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if "folder" in config:
-            self._explainer, _ = load_explainer(config["folder"], device=device)
-            self._tokenizer = load_tokenizer(config["folder"])
+            with storage.local_folder(config["folder"]) as folder, _base_folder(folder) as base:
+                self._explainer, _ = load_explainer(folder, base=base, device=device)
+                self._tokenizer = load_tokenizer(folder)
         else:
-            loaded = load_model(config["model"], revision=config["revision"], dtype=config["dtype"])
+            with storage.local_folder(config["model"]) as folder:
+                loaded = load_model(folder, revision=config["revision"], dtype=config["dtype"])
             injection = InjectionConfig(**config["injection"])
             self._tokenizer = loaded.tokenizer
             self._explainer = untrained(

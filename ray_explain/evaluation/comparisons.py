@@ -65,18 +65,21 @@ def comparisons(
     training, or with a single seed where `not_trained`, stands against every seed of the other. Intervals hold the
     draw of the groups, and that of the seeds where there are several (`intervals.spread_over_seeds`). p-values are
     those of `intervals.swap_test`, or of the t test over seeds where that is larger; `p_holm` corrects over
-    the matrix: all comparisons of one task, contrast and metric on the same kind of part.
+    the matrix: all comparisons of one task, fraction, contrast and metric on the same kind of part.
+
+    Both sides know the same fraction of the training data; what knows none (fraction 0) stands against every fraction.
 
     Raises:
         ValueError: two sides answered different questions, or trained explainers have no seed in common.
     """
     rows: list[dict[str, Any]] = []
-    for (task, target), sides in _measured(graded, by, resamples, seed).items():
+    for (task, target, fraction), sides in _measured(graded, by, resamples, seed).items():
         for contrast in _contrasts(target, sides, not_trained):
             one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, not_trained)
             identity = {
                 "task": task,
                 "target": target,
+                "fraction": fraction,
                 "explainer": contrast.one.explainer,
                 "against": contrast.other.control if contrast.kind == "uplift" else contrast.other.explainer,
                 "contrast": contrast.kind,
@@ -88,27 +91,29 @@ def comparisons(
 def self_advantage(
     graded: pa.Table, *, metric: str = "exact_match", by: str = "all", seed: int, resamples: int = 2000
 ) -> list[dict[str, Any]]:
-    """For each task that targets explain, the difference in differences: how much better models explain themselves
-    than the strength of the explainer and the ease of the target foretell (`intervals.self_weights`).
+    """For each task that targets explain and each fraction of the training data, the difference in differences: how
+    much better models explain themselves than the strength of the explainer and the ease of the target foretell
+    (`intervals.self_weights`).
 
     Only explainers that are also targets, and seeds that all pairings have, take part. Each row has task,
-    difference, low, high, p_value, n_groups and seeds; groups are resampled together over all targets.
+    fraction, difference, low, high, p_value, n_groups and seeds; groups are resampled together over all targets.
 
     Raises:
         ValueError: a task has no square of at least two models, or the pairings have no seed in common.
     """
     named = [series for series in series_of(graded) if series["control"] == "none"]
     metrics, rows = measured(graded), []
-    for task in sorted({series["task"] for series in named}):
-        targets = {series["target"] for series in named if series["task"] == task}
+    for task, fraction in sorted({(series["task"], series["fraction"]) for series in named if series["fraction"]}):
+        alike = [series for series in named if (series["task"], series["fraction"]) == (task, fraction)]
+        targets = {series["target"] for series in alike}
         cells: dict[tuple[str, str], dict[int, Tally]] = defaultdict(dict)
-        for series in named:
-            if series["task"] == task and series["explainer"] in targets:
+        for series in alike:
+            if series["explainer"] in targets:
                 kind = by if by == "all" else by.split("=")[0]
                 tallied = tally(rows_of(graded, series), [kind], metrics)
                 cells[series["explainer"], series["target"]][series["seed"]] = tallied
         if cells:
-            rows.append({"task": task} | _advantage(cells, metric, by, resamples, seed))
+            rows.append({"task": task, "fraction": fraction} | _advantage(cells, metric, by, resamples, seed))
     return rows
 
 
@@ -121,6 +126,7 @@ def pilot(
     against: str,
     metric: str = "exact_match",
     by: str = "all",
+    fraction: float = 1.0,
     seed: int,
     resamples: int = 2000,
 ) -> intervals.Pilot:
@@ -131,7 +137,7 @@ def pilot(
         ValueError: the two did not answer the same questions of this task and target, or not by this metric and part.
     """
     of_target = graded.filter((pc.field("task") == task) & (pc.field("target") == target))
-    sides = _measured(of_target, [by.split("=")[0]], resamples, seed).get((task, target), {})
+    sides = _measured(of_target, [by.split("=")[0]], resamples, seed).get((task, target, fraction), {})
     for name in (explainer, against):
         if Who(name) not in sides:
             raise ValueError(f"no answers of {name!r} to {task} questions about {target!r}: score some first")
@@ -151,10 +157,11 @@ def pilot(
 
 
 def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `p_holm`: corrected over those of the same task, contrast, metric and kind of part."""
-    families: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    """The rows with `p_holm`: corrected over those of the same task, fraction, contrast, metric and kind of part."""
+    families: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        families[row["task"], row["contrast"], row["metric"], row["by"].split("=")[0]].append(i)
+        family = [row[key] for key in ("task", "fraction", "contrast", "metric")]
+        families[*family, row["by"].split("=")[0]].append(i)
     p_holm: dict[int, float] = {}
     for members in families.values():
         p_values = [np.nan if rows[i]["p_value"] is None else rows[i]["p_value"] for i in members]
@@ -164,17 +171,23 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _measured(
     graded: pa.Table, by: Sequence[str], resamples: int, seed: int
-) -> dict[tuple[str, str], dict[Who, Seeds]]:
+) -> dict[tuple[str, str, float], dict[Who, Seeds]]:
+    """(task, target, fraction) -> whose answers -> seed; what knows none of the data stands beside every fraction."""
     metrics = measured(graded)
-    found: dict[tuple[str, str], dict[Who, Seeds]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[tuple[str, str, float], dict[Who, Seeds]] = defaultdict(lambda: defaultdict(dict))
     for series in series_of(graded):
         tallied = tally(rows_of(graded, series), by, metrics)
-        found[series["task"], series["target"]][Who(series["explainer"], series["control"])][series["seed"]] = Measured(
+        place = (series["task"], series["target"], series["fraction"])
+        found[place][Who(series["explainer"], series["control"])][series["seed"]] = Measured(
             tally=tallied,
             values=tallied.values(tallied.sums.sum(axis=0)),
             resampled=intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed),
         )
-    return found
+    return {
+        (task, target, fraction): found.get((task, target, 0.0), {}) | sides
+        for (task, target, fraction), sides in found.items()
+        if fraction
+    }
 
 
 def _contrasts(target: str, sides: dict[Who, Seeds], not_trained: Sequence[str]) -> Iterator[Contrast]:

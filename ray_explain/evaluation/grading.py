@@ -19,6 +19,7 @@ GRADED = pa.schema(
         pa.field("explainer", pa.string(), nullable=False),
         pa.field("control", pa.string(), nullable=False),
         pa.field("seed", pa.int32(), nullable=False),  # of the explainer's training
+        pa.field("fraction", pa.float64(), nullable=False),  # of the training data that it knows; 0 if untrained
         pa.field("layer", pa.string(), nullable=False),  # "2", a block "0-3", or "" without a vector
         pa.field("role", pa.string(), nullable=False),
         pa.field("stratum", pa.string(), nullable=False),
@@ -38,7 +39,13 @@ _ASKED = ("question_id", "case_id", "group", "task", "answer", "answers", "layer
 
 
 def grade(
-    questions: pa.Table, answers: pa.Table, descriptions: pa.Table | None = None, *, target: str, seed: int
+    questions: pa.Table,
+    answers: pa.Table,
+    descriptions: pa.Table | None = None,
+    *,
+    target: str,
+    seed: int,
+    fraction: float = 1.0,
 ) -> pa.Table:
     """One row of GRADED per answer, in the order of `answers`; an answer that cannot be read counts as wrong.
 
@@ -51,6 +58,7 @@ def grade(
     Args:
         target: Name of the model that the questions are about.
         seed: With which the explainer was trained.
+        fraction: Of the training questions that it was trained on or, for a baseline, looked into; 0 for none.
 
     Raises:
         ValueError: an answer is to no question of this table, a question has two answers of one explainer under one
@@ -59,7 +67,7 @@ def grade(
     asked = {row["question_id"]: row for row in questions.select(_ASKED).to_pylist()}
     _check(asked, answers)
     scores = None if descriptions is None else _description_scores(descriptions)
-    facts = {"target": target, "seed": seed, "judged": None}
+    facts = {"target": target, "seed": seed, "fraction": fraction, "judged": None}
     rows = [_graded(asked[row["question_id"]], row, scores) | facts for row in answers.to_pylist()]
     return records.rows_table(rows, GRADED)
 
@@ -159,8 +167,8 @@ def _description_grade(
 
 
 def series_of(graded: pa.Table) -> list[dict[str, Any]]:
-    """The different (task, target, explainer, control, seed) of a table, sorted."""
-    keys = ["task", "target", "explainer", "control", "seed"]
+    """The different (task, target, explainer, control, seed, fraction) of a table, sorted."""
+    keys = ["task", "target", "explainer", "control", "seed", "fraction"]
     return graded.group_by(keys).aggregate([]).sort_by([(key, "ascending") for key in keys]).to_pylist()
 
 

@@ -157,15 +157,21 @@ def read_sidecar(folder: str | Path) -> Sidecar:
 
 
 def load_explainer(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Explainer, Sidecar]:
     """An explainer as it was saved, ready to answer; see `load_tokenizer`. `dtype` is that of the files unless given.
+
+    Of an adapter, `base` is where the model that it changes lies now, if not where the sidecar says.
 
     Raises:
         Mismatch: tokenizer, markers, weights and sidecar do not belong together.
     """
     folder, sidecar = Path(folder), read_sidecar(folder)
-    model = _load_model(folder, sidecar, load_tokenizer(folder), dtype)
+    model = _load_model(folder, base or sidecar.base, sidecar, load_tokenizer(folder), dtype)
     extras = load_file(folder / EXTRAS)
     explainer = Explainer(
         model,
@@ -185,7 +191,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         Mismatch: it is not the one that the explainer was trained with.
     """
-    sidecar, tokenizer = read_sidecar(folder), AutoTokenizer.from_pretrained(folder)
+    sidecar, tokenizer = read_sidecar(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found, markers = fingerprint_of(tokenizer), markers_of(tokenizer)
     if found != sidecar.tokenizer:
         raise Mismatch(
@@ -198,10 +204,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _load_model(
-    folder: Path, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
+    folder: Path, base: str, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
 ) -> nn.Module:
-    source, revision = (sidecar.base, sidecar.base_revision) if sidecar.lora else (str(folder), None)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype or "auto")
+    source, revision = (base, sidecar.base_revision) if sidecar.lora else (str(folder), None)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+    )
     width = model.config.get_text_config().hidden_size
     if width != sidecar.d_explainer:
         raise Mismatch(f"{source} has width {width}, the explainer was trained with {sidecar.d_explainer}")

@@ -21,7 +21,7 @@ from ray_explain.errors import JobFailed
 from ray_explain.ground_truth.exemplars import EXEMPLARS
 from ray_explain.ground_truth.neuronpedia import read_labels
 from ray_explain.models import load_model
-from ray_explain.stages import Result, measured
+from ray_explain.stages import Result
 
 T = TypeVar("T")
 UNDESCRIBED = "undescribed"
@@ -196,7 +196,7 @@ class DescribeStage:
                 rows.append(feature | {"descriptions": told})
             else:
                 dropped.append((feature["case_id"], UNDESCRIBED))
-        return Result(measured(records.rows_table(rows, DESCRIBED), self._model.usage_so_far()), dropped)
+        return Result(records.rows_table(rows, DESCRIBED), dropped, self._model.usage_so_far())
 
     def _ask(self, windows: Sequence[dict[str, Any]], candidate: int) -> Ask:
         passages = "\n".join(f"{i}. {marked(window)}" for i, window in enumerate(shown(windows)[:SHOWN_TOP], start=1))

@@ -22,7 +22,7 @@ from ray_explain.features.simulate import UNSCORED, Score, Simulator, detection_
 from ray_explain.ground_truth.describers import DESCRIBED, Replies, held_out, language_model
 from ray_explain.ground_truth.dictionaries import dictionary
 from ray_explain.models import load_model
-from ray_explain.stages import Result, measured
+from ray_explain.stages import Result
 
 Texts = Sequence[Sequence[str]]  # windows as the texts of their tokens
 Values = Float[np.ndarray, " pos"]
@@ -175,7 +175,7 @@ class ScoreStage:
                 names = ("detection", "detection_low", "detection_high", "detection_n")
                 told |= _columns(next(detected), names)
                 told["gold"] = told["score"] is None or told["score"] >= self._config["gold_from"]
-        return Result(measured(self._rows(table, features), self._usage()), [])
+        return Result(self._rows(table, features), [], self._usage())
 
     def _simulated(self, asked: Sequence[tuple[str, Windows]]) -> list[Score]:
         if self._simulator is None:

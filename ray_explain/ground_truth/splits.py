@@ -2,6 +2,9 @@
 
 import hashlib
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 VALIDATION_SHARE, TEST_SHARE = 0.10, 0.25
 
 
@@ -20,3 +23,27 @@ def split_of(group: str, *, validation: float = VALIDATION_SHARE, test: float = 
     if place < test:
         return "test"
     return "validation" if place < test + validation else "train"
+
+
+def training_rows(questions: pa.Table, fraction: float = 1.0) -> pa.Table:
+    """The rows of the training split whose group is within `fraction` of its groups, at least one of them.
+
+    Whole groups are taken, in an order told by their content alone: a smaller share is a part of every larger one, and
+    the same for every explainer and seed.
+
+    Raises:
+        ValueError: the fraction is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction} of the training data: above 0 and at most 1")
+    rows = questions.filter(pc.equal(questions["split"], "train"))
+    if fraction == 1 or not rows.num_rows:
+        return rows
+    groups = sorted(pc.unique(rows["group"]).to_pylist(), key=_place)
+    within = groups[: max(1, round(fraction * len(groups)))]
+    return rows.filter(pc.is_in(rows["group"], pa.array(within)))
+
+
+def _place(group: str) -> bytes:
+    """Where a group stands in the order of shares, which has nothing to do with its split."""
+    return hashlib.sha256(f"share\n{group}".encode()).digest()

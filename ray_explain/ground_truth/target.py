@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_explain import storage
 from ray_explain.ground_truth.positions import UNKNOWN_TOKEN, PromptTokens, Unusable, reading
 from ray_explain.interventions.layout import Layout, layout_of
 from ray_explain.interventions.patching import MEMORY_BUDGET
@@ -18,7 +19,7 @@ NO_SUCH_POSITION = "a position outside the prompt"
 class Target:
     """A loaded model and its tokenizer.
 
-    Config: `model` (folder or hub id), `revision`, `dtype`, and `memory_budget` in bytes if not the default.
+    Config: `model` (folder, s3:// or hub id), `revision`, `dtype`, and `memory_budget` in bytes if not the default.
     """
 
     model: PreTrainedModel
@@ -27,7 +28,8 @@ class Target:
     memory_budget: int
 
     def __init__(self, config: dict[str, Any]) -> None:
-        loaded = load_model(config["model"], revision=config.get("revision"), dtype=config["dtype"])
+        with storage.local_folder(config["model"]) as folder:
+            loaded = load_model(folder, revision=config.get("revision"), dtype=config["dtype"])
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.layout = layout_of(loaded.model)
         self.memory_budget = config.get("memory_budget", MEMORY_BUDGET)

@@ -64,13 +64,20 @@ class ReportData:
 
     @cached_property
     def score_rows(self) -> list[dict[str, Any]]:
-        """The scores as mappings, undefined numbers as None, in the order of the table."""
-        return [_finite(row) for row in self.scores.to_pylist()]
+        """The scores as mappings, undefined numbers as None, in the order of the table: those of explainers that
+        know the largest fraction of the training data, and of what knows none.
+        """
+        return [_finite(row) for row in self.scores.to_pylist() if row["fraction"] in (0, self.fractions[-1])]
 
     @cached_property
     def comparison_rows(self) -> list[dict[str, Any]]:
-        """The comparisons as mappings, undefined numbers as None, in the order of the table."""
-        return [_finite(row) for row in self.comparisons.to_pylist()]
+        """The comparisons at that fraction as mappings, undefined numbers as None, in the order of the table."""
+        return [_finite(row) for row in self.comparisons.to_pylist() if row["fraction"] == self.fractions[-1]]
+
+    @cached_property
+    def fractions(self) -> list[float]:
+        """Of the training data that explainers were trained on, from small to large; 0 if none was trained."""
+        return sorted(set(self.scores["fraction"].to_pylist()) - {0.0}) or [0.0]
 
     @property
     def tasks(self) -> list[str]:

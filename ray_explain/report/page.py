@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import resources
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -29,21 +28,20 @@ VECTOR = "<vector>"
 _CONTENT = re.compile(r"(<<<.*?>>>)", re.DOTALL)
 
 
-def write_report(data: ReportData, folder: Path) -> Path:
+def write_report(data: ReportData, folder: str) -> str:
     """Write `index.html` (needs no other file and no network), `tables.md` and `scores.json`; the path of the page.
 
     Each file appears at once or not at all; files of an earlier report in `folder` are replaced.
     """
     scores = Scores(data)
-    index = Path(folder) / "index.html"
-    _write(index.with_name("tables.md"), markdown.tables(data, scores))
-    storage.write_json(as_json(data, scores), str(index.with_name("scores.json")))
-    _write(index, page(data, scores))
-    return index
+    _write(f"{folder}/tables.md", markdown.tables(data, scores))
+    storage.write_json(as_json(data, scores), f"{folder}/scores.json")
+    _write(f"{folder}/index.html", page(data, scores))
+    return f"{folder}/index.html"
 
 
-def _write(path: Path, text: str) -> None:
-    with storage.whole_file(str(path)) as stream:
+def _write(uri: str, text: str) -> None:
+    with storage.whole_file(uri) as stream:
         stream.write(text.encode())
 
 

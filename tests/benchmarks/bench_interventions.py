@@ -8,6 +8,7 @@ several rounds in which all contestants take turns. Tools that are not installed
 import argparse
 import copy
 import importlib.metadata
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ray_explain.interventions.hooks import Patch, capturing, writing
 from ray_explain.interventions.patching import Intervention, patch_sweep
 
 NOT_INSTALLED = "not installed"
+os.environ.setdefault("TQDM_DISABLE", "1")  # TransformerLens draws a bar a round
 
 
 @dataclass(frozen=True)

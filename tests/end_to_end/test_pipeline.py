@@ -8,57 +8,19 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs import ground_truth, pipeline
+from jobs import export, ground_truth, pipeline
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
 from ray_explain.distributed.plan import Plan
+from tests.tiny import config_in, plan_of
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-EXPERIMENT: dict[str, Any] = {
-    "name": "tiny",
-    "models": {
-        "llama": {"pretrain": {"architecture": "llama", "seed": 1, "tokens": 5120, "d_model": 32, "n_layers": 2}},
-        "qwen3": {"pretrain": {"architecture": "qwen3", "seed": 2, "tokens": 5120, "d_model": 32, "n_layers": 2}},
-    },
-    "targets": ["llama"],
-    "explainers": ["llama", "qwen3"],
-    "ground_truth": {
-        "wording": "brief",
-        "patching": {"cases": {"train": 80, "test": 40}, "blocks": 2},
-        "ablation": {"cases": {"train": 60, "test": 30}},
-        "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
-    },
-    "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
-    "evaluate": {"max_new_tokens": 8, "resamples": 100},
-    "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
-}
-
-
-def config_in(folder: Path, **changes: Any) -> str:
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**EXPERIMENT, "storage": str(folder / "run"), **changes}))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def config(running_ray: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Config of an experiment that the pipeline has run."""
-    path = config_in(tmp_path_factory.mktemp("tiny"))
-    assert pipeline.main(["--config", path]) == 0
-    return path
-
-
-def plan_of(config: str) -> Plan:
-    return Plan(read_experiment(config))
 
 
 def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:
@@ -153,3 +115,27 @@ def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config
         one, other = (storage.read_table(p.path(p.effects(task, "llama"))).to_pylist() for p in (plan, undisturbed))
         keys = ("case_id", *(("patched_answer",) if task == "patching" else ("ablated_answer",)), "changed")
         assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]
+
+
+def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str, tmp_path: Path) -> None:
+    """Neither writing nor reading measures anything anew."""
+    plan = plan_of(config)
+    assert export.main(["--config", config]) == 0
+    section = {"source": "released", "path": f"{plan.root}/released/{{target}}/patching", "balance": ["changed"]}
+    again = config_in(
+        tmp_path,
+        models={"llama": {"path": plan.path(plan.model("llama"))}},
+        explainers=["llama"],
+        ground_truth={"wording": "brief", "patching": {**section, "cases": {"train": 80, "test": 40}}},
+    )
+    assert ground_truth.main(["--config", again]) == 0
+    other = plan_of(again)
+    one, two = (storage.read_table(p.path(p.effects("patching", "llama"))).to_pylist() for p in (plan, other))
+    keys = ("split", "base_prompt", "first_layer", "base_answer", "patched_answer", "changed", "vectors")
+    assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in two]
+    counts = finished(other.questions("patching", "llama"), other.root)
+    assert counts is not None
+    before, after = (counts.measured[f"cases {when} balancing"] for when in ("before", "after"))
+    assert sum(before.values()) == 120
+    for split in ("train", "test"):
+        assert len({n for cell, n in after.items() if split in cell}) == 1

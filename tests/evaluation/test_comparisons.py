@@ -23,13 +23,14 @@ def world(questions, answers, say):
         questions = table
 
         @staticmethod
-        def graded(explainer, share, control="none", target="a", seed=0, noise=0):
+        def graded(explainer, share, control="none", target="a", seed=0, noise=0, fraction=1.0):
             """`explainer` is right on about `share` of the questions, the easiest ones for all."""
             rng = np.random.default_rng([noise, seed])
             ease = (np.arange(N) * 7919 % N) / N + rng.normal(0, 0.2, N) * bool(noise)
             wrong = say(True, "nonsense")
             said = [truth if each < share else wrong for each, truth in zip(ease, truths)]
-            return grade(table, answers(table, said, explainer, control), target=target, seed=seed)
+            given = answers(table, said, explainer, control)
+            return grade(table, given, target=target, seed=seed, fraction=fraction)
 
     return World
 
@@ -135,16 +136,41 @@ def test_the_order_of_rows_changes_nothing(world):
 
 def test_holm_corrects_over_the_matrix_of_one_contrast_metric_and_part():
     rows = [
-        {"task": "patching", "contrast": contrast, "metric": "exact_match", "by": by, "p_value": p}
-        for contrast, by, p in [
-            ("uplift", "all", 0.01),
-            ("uplift", "all", 0.04),
-            ("uplift", "changed=true", 0.04),
-            ("uplift", "changed=false", None),
-            ("self_minus_cross", "all", 0.03),
+        {
+            "task": "patching",
+            "fraction": fraction,
+            "contrast": contrast,
+            "metric": "exact_match",
+            "by": by,
+            "p_value": p,
+        }
+        for contrast, by, p, fraction in [
+            ("uplift", "all", 0.01, 1.0),
+            ("uplift", "all", 0.04, 1.0),
+            ("uplift", "changed=true", 0.04, 1.0),
+            ("uplift", "changed=false", None, 1.0),
+            ("self_minus_cross", "all", 0.03, 1.0),
+            ("uplift", "all", 0.02, 0.5),
         ]
     ]
-    assert [row["p_holm"] for row in corrected(rows)] == [0.02, 0.04, 0.04, None, 0.03]
+    assert [row["p_holm"] for row in corrected(rows)] == [0.02, 0.04, 0.04, None, 0.03, 0.02]
+
+
+def test_explainers_are_compared_at_the_same_fraction_of_the_data_alone(world):
+    given = [("a", 0.8, 1.0), ("b", 0.5, 1.0), ("a", 0.6, 0.25), ("b", 0.5, 0.25), ("untrained", 0.1, 0.0)]
+    table = compare(*(world.graded(name, share, fraction=fraction) for name, share, fraction in given))
+    for fraction, self_minus_cross, over_untrained in [(1.0, 0.3, 0.7), (0.25, 0.1, 0.5)]:
+        here = {"fraction": fraction, "explainer": "a", "metric": "exact_match", "by": "all"}
+        assert find(table, contrast="self_minus_cross", **here)["difference"] == pytest.approx(self_minus_cross)
+        assert find(table, contrast="over_baseline", **here)["difference"] == pytest.approx(over_untrained)
+    assert set(table["fraction"].to_pylist()) == {1.0, 0.25}
+
+
+def test_a_smaller_fraction_beside_it_changes_nothing_at_the_whole(world):
+    whole = [world.graded("a", 0.7, noise=1), world.graded("b", 0.5, noise=2), world.graded("majority", 0.2)]
+    alone, beside = compare(*whole), compare(*whole, world.graded("a", 0.4, fraction=0.5))
+    at_whole = [row for row in beside.to_pylist() if row["fraction"] == 1]
+    assert alone.to_pylist() == at_whole
 
 
 def test_a_pilot_foretells_the_interval_of_a_study_of_its_own_size(world):

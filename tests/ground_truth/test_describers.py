@@ -25,7 +25,6 @@ from ray_explain.ground_truth.describers import (
 )
 from ray_explain.ground_truth.description_scores import ScoreStage, lists_of_numbers, numbers_in
 from ray_explain.ground_truth.exemplars import EXEMPLARS
-from ray_explain.stages import measured_in
 
 
 def window(kind, rank, words, activations):
@@ -86,7 +85,7 @@ def test_a_feature_without_a_description_is_dropped_and_counted_and_never_a_text
     made = describing(section)(table_of([feature(0, "dog"), feature(1, "cat")]))
     assert made.table["case_id"].to_pylist() == ["f0"]
     assert made.dropped == [("f1", UNDESCRIBED)]
-    counts = measured_in(made.table.schema.metadata)
+    counts = made.measured
     assert counts["unanswered"] == 1 and counts["asked"] == 2 and counts["calls"] == 3
     assert sum(n for name, n in counts.items() if name.startswith("failed: ")) == 2
 
@@ -186,7 +185,7 @@ def test_what_could_not_be_scored_is_null_and_counted(endpoint, scoring):
     endpoint.script = lambda prompt, n: 500 if "moon" in prompt else knowing(prompt, n)
     made = ScoreStage(scoring)(described([feature(0, "dog"), feature(1, "cat")], [["dog"], ["moon"]]))
     assert [told[0]["score"] is None for told in made.table["descriptions"].to_pylist()] == [False, True]
-    counts = measured_in(made.table.schema.metadata)
+    counts = made.measured
     assert counts["simulator: unanswered"] == 18 and counts["detector: unanswered"] == 1
 
 
@@ -254,7 +253,7 @@ def test_what_a_local_model_says_uselessly_is_undescribed(world_target):
     section = {"kind": "local", "path": str(world_target), "revision": None, "dtype": "float32", "batch_size": 4}
     made = DescribeStage({"describer": section, "candidates": 1})(table_of([feature(i, "the") for i in range(3)]))
     assert made.table.num_rows + len(made.dropped) == 3
-    assert measured_in(made.table.schema.metadata)["asked"] == 1  # the three see the same windows
+    assert made.measured["asked"] == 1  # the three see the same windows
 
 
 def test_endpoints_count_anew_for_every_slice(endpoint, section):

@@ -20,7 +20,7 @@ def score(task: str, target: str, explainer: str, metric: str = "exact_match", v
     """A row of scores; the interval is the binomial one unless given."""
     n = other.get("n", 500)
     half = None if value is None or not n else 1.96 * math.sqrt(max(value * (1 - value), 0.01) / n)
-    row = {"control": "none", "seed": 0, "by": "all", "n": n, "unparsed": 0}
+    row = {"control": "none", "seed": 0, "fraction": 1.0, "by": "all", "n": n, "unparsed": 0}
     bounds = {
         "low": None if half is None else max(0, value - half),
         "high": None if half is None else min(1, value + half),
@@ -39,6 +39,7 @@ def comparison(
     """A row of comparisons; the interval is ± .04 unless given."""
     p_value = None if difference is None else (0.0005 if abs(difference) > 0.04 else 0.6)
     row = {
+        "fraction": 1.0,
         "metric": "exact_match",
         "by": "all",
         "p_value": p_value,

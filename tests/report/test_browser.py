@@ -89,7 +89,7 @@ def browser(driver, tmp_path_factory) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(report, tmp_path) -> Path:
-    return write_report(report(), tmp_path)
+    return Path(write_report(report(), str(tmp_path)))
 
 
 SHOWN = "[...document.querySelectorAll('.card')].filter(card => card.offsetParent !== null)"

@@ -44,3 +44,13 @@ def test_the_known_tasks_come_first(report, score_row) -> None:
     rows = [score_row(task, "llama", "llama") for task in ("zeal", "features", "patching")]
     assert report(scores=rows).tasks == ["patching", "features", "zeal"]
     assert rows_table(rows, SCORES).num_rows == 3
+
+
+def test_the_report_shows_the_largest_fraction_and_what_was_not_trained(report, score_row) -> None:
+    rows = [
+        score_row("patching", "llama", name, value=value, fraction=fraction)
+        for name, value, fraction in [("llama", 0.4, 0.25), ("llama", 0.7, 0.5), ("untrained", 0.1, 0.0)]
+    ]
+    data = report(scores=rows, comparisons=[])
+    assert data.fractions == [0.25, 0.5]
+    assert [(row["explainer"], row["value"]) for row in data.score_rows] == [("llama", 0.7), ("untrained", 0.1)]

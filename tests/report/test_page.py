@@ -58,7 +58,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def written(report, tmp_path):
     def make(**changes) -> tuple[Path, Page]:
-        index = write_report(report(**changes), tmp_path / "report")
+        index = Path(write_report(report(**changes), str(tmp_path / "report")))
         return index, Page(index.read_text(encoding="utf-8"))
 
     return make

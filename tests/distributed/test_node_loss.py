@@ -1,0 +1,117 @@
+"""Ground truth on several nodes: the same rows with 1, 2 or 4 actors, and when a whole node dies in the middle."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from ray_explain import storage
+from ray_explain.artifacts import Artifact
+from ray_explain.config import ClusterConfig
+from ray_explain.ground_truth.patching import PatchingStage
+from ray_explain.ground_truth.world_cases import patching_cases
+from ray_explain.world.facts import World
+from ray_explain.world.tokenizer import world_tokenizer
+
+pytestmark = pytest.mark.ray
+N = 400
+
+
+@pytest.fixture(scope="module")
+def cases() -> pa.Table:
+    """Every twentieth cannot be used."""
+    world = World()
+    made = patching_cases(world, world_tokenizer(world), n={"train": N}, layers=[(0, 0), (1, 1)], seed=0)
+    rows = made.to_pylist()
+    for row in rows[::20]:
+        row["base_positions"] = [99]
+    return pa.Table.from_pylist(rows, schema=made.schema)
+
+
+@pytest.fixture
+def second_node(running_ray: None) -> Iterator[Any]:
+    """Another raylet on this machine, with room for three actors, joined to the session's Ray."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    cluster.head_node = ray._private.worker._global_node
+    node = cluster.add_node(wait=False, num_cpus=2, object_store_memory=80 * 2**20)
+    _wait(lambda: node.node_id in _alive(), "the second node did not join")
+    yield node
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    _wait(lambda: node.node_id not in _alive(), "the second node is not taken for dead")
+
+
+def _alive() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _wait(until: Any, complaint: str) -> None:
+    deadline = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.2)
+
+
+def _run(cases: pa.Table, target: Path, root: Path, actors: int, meanwhile: Any = None) -> tuple[Any, Any]:
+    """The artifact and its manifest, made in slices of 4 cases."""
+    from ray_explain.distributed.run_stages import StageJob, run_stages
+
+    source = Artifact(kind="patching_cases", label="target", config={})
+    storage.write_table(cases, f"{source.path(str(root))}/table.parquet", row_group_size=50)
+    artifact = Artifact(kind="patching_effects", label="target", config={}, parents=(source,))
+    job = StageJob(
+        stage=PatchingStage,
+        config={"model": str(target), "revision": None, "dtype": "float32"},
+        source=source.path(str(root)),
+        artifact=artifact,
+    )
+    watcher = threading.Thread(target=meanwhile, args=(artifact.path(str(root)),), daemon=True)
+    if meanwhile:
+        watcher.start()
+    [manifest] = run_stages([job], str(root), ClusterConfig(actors=actors, rows_per_slice=4, max_dropped=0.1))
+    return artifact, manifest
+
+
+def _exact(artifact: Artifact, root: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    from ray_explain.distributed.run_stages import dropped_rows
+
+    folder = artifact.path(str(root))
+    rows = storage.read_table(folder)
+    return rows.select(["case_id", "base_answer", "patched_answer", "changed"]).to_pylist(), dropped_rows(folder)
+
+
+def test_rows_do_not_depend_on_the_number_of_actors_nor_on_a_lost_node(
+    second_node: Any, cases: pa.Table, world_target: Path, tmp_path: Path
+) -> None:
+    lost_with = list[int]()
+
+    def lose_the_node(folder: str) -> None:
+        """Once it has actors and there are parts, raylet and workers go at once, as when a machine is taken away."""
+        raylet = psutil.Process(second_node.all_processes["raylet"][0].process.pid)
+        while not lost_with:
+            workers = raylet.children(recursive=True)
+            n_actors = sum("ray::MapWorker" in " ".join(worker.cmdline()) for worker in workers)
+            if n_actors and len(storage.list_files(folder, ".parquet")) >= 5:
+                for process in [raylet, *workers]:
+                    process.kill()
+                lost_with.append(n_actors)
+            time.sleep(0.01)
+
+    found = {}
+    for actors, meanwhile in [(1, None), (2, None), (4, lose_the_node)]:
+        root = tmp_path / str(actors)
+        artifact, manifest = _run(cases, world_target, root, actors, meanwhile)
+        assert manifest.rows + sum(manifest.dropped.values()) == N
+        found[actors] = _exact(artifact, root)
+    assert lost_with, "the run ended before the node could be killed"
+    assert len(found[1][0]) == N - N // 20
+    assert found[1] == found[2] == found[4]
