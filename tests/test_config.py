@@ -1,11 +1,14 @@
 """An experiment is read strictly, and every refusal says the way out."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from ray_explain.config import read_experiment
+from ray_explain.config import Experiment, read_experiment
 from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
 
@@ -127,3 +130,41 @@ def test_a_storage_that_is_no_place_is_refused(config: str, storage: str) -> Non
 def test_names_that_lead_out_of_the_storage_are_refused(config: str, key: str) -> None:
     with pytest.raises(BadInput):
         read_experiment(config, [f"{key}=../../etc"])
+
+
+def features_of(**section: Any) -> Any:
+    return Experiment.model_validate({**EXPERIMENT_OF_FEATURES, "ground_truth": {"features": section}})
+
+
+EXPERIMENT_OF_FEATURES = {
+    "name": "x",
+    "storage": "runs/x",
+    "models": {"m": {"path": "somewhere"}},
+    "targets": ["m"],
+    "explainers": ["m"],
+}
+ASKED = {"kind": "endpoint", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"source": "neurons"}, "describer 'world' describes SAEs that are trained on the world's texts"),
+        ({"sae": {"path": "x"}}, "give another `describer`"),
+        (
+            {"source": "neurons", "sae": {"path": "x"}, "describer": ASKED},
+            "`sae` is for source 'sae', not for 'neurons'",
+        ),
+        ({"source": "activations", "describer": ASKED}, "source 'activations' needs `per_layer`"),
+        ({"describer": {"kind": "neuronpedia", "path": "x"}}, "describer 'neuronpedia' describes published SAEs"),
+        ({"describer": {"kind": "oracle"}}, "oracle"),
+    ],
+)
+def test_sections_of_features_that_do_not_fit_together_are_refused(section: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        features_of(**section)
+
+
+def test_published_presets_are_valid() -> None:
+    for path in (Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"):
+        assert read_experiment(str(path)).tasks

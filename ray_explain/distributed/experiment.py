@@ -202,8 +202,7 @@ def make_ground_truth(session: Session) -> None:
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
-    described = describes(plan.experiment.ground_truth.features)
-    if described:
+    if describes(plan.experiment.ground_truth.features):
         from ray_explain.distributed.features import make_features
 
         make_features(session, {target: _feature_layers(plan, target) for target in plan.experiment.targets})
