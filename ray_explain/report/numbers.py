@@ -78,6 +78,8 @@ def control_label(control: str) -> str:
 
 def baseline_label(baseline: str) -> str:
     """`majority` -> `majority class`."""
+    if re.fullmatch(r"\d+-shot", baseline):
+        return f"untrained, {baseline}"
     return _BASELINES.get(baseline, plain(baseline))
 
 
