@@ -350,7 +350,24 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
+        _align(plan, missing)
         train_all([_train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+
+
+def _align(plan: Plan, runs: Sequence[Run]) -> None:
+    from ray_explain.distributed.alignment import AlignmentJob, align_all
+
+    jobs = [
+        AlignmentJob(
+            artifact=artifact,
+            target=plan.model_place(run.target),
+            explainer=plan.model_place(run.explainer),
+            questions=tuple(plan.path(plan.questions(task, run.target)) for task in run.tasks),
+        )
+        for run in runs
+        if (artifact := plan.alignment(run)) is not None
+    ]
+    align_all(jobs, plan.root, gpus=plan.experiment.cluster.gpus_per_actor)
 
 
 def _train_run(session: Session, run: Run) -> Any:
@@ -374,6 +391,7 @@ def _train_run(session: Session, run: Run) -> Any:
         seed=run.seed,
         wording=plan.experiment.ground_truth.wording,
         fraction=run.fraction,
+        alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
 
 

@@ -34,6 +34,7 @@ class TrainRun:
     seed: int
     wording: str
     fraction: float = 1.0  # of the training questions
+    alignment: str | None = None  # folder of the maps that a ridge projection starts from
 
     @property
     def name(self) -> str:

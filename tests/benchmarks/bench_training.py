@@ -276,8 +276,7 @@ def on_gpu(batch_size: int, steps: int) -> None:
     rate = _matmul_rate()
     print(f"\n{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in bfloat16 matrix products\n")
     names = ["model", "training", "tokens/s", "answer tokens/s", "utilisation", "peak, GiB", "planned, GiB"]
-    print("| " + " | ".join(names) + " |
-|" + "---|" * len(names))
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     base = TrainConfig(batch_size=batch_size, precision="bfloat16", zero_stage=2, learning_rate=1e-5)
     for name in GPU_SHAPES:
         for kind in ({"lora": LoraConfig()}, {}, {"gradient_checkpointing": True}):
