@@ -412,7 +412,26 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
+        align(session, missing)
         train_all([train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+
+
+def align(session: Session, runs: Sequence[Run]) -> None:
+    """The maps that ridge projections of these runs start from; Ray must be running."""
+    from ray_explain.distributed.alignment import AlignmentJob, align_all
+
+    plan = session.plan
+    jobs = [
+        AlignmentJob(
+            artifact=artifact,
+            target=plan.model_place(run.target),
+            explainer=plan.model_place(run.explainer),
+            questions=tuple(plan.path(plan.questions(task, run.target)) for task in run.tasks),
+        )
+        for run in runs
+        if (artifact := plan.alignment(run)) is not None
+    ]
+    align_all(jobs, plan.root, gpus=plan.experiment.cluster.gpus_per_actor)
 
 
 def train_run(session: Session, run: Run) -> Any:
@@ -442,6 +461,7 @@ def train_run(session: Session, run: Run) -> Any:
         wording=plan.experiment.ground_truth.wording,
         text_only=run.text_only,
         fraction=run.fraction,
+        alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
 
 

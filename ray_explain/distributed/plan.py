@@ -172,6 +172,15 @@ class Plan:
         """How this explainer is trained."""
         return self.experiment.train_config(run.explainer, run.target)
 
+    def alignment(self, run: Run) -> Artifact | None:
+        """The maps that the explainer's ridge projection starts from; None for other projections, and where there is no
+        vector to project."""
+        if self.train_config(run).injection.projection != "ridge" or run.tasks == ("ablation",):
+            return None
+        parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
+        label = f"{run.explainer}-of-{run.target}-{'+'.join(run.tasks)}"
+        return Artifact(kind="alignments", label=label, config={"method": "ridge"}, parents=parents)
+
     def explainer(self, run: Run) -> Artifact:
         """The trained explainer of a run."""
         config = self.train_config(run).model_dump(mode="json", exclude=_HOW_NOT_WHAT) | {"seed": run.seed}
