@@ -245,7 +245,7 @@ class InjectionConfig(Section):
     mode: Literal["replace", "add"] = "replace"
     layer: Count | None = None  # for `add`: after which block
     scale: Literal["raw", "unit", "mean_embedding"] = "raw"
-    projection: Literal["identity", "linear"] = "identity"
+    projection: Literal["identity", "linear", "ridge"] = "identity"
 
 
 class TrainConfig(Section):
@@ -272,7 +272,18 @@ class TrainConfig(Section):
     offload: bool = False
     workers: Positive = 1
     checkpoint_every: Positive = 500  # steps
+    keep_checkpoints: Positive = 2  # the last ones, while it trains
+    validate_every: Count = 0  # steps; 0: never
+    validation_questions: Positive = 64  # of the validation split, asked each time
+    keep: Literal["last", "best"] = "last"  # the explainer after the last step, or the best one at validation
     max_failures: Count = 3
+    trackers: list[Literal["mlflow", "wandb"]] = []
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "TrainConfig":
+        if self.keep == "best" and not self.validate_every:
+            raise ValueError("`keep: best` needs `validate_every`: nothing else says which explainer is the best")
+        return self
 
 
 class Pairing(Section):
@@ -417,7 +428,7 @@ class Experiment(Section):
             raise ValueError("`sweep.parameters`: mixtures are no setting of one explainer: give them in `train`")
         if self.sweep.asha is not None and len(self.sweep.combinations) < 2:
             raise ValueError("`sweep.asha` stops settings that fall behind others: give several in `sweep.parameters`")
-        if self.sweep.metric != "loss" and not getattr(self.train, "validate_every", 0):
+        if self.sweep.metric != "loss" and not self.train.validate_every:
             raise ValueError(
                 f"`sweep.metric` = {self.sweep.metric!r} is measured where `train.validate_every` is given"
             )
@@ -509,9 +520,22 @@ class Experiment(Section):
 def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a YAML file, with dotted overrides such as `train.learning_rate=1e-4`.
 
+    A file may name another one in `base`, by its path from there: its keys add to those of the base, and replace them.
+
     Raises:
         BadInput: the file is missing or no YAML mapping, a key is unknown, or a value is wrong. One line a fault.
     """
+    values = _read_file(path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise BadInput("\n".join(_told(fault, Experiment) for fault in error.errors())) from error
+
+
+def _read_file(path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a file and of its bases; `above` are the files that led here."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -521,12 +545,22 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     values = _yaml(text, f"the config {path}")
     if not isinstance(values, dict):
         raise BadInput(f"the config {path} is not a YAML mapping (`name: ...`)")
-    for override in overrides:
-        _override(values, override)
-    try:
-        return Experiment.model_validate(values)
-    except ValidationError as error:
-        raise BadInput("\n".join(_told(fault, Experiment) for fault in error.errors())) from error
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    place = str((Path(path).parent / str(base)).resolve())
+    if place in above:
+        raise BadInput(f"the config {path} has a `base` that leads back to it: {base}")
+    return _merged(_read_file(place, (*above, str(Path(path).resolve()))), values)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(under[key], over[key]) for key in over if _are_mappings(under.get(key), over[key])}
+    return under | over | both
+
+
+def _are_mappings(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _yaml(text: str, what: str) -> Any:

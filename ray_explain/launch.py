@@ -26,15 +26,21 @@ from ray_explain.errors import BadInput, JobFailed
 logger = logging.getLogger(__name__)
 
 
-def launch(step: str, what: str, argv: Sequence[str] | None = None) -> int:
+def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str | None = None) -> int:
     """Run a step, a function of `ray_explain.distributed.pipeline`, as the command line says; returns the exit code.
+
+    Where there is a `plan`, another such function, it runs instead of the step if the command line says `--plan`.
 
     Nothing heavy is imported before the config has been read, so a mistake is told at once.
     """
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--config", required=True, help="YAML file that describes the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.learning_rate=1e-4")
+    if plan is not None:
+        parser.add_argument("--plan", action="store_true", help="say what it would take, and start nothing")
     arguments = parser.parse_intermixed_args(argv)
+    if plan is not None and arguments.plan:
+        step = plan
     try:
         experiment = _placed(read_experiment(arguments.config, arguments.overrides))
     except BadInput as error:

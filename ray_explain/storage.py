@@ -223,6 +223,12 @@ def remove(uri: str) -> None:
         system.delete_dir(path)
 
 
+def remove_file(uri: str) -> None:
+    """Raises: FileNotFoundError: it is not there."""
+    system, path = filesystem(uri)
+    system.delete_file(path)
+
+
 @contextmanager
 def local_folder(uri: str, *, weights: bool = True) -> Iterator[str]:
     """A local path with the files of the directory `uri`: a copy for the block where it is remote, without the

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import grpc
 import pyarrow as pa
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
@@ -41,6 +42,21 @@ def check_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadInput(f"no Ray cluster answers at RAY_ADDRESS = {address!r} ({reason}): {way_out}") from error
+    if not os.environ.get("RAY_USE_TLS") and not _speaks_grpc(f"{host}:{port}"):
+        raise BadInput(
+            f"what answers at RAY_ADDRESS = {address!r} is no Ray cluster (the dashboard has another port): {way_out}"
+        )
+
+
+def _speaks_grpc(address: str) -> bool:
+    channel = grpc.insecure_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_PATIENCE)
+    except grpc.FutureTimeoutError:
+        return False
+    finally:
+        channel.close()
+    return True
 
 
 def check_gpus(wanted: ClusterConfig) -> None:

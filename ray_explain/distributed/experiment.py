@@ -152,7 +152,7 @@ def n_layers(plan: Plan, name: str) -> int:
         BadInput: there is no model.
     """
     pretrain = plan.experiment.models[name].pretrain
-    return pretrain.n_layers if pretrain else _text_config(plan, name).num_hidden_layers
+    return pretrain.n_layers if pretrain else model_config(plan, name).get_text_config().num_hidden_layers
 
 
 def d_model(plan: Plan, name: str) -> int:
@@ -162,18 +162,22 @@ def d_model(plan: Plan, name: str) -> int:
         BadInput: there is no model.
     """
     pretrain = plan.experiment.models[name].pretrain
-    return pretrain.d_model if pretrain else _text_config(plan, name).hidden_size
+    return pretrain.d_model if pretrain else model_config(plan, name).get_text_config().hidden_size
 
 
-def _text_config(plan: Plan, name: str) -> Any:
+def model_config(plan: Plan, name: str) -> Any:
+    """The transformers config of a model that lies elsewhere, or of a small target that is there already.
+
+    Raises:
+        BadInput: there is no model.
+    """
     place = plan.model_place(name)
     folder = Path(place["model"])
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
     try:
         with storage.local_folder(place["model"], weights=False) as local:
-            found = AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
-        return found.get_text_config()
+            return AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
@@ -198,8 +202,7 @@ def make_ground_truth(session: Session) -> None:
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
-    described = describes(plan.experiment.ground_truth.features)
-    if described:
+    if describes(plan.experiment.ground_truth.features):
         from ray_explain.distributed.features import make_features
 
         make_features(session, {target: _feature_layers(plan, target) for target in plan.experiment.targets})
@@ -409,7 +412,26 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
+        align(session, missing)
         train_all([train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+
+
+def align(session: Session, runs: Sequence[Run]) -> None:
+    """The maps that ridge projections of these runs start from; Ray must be running."""
+    from ray_explain.distributed.alignment import AlignmentJob, align_all
+
+    plan = session.plan
+    jobs = [
+        AlignmentJob(
+            artifact=artifact,
+            target=plan.model_place(run.target),
+            explainer=plan.model_place(run.explainer),
+            questions=tuple(plan.path(plan.questions(task, run.target)) for task in run.tasks),
+        )
+        for run in runs
+        if (artifact := plan.alignment(run)) is not None
+    ]
+    align_all(jobs, plan.root, gpus=plan.experiment.cluster.gpus_per_actor)
 
 
 def train_run(session: Session, run: Run) -> Any:
@@ -439,6 +461,7 @@ def train_run(session: Session, run: Run) -> Any:
         wording=plan.experiment.ground_truth.wording,
         text_only=run.text_only,
         fraction=run.fraction,
+        alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
 
 

@@ -188,7 +188,8 @@ class _Steps:
         return section.model_dump() | {"cache": f"{self.session.plan.root}/endpoint_replies"}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.place["model"], revision=self.place["revision"])
+        with storage.local_folder(self.place["model"], weights=False) as folder:
+            return AutoTokenizer.from_pretrained(folder, revision=self.place["revision"])
 
     def _windows(self) -> pa.Table | Result:
         corpus = self.section.corpus

@@ -24,6 +24,7 @@ from ray_explain.distributed.experiment import (
 )
 from ray_explain.distributed.plan import Plan
 from ray_explain.distributed.power import say_power
+from ray_explain.distributed.training_plan import plan_training
 from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
 from ray_explain.report.data import ReportData, WorkedExample
@@ -37,6 +38,7 @@ __all__ = [
     "make_ground_truth",
     "make_models",
     "make_report",
+    "plan_training",
     "run_pipeline",
     "run_sweep",
     "say_power",

@@ -15,10 +15,10 @@ from ray_explain.records import TEXT_ONLY
 from ray_explain.world import RECIPE
 
 # Fields of the training section that change how the work is done, not what comes out.
-_HOW_NOT_WHAT = {"checkpoint_every", "max_failures", "mixtures", "text_only"}
-_OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correlation"}
+_HOW_NOT_WHAT = {"checkpoint_every", "keep_checkpoints", "max_failures", "mixtures", "text_only", "trackers"}
 WITHOUT_VECTORS: tuple[Task, ...] = ("ablation",)
 SELFIE = "SelfIE"
+_OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correlation"}
 
 
 class Run(NamedTuple):
@@ -165,12 +165,21 @@ class Plan:
             whole = max(self.experiment.fractions)
             own = (run for run in runs if run.explainer == run.target and run.fraction == whole)
             runs += [run._replace(text_only=True) for run in own if set(run.tasks) - set(WITHOUT_VECTORS)]
-        made = (run for run in runs if run not in self._without)
-        return sorted(made, key=lambda run: (run.text_only, run.explainer != run.target))
+        runs = [run for run in runs if run not in self._without]
+        return sorted(runs, key=lambda run: (run.text_only, run.explainer != run.target))
 
     def train_config(self, run: Run) -> TrainConfig:
         """How this explainer is trained."""
         return self.experiment.train_config(run.explainer, run.target)
+
+    def alignment(self, run: Run) -> Artifact | None:
+        """The maps that the explainer's ridge projection starts from; None for other projections, and where there is no
+        vector to project."""
+        if self.train_config(run).injection.projection != "ridge" or run.tasks == ("ablation",):
+            return None
+        parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
+        label = f"{run.explainer}-of-{run.target}-{'+'.join(run.tasks)}"
+        return Artifact(kind="alignments", label=label, config={"method": "ridge"}, parents=parents)
 
     def explainer(self, run: Run) -> Artifact:
         """The trained explainer of a run."""

@@ -26,9 +26,8 @@ from ray_explain.errors import JobFailed
 from ray_explain.records import conform
 from ray_explain.stages import Stage
 
-# Keys of the parts' Parquet metadata.
-_DROPPED = b"dropped"  # JSON list of [id, reason]
-_MEASURED = b"measured"  # JSON object of numbers
+_DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
+_MEASURED = b"measured"  # and another: JSON object of numbers
 _EXAMPLES_SHOWN = 3
 _ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
@@ -206,14 +205,15 @@ def dropped_rows(folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def _numbers(folder: str) -> Counter[str]:
-    """Sums over the parts of an artifact of what its stage measured."""
+def _numbers(folder: str) -> dict[str, float]:
+    """Sums over the parts of an artifact of what its stage counted, such as calls and cost."""
     system, path = storage.filesystem(folder)
-    sums = Counter[str]()
+    sums = defaultdict[str, float](float)
     for name in storage.list_files(folder, ".parquet"):
         metadata = pq.read_schema(f"{path}/{name}", filesystem=system).metadata or {}
-        sums.update(json.loads(metadata.get(_MEASURED, b"{}")))
-    return sums
+        for what, number in json.loads(metadata.get(_MEASURED, b"{}")).items():
+            sums[what] += number
+    return dict(sums)
 
 
 def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
@@ -227,4 +227,4 @@ def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: fl
         )
     reasons = Counter(reason for _, reason in dropped)
     rows, numbers = count_rows(folder), _numbers(folder)
-    finish(job.artifact, root, rows=rows, dropped=reasons, seconds=seconds, measured=dict(numbers))
+    finish(job.artifact, root, rows=rows, dropped=reasons, seconds=seconds, measured=numbers)

@@ -12,10 +12,13 @@ import ray.train.torch
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import ClusterConfig, TrainConfig
+from ray_explain.distributed.capacity import check_capacity
 from ray_explain.distributed.progress import watching
+from ray_explain.distributed.trackers import check_installed
 from ray_explain.errors import JobFailed
 
 logger = logging.getLogger(__name__)
+STOPPED = "stopped.json"  # in a run's folder: why its workers gave it up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class TrainRun:
     wording: str
     fraction: float = 1.0  # of the training questions
     text_only: bool = False  # all numbers of the vectors are 0
+    alignment: str | None = None  # folder of the maps that a ridge projection starts from
 
     @property
     def name(self) -> str:
@@ -39,12 +43,22 @@ class TrainRun:
         return f"{self.artifact.label}-{self.artifact.fingerprint[:10]}"
 
 
+def best_folder(run: TrainRun, root: str) -> str:
+    """Where the best explainer so far is kept while a run goes on."""
+    return f"{root}/ray_train/{run.name}-best"
+
+
 def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> None:
     """Train the explainers, `concurrent_trainings` at a time. One that fails does not stop the others.
 
     Raises:
-        JobFailed: some could not be trained; the message says which and why.
+        BadInput: a tracker that is asked for is not installed.
+        JobFailed: the cluster can never have the workers, which is said before any work; or some explainers could not
+            be trained: the message says which and why.
     """
+    for run in runs:
+        check_installed(run.train.trackers)
+        check_capacity(run.train.workers, gpus_per_worker=cluster.gpus_per_worker)
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:
         with watching() as board:
@@ -87,16 +101,31 @@ def fit(
             storage_path=checkpoints,
             storage_filesystem=system,
             failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.train.keep_checkpoints),
         ),
     )
+    _why_stopped(run, root)  # in an earlier attempt
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         logger.exception("training of %s failed", run.artifact.label)
         return str(error).strip().splitlines()[-1]
-    storage.remove(f"{root}/ray_train/{run.name}")  # its checkpoints; the explainer is whole, or not wanted any more
-    return None
+    reason = _why_stopped(run, root)
+    if reason is None:
+        # Checkpoints; the explainer is whole, or not wanted any more.
+        storage.remove(f"{root}/ray_train/{run.name}")
+        storage.remove(best_folder(run, root))
+    return reason
+
+
+def _why_stopped(run: TrainRun, root: str) -> str | None:
+    """Why the workers gave up, once: started again, the run goes on from its last checkpoint."""
+    place = f"{root}/ray_train/{run.name}/{STOPPED}"
+    if not storage.exists(place):
+        return None
+    reason = storage.read_json(place)["reason"]
+    storage.remove_file(place)
+    return reason
 
 
 def _on_worker(config: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ class DictionaryStage:
 
     def __call__(self, table: pa.Table) -> Result:
         made = [self._of_layer(layer) for layer in table["layer"].to_pylist()]
-        return Result(pa.concat_tables(one.table for one in made), [lost for one in made for lost in one.dropped])
+        return Result(pa.concat_tables(part.table for part in made), [lost for part in made for lost in part.dropped])
 
     def _of_layer(self, layer: int) -> Result:
         self._target.layout.checked_layer(layer)
@@ -308,7 +308,7 @@ def _fetched_from_storage(place: str, layer: int) -> Path:
     local = CACHE / records.content_id(place, own)
     if not local.exists():  # new_folder: whole or not at all, also when several actors fetch it at once
         with storage.new_folder(str(local / own)) as folder:
-            fs.copy_files(f"{place.rstrip('/')}/{own}", folder)
+            fs.copy_files(f"{root}/{own}", folder, source_filesystem=system)
     return local / own
 
 

@@ -1,5 +1,6 @@
 """What cannot work is said before any work, with the way out."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ def test_no_cluster_at_the_address_is_said_within_seconds(
     started = time.monotonic()
     with pytest.raises(BadInput, match=r"(?s)RAY_ADDRESS = .*make cluster-up"), cluster(str(tmp_path)):
         pass
+    assert time.monotonic() - started < 30
+
+
+def test_an_address_where_something_else_answers_is_said_too(forbidden: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = time.monotonic()
+    with pytest.raises(BadInput, match="is no Ray cluster"):
+        checks.check_address(os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"))
     assert time.monotonic() - started < 30
 
 
@@ -81,6 +89,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_bucket_without_permission_is_said_before_any_work(
     forbidden: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray_explain.distributed.pipeline  # noqa: F401 - its libraries take their time on a busy machine
     from jobs import ground_truth
 
     monkeypatch.chdir(tmp_path)
