@@ -248,7 +248,7 @@ def test_whole_vectors_are_described_by_a_local_model(
     vectors = storage.read_table(plan.path(steps.vectors()))  # type: ignore[arg-type]
     effects = storage.read_table(plan.path(plan.effects("features", "small")))
     own = dict(zip(vectors["case_id"].to_pylist(), vectors["vectors"].to_pylist()))
-    assert effects.num_rows > 20 and set(effects["source"].to_pylist()) == {source.removesuffix("s")}
+    assert effects.num_rows >= 5 and set(effects["source"].to_pylist()) == {source.removesuffix("s")}
     for row in effects.to_pylist():
         assert row["vectors"] == own[row["case_id"]]
         assert row["descriptions"][0]["description"]
