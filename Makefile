@@ -6,14 +6,25 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 CONFIG ?= jobs/configs/demo.yaml
+RUN ?= runs/demo
 BIN := $(VENV)/bin
+# The cluster of `make cluster-up`: this machine, or what a file such as cluster.yaml describes.
+CLUSTER ?=
+DASHBOARD_PORT ?= 8265
+JOB ?= jobs/pipeline.py
+ARGS ?=
+SEEDS ?= 1 2 3 4 5
+# At least four: on fewer, training workers leave none for the tasks beside them.
+CPUS ?= $(shell n=$$(nproc); echo $$((n > 4 ? n : 4)))
+# A tenth of the memory, up to 2 GB: we stream, Ray's default takes 30 %.
+OBJECT_STORE ?= $(shell awk '/MemTotal/ {b = $$2 * 102; print (b > 2e9) ? 2000000000 : int(b)}' /proc/meminfo)
 
 # pip looks into PIP_FIND_LINKS by itself; uv only into UV_FIND_LINKS.
 ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help setup demo check test test-fast bench lock clean
+.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos dashboard
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -31,6 +42,45 @@ $(VENV)/.stamp: requirements.lock pyproject.toml
 demo: setup  ## the whole method on two small models, on this machine
 	$(BIN)/python jobs/pipeline.py --config $(CONFIG)
 
+# Recipes take what a user gives from the environment: nothing of it is read as shell code.
+cluster-up cluster-down cluster-status submit token: export RAY_AUTH_MODE := token
+cluster-up cluster-down cluster-status submit: export RAY_USAGE_STATS_ENABLED := 0
+cluster-up cluster-down cluster-status: export CLUSTER := $(CLUSTER)
+cluster-status submit: export RAY_API_SERVER_ADDRESS ?= http://127.0.0.1:$(DASHBOARD_PORT)
+submit: export JOB := $(JOB)
+submit: export CONFIG := $(CONFIG)
+submit: export ARGS := $(ARGS)
+
+token: setup
+	@umask 077; test -s ~/.ray/auth_token || $(BIN)/ray get-auth-token --generate >/dev/null
+
+cluster-up: token  ## a Ray cluster: this machine, or CLUSTER=cluster.yaml
+ifeq ($(CLUSTER),)
+	RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(BIN)/ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus=$(CPUS) \
+		--dashboard-host=127.0.0.1 --dashboard-port=$(DASHBOARD_PORT) --object-store-memory=$(OBJECT_STORE)
+else
+	$(BIN)/python -m ray_explain.distributed.cluster_file "$$CLUSTER"
+	$(BIN)/ray up --yes "$$CLUSTER"
+endif
+
+cluster-down: setup  ## end it
+ifeq ($(CLUSTER),)
+	$(BIN)/ray stop
+else
+	$(BIN)/ray down --yes "$$CLUSTER"
+endif
+
+cluster-status: setup  ## its nodes, what is in use, and its jobs
+ifeq ($(CLUSTER),)
+	$(BIN)/ray status --address=127.0.0.1:6379
+	$(BIN)/ray job list
+else
+	$(BIN)/ray exec "$$CLUSTER" "ray status"
+endif
+
+submit: setup  ## run JOB=jobs/pipeline.py with CONFIG=... there; more arguments in ARGS
+	set -f; $(BIN)/ray job submit --working-dir . -- python "$$JOB" --config "$$CONFIG" $$ARGS
+
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,10 +93,14 @@ test: setup  ## all tests that need no GPU and no network
 test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 
+chaos: setup  ## the pipeline on several nodes and S3, while parts of it are killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seeds $(SEEDS)
+
 bench: setup  ## measured speed, against what one would use otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py exemplars
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py directions
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_evaluation.py
 
 lock: setup  ## pin the dependencies anew; run where torch resolves to a CPU wheel
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --no-emit-package torch --python-version 3.11 --generate-hashes -o requirements.lock
@@ -54,3 +108,9 @@ lock: setup  ## pin the dependencies anew; run where torch resolves to a CPU whe
 
 clean:  ## remove what runs made (not the environment)
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+
+dashboard: setup  ## links to jobs, actors and curves of RUN; serves TensorBoard until Ctrl-C, tunnels to CLUSTER
+	@echo "Ray, with jobs, actors and Train runs: http://127.0.0.1:$(DASHBOARD_PORT) (the token: $(BIN)/ray get-auth-token)"
+	@echo "TensorBoard, with curves and HParams:  http://127.0.0.1:6006 ($(RUN)/tensorboard)"
+	@$(if $(CLUSTER),$(BIN)/ray dashboard $(CLUSTER) & trap "kill $$!" EXIT;) \
+		$(BIN)/tensorboard --logdir $(RUN)/tensorboard --host 127.0.0.1 --port 6006 --load_fast=false 2>/dev/null

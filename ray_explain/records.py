@@ -14,6 +14,7 @@ import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
 TASKS = ("patching", "ablation", "features")
+TEXT_ONLY = "text only"  # name, among explainers, of one that was trained without vectors
 
 _CASE = [
     pa.field("case_id", pa.string(), nullable=False),

@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -20,7 +21,30 @@ import pyarrow.parquet as pq
 from ray_explain.errors import JobFailed
 
 _S3_ATTEMPTS = 12  # of each request; the pauses double from 25 ms, so a server may be gone for a minute and a half
-_UPLOADS = 3  # of a whole file
+_PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds before an operation is tried again
+_P, _T = ParamSpec("_P"), TypeVar("_T")
+
+
+def patient(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The same, tried again where S3 fails in a way that its client gives up on: an error's text that is longer than
+    the bytes that were to be read breaks its buffer; a multipart upload whose last answer got lost cannot be ended a
+    second time. An operation must do no harm when done twice. Errors of the local disk are passed on at once.
+    """
+
+    @wraps(operation)
+    def again(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        for pause in _PAUSES:
+            try:
+                return operation(*args, **kwargs)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if error.errno is not None or any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET")):
+                    raise
+                time.sleep(pause)
+        return operation(*args, **kwargs)
+
+    return again
 
 
 def is_remote(uri: str) -> bool:
@@ -46,9 +70,7 @@ class _PatientS3(fs.S3FileSystem):
             scheme=parts.scheme or "https",
             region=None if endpoint else fs.resolve_s3_region(bucket),
             retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
-            # Small files go up in one request, which can be repeated; a multipart upload whose last answer got lost
-            # cannot be ended a second time.
-            allow_delayed_open=True,
+            allow_delayed_open=True,  # small files go up in one request instead of three
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,12 +90,14 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.FileSystem.from_uri(absolute(uri))
 
 
+@patient
 def exists(uri: str) -> bool:
     """Whether a file or a directory is there."""
     system, path = filesystem(uri)
     return system.get_file_info(path).type != fs.FileType.NotFound
 
 
+@patient
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Names (not paths) of the files right below `uri` that end in `suffix`, sorted; none where it does not exist."""
     system, path = filesystem(uri)
@@ -120,16 +144,17 @@ def _whole_remote_file(uri: str) -> Iterator[Any]:
         _upload(draft.name, uri)
 
 
+@patient
 def _upload(file: str, uri: str) -> None:
     system, path = filesystem(uri)
-    for attempt in range(1, _UPLOADS + 1):
-        try:
-            # From several threads, uploads can deadlock (https://github.com/apache/arrow/issues/32372).
-            fs.copy_files(file, path, destination_filesystem=system, use_threads=False)
-            break
-        except OSError:
-            if attempt == _UPLOADS:
-                raise
+    # From several threads, uploads can deadlock (https://github.com/apache/arrow/issues/32372).
+    fs.copy_files(file, path, destination_filesystem=system, use_threads=False)
+
+
+@patient
+def _download(uri: str, file: str) -> None:
+    system, path = filesystem(uri)
+    fs.copy_files(path, file, source_filesystem=system)
 
 
 def write_table(table: pa.Table, uri: str, *, row_group_size: int | None = None) -> None:
@@ -156,6 +181,7 @@ def table_writer(uri: str, *, row_group_size: int | None = None) -> Iterator[Cal
         yield write
 
 
+@patient
 def read_table(uri: str) -> pa.Table:
     """The rows of the Parquet files right below the directory `uri`, files in the order of their names.
 
@@ -181,6 +207,7 @@ def write_json(value: Any, uri: str) -> None:
         stream.write((json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
+@patient
 def read_json(uri: str) -> Any:
     """Raises: FileNotFoundError: it is not there; json.JSONDecodeError: it is not JSON."""
     system, path = filesystem(uri)
@@ -188,11 +215,18 @@ def read_json(uri: str) -> Any:
         return json.loads(stream.readall())
 
 
+@patient
 def remove(uri: str) -> None:
     """Remove a directory and all below it; nothing happens where there is none."""
     system, path = filesystem(uri)
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
+
+
+def remove_file(uri: str) -> None:
+    """Raises: FileNotFoundError: it is not there."""
+    system, path = filesystem(uri)
+    system.delete_file(path)
 
 
 @contextmanager
@@ -205,12 +239,11 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[str]:
     if not is_remote(uri):
         yield uri.removeprefix("file://")
         return
-    system, path = filesystem(uri)
     with tempfile.TemporaryDirectory() as folder:
         for name in list_files(uri):
             if name.endswith(".safetensors") and not weights:
                 continue
-            fs.copy_files(f"{path}/{name}", f"{folder}/{name}", source_filesystem=system)
+            _download(f"{uri}/{name}", f"{folder}/{name}")
         yield folder
 
 

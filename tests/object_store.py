@@ -41,11 +41,11 @@ def environment(port: int) -> dict[str, str]:
 class Server:
     """Moto in a process of its own, with one bucket; its content is in memory."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, host: str = "127.0.0.1") -> None:
         self.port = free_port()
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+                [sys.executable, "-m", "moto.server", "-H", host, "-p", str(self.port)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

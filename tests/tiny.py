@@ -1,6 +1,6 @@
 """The smallest experiment that runs from end to end, and what of it must be the same however it was run."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import read_experiment
+from ray_explain.distributed.pipeline import all_artifacts
 from ray_explain.distributed.plan import Plan
 
 EXPERIMENT: dict[str, Any] = {
@@ -26,7 +27,7 @@ EXPERIMENT: dict[str, Any] = {
         "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
     },
     "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
-    "evaluate": {"max_new_tokens": 8, "resamples": 100},
+    "evaluate": {"max_new_tokens": 8, "resamples": 100, "shots": [2], "selfie": [1, 10]},
     "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
 }
 
@@ -42,16 +43,12 @@ def plan_of(config: str) -> Plan:
     return Plan(read_experiment(config))
 
 
-def tables_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Name of each table of effects, questions and answers -> its rows, without the floats."""
-    return {artifact.kind + " " + artifact.label: _rows(plan, artifact) for artifact in _artifacts(plan)}
-
-
-def _artifacts(plan: Plan) -> Iterator[Artifact]:
-    for target, task in plan.target_tasks():
-        yield from (plan.effects(task, target), plan.questions(task, target))
-    for run in plan.runs():
-        yield from (plan.answers(run, task) for task in run.tasks)
+def tables_of(
+    plan: Plan, kinds: Sequence[str] = ("effects", "questions", "answers")
+) -> dict[str, list[dict[str, Any]]]:
+    """Name of each table of these kinds -> its rows, without the floats."""
+    artifacts = [artifact for artifact in all_artifacts(plan) if artifact.kind.endswith(tuple(kinds))]
+    return {f"{artifact.kind} {artifact.label}": _rows(plan, artifact) for artifact in artifacts}
 
 
 def _rows(plan: Plan, artifact: Artifact) -> list[dict[str, Any]]:

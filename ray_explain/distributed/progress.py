@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -122,7 +123,9 @@ class _Lines:
 @contextmanager
 def watching() -> Iterator[Any]:
     """A board for the block's workers to tell, drawn until the block ends. Ray must be running."""
-    board = Board.remote()  # type: ignore[attr-defined]
+    # On the driver's own machine, so that no lost worker takes it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     console = Console(stderr=False)
     over = threading.Event()
     has_bars = console.is_terminal and not console.is_dumb_terminal

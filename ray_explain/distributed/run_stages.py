@@ -54,10 +54,11 @@ class _Worker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch is one slice: columns job, start, stop; comes back with the seconds it took."""
         started = time.monotonic()
-        self._make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+        self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
         return batch | {"seconds": np.array([time.monotonic() - started])}
 
-    def _make(self, number: int, start: int, stop: int) -> None:
+    def make(self, number: int, start: int, stop: int) -> None:
+        """Rows `start` to `stop` of the job with this number, as one file."""
         job = self._jobs[number]
         if self._stage is None or self._stage[0] != number:
             self._stage = None  # the old model goes before the new one comes
@@ -79,6 +80,7 @@ def _part_name(start: int, stop: int) -> str:
     return f"part-{start:010d}-{stop:010d}.parquet"
 
 
+@storage.patient
 def _rows(folder: str, start: int, stop: int) -> pa.Table:
     """Rows `start` to `stop` of a table, reading only the row groups they lie in."""
     system, path = storage.filesystem(folder)
@@ -95,6 +97,7 @@ def _rows(folder: str, start: int, stop: int) -> pa.Table:
     return pa.concat_tables(pieces).replace_schema_metadata(None)
 
 
+@storage.patient
 def count_rows(folder: str) -> int:
     """Rows of the Parquet files of a directory, from their footers."""
     system, path = storage.filesystem(folder)
@@ -130,10 +133,7 @@ def _run_slices(
     done, seconds = Counter[int](), defaultdict[int, float](float)
     todo = []
     for number, (job, size) in enumerate(zip(jobs, sizes)):
-        parts = set(storage.list_files(job.artifact.path(root), ".parquet"))
-        step = job.rows_per_slice or pool.rows_per_slice
-        slices = [(start, min(start + step, size)) for start in range(0, size, step)]
-        missing = [(start, stop) for start, stop in slices if _part_name(start, stop) not in parts]
+        missing = _missing_slices(job, size, root, pool)
         todo += [{"job": number, "start": start, "stop": stop} for start, stop in missing]
         done[number] = size - sum(stop - start for start, stop in missing)
     tellers = [Teller(board, f"{job.artifact.kind} {job.artifact.label}") for job in jobs]
@@ -145,6 +145,29 @@ def _run_slices(
         seconds[number] += float(batch["seconds"][0])
         tellers[number](done[number], sizes[number])
     return seconds
+
+
+def _missing_slices(job: StageJob, size: int, root: str, pool: ClusterConfig) -> list[tuple[int, int]]:
+    """(start, stop) of the slices that have no part yet."""
+    parts = set(storage.list_files(job.artifact.path(root), ".parquet"))
+    step = job.rows_per_slice or pool.rows_per_slice
+    slices = [(start, min(start + step, size)) for start in range(0, size, step)]
+    return [(start, stop) for start, stop in slices if _part_name(start, stop) not in parts]
+
+
+def make_here(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> None:
+    """As `run_stages`, but all in this process, for one that holds its share of the cluster already.
+
+    Raises:
+        JobFailed: a stage dropped more than `pool.max_dropped` of its cases.
+    """
+    worker = _Worker(jobs, root)
+    for number, job in enumerate(jobs):
+        if finished(job.artifact, root) is None:
+            started, size = time.monotonic(), count_rows(job.source)
+            for start, stop in _missing_slices(job, size, root, pool):
+                worker.make(number, start, stop)
+            _finish(job, size, root, pool.max_dropped, time.monotonic() - started)
 
 
 def _slices_made(
@@ -171,6 +194,7 @@ def _actors(n: int) -> ray.data.ActorPoolStrategy:
     return ray.data.ActorPoolStrategy(min_size=1, initial_size=n, max_size=n, max_tasks_in_flight_per_actor=1)
 
 
+@storage.patient
 def dropped_rows(folder: str) -> list[tuple[str, str]]:
     """(id, reason) of the cases that gave no row, from the parts of an artifact."""
     system, path = storage.filesystem(folder)

@@ -78,6 +78,15 @@ def test_a_reloaded_explainer_gives_the_same_answers(saved):
     assert not loaded.training
 
 
+@pytest.mark.parametrize("saved", ["lora"], indirect=True)
+def test_the_model_of_an_adapter_may_have_moved(saved):
+    explainer, tokenizer, folder = saved
+    moved = folder.parent / "elsewhere"
+    (folder.parent / "base").rename(moved)
+    loaded, _ = load_explainer(folder, base=str(moved))
+    assert answers(loaded, tokenizer) == answers(explainer, tokenizer)
+
+
 def test_every_weight_comes_back(saved):
     explainer, _, folder = saved
     loaded, _ = load_explainer(folder)

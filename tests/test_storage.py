@@ -1,0 +1,57 @@
+"""Files on S3 appear whole or not at all, also on a server that fails now and then."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from ray_explain import storage
+from tests.conftest import ObjectStore
+from tests.object_store import BUCKET
+
+
+@pytest.fixture
+def root(object_store: ObjectStore, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A folder on S3 of the test's own."""
+    yield f"s3://{BUCKET}/{request.node.name}"
+    object_store.proxy.faults.clear()
+
+
+@pytest.mark.parametrize("fault", ["503", "dropped before", "dropped after", "cut"])
+def test_failing_requests_cost_retries_and_no_data(object_store: ObjectStore, root: str, fault: str) -> None:
+    object_store.proxy.met.clear()
+    object_store.proxy.faults[fault] = 0.3
+    for i in range(12):
+        storage.write_table(pa.table({"i": [i]}), f"{root}/table/part-{i:02}.parquet")
+        storage.write_json(i, f"{root}/json/{i}")
+    assert storage.read_table(f"{root}/table").column("i").to_pylist() == list(range(12))
+    assert [storage.read_json(f"{root}/json/{i}") for i in range(12)] == list(range(12))
+    storage.remove(f"{root}/json")
+    assert not storage.exists(f"{root}/json") and len(storage.list_files(f"{root}/table")) == 12
+    assert object_store.proxy.met[fault] >= 5
+
+
+def test_a_file_of_many_requests_survives_them_as_well(object_store: ObjectStore, root: str) -> None:
+    content = os.urandom(24 * 2**20)
+    object_store.proxy.faults.update({"503": 0.1, "dropped before": 0.1, "dropped after": 0.1})
+    with storage.new_folder(f"{root}/model") as folder:
+        Path(folder, "weights").write_bytes(content)
+    with storage.local_folder(f"{root}/model") as folder:
+        assert Path(folder, "weights").read_bytes() == content
+
+
+def test_a_file_whose_writing_fails_is_not_there(root: str) -> None:
+    with pytest.raises(RuntimeError), storage.whole_file(f"{root}/half") as stream:
+        stream.write(b"half of it")
+        raise RuntimeError("killed")
+    assert not storage.exists(f"{root}/half")
+
+
+def test_what_is_missing_is_said_at_once(root: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_json(f"{root}/nothing")
+    with pytest.raises(FileNotFoundError, match="no Parquet file"):
+        storage.read_table(f"{root}/nothing")
+    assert storage.list_files(f"{root}/nothing") == []
