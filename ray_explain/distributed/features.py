@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ray_explain import storage
 from ray_explain.artifacts import Artifact, finished
 from ray_explain.config import LocalConfig, SimulatorConfig
 from ray_explain.distributed.feature_plan import FeaturePlan

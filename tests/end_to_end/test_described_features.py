@@ -227,3 +227,30 @@ def write_export(folder: Path, rows: list[Any]) -> None:
     path = folder / "explanations" / "batch-0.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("source", ["activations", "differences"])
+def test_whole_vectors_are_described_by_a_local_model(
+    running_ray: None, world_target: Path, tmp_path: Path, source: str
+) -> None:
+    features = {
+        "source": source,
+        "per_layer": 30,
+        "corpus": {"windows": 120, "tokens": 16},
+        "exemplars": EXEMPLARS,
+        "describer": {"kind": "local", "path": str(world_target)},
+        "simulator": {"kind": "simulator", "path": str(world_target)},
+    }
+    config = config_in(tmp_path, world_target, features)
+    assert ground_truth.main(["--config", config]) == 0
+    plan = Plan(read_experiment(config))
+    steps = FeaturePlan(plan, "small")
+    vectors = storage.read_table(plan.path(steps.vectors()))  # type: ignore[arg-type]
+    effects = storage.read_table(plan.path(plan.effects("features", "small")))
+    own = dict(zip(vectors["case_id"].to_pylist(), vectors["vectors"].to_pylist()))
+    assert effects.num_rows >= 5 and set(effects["source"].to_pylist()) == {source.removesuffix("s")}
+    for row in effects.to_pylist():
+        assert row["vectors"] == own[row["case_id"]]
+        assert row["descriptions"][0]["description"]
+    manifest = finished(steps.descriptions(), plan.root)
+    assert manifest is not None and manifest.rows + sum(manifest.dropped.values()) == vectors.num_rows
