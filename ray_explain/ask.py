@@ -155,8 +155,10 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     disable_progress_bar()
     place = {"revision": known.place["revision"]}
     with storage.local_folder(known.place["model"]) as folder:
-        n_layers = AutoConfig.from_pretrained(folder, **place).get_text_config().num_hidden_layers
-        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+        n_layers = (
+            AutoConfig.from_pretrained(folder, trust_remote_code=False, **place).get_text_config().num_hidden_layers
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **place)
         sidecar = read_sidecar(known.folder)
         try:
             witness = receipts.Witness(

@@ -101,7 +101,7 @@ def test_a_full_disk_fails_the_job_and_leaves_earlier_artifacts_whole(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.pq, "write_table", full)
+    monkeypatch.setattr(storage.pq.ParquetWriter, "write_table", full)
     assert ground_truth.main(["--config", write_config(tmp_path, world_target)]) == 1
     assert "no space left on the disk" in capsys.readouterr().err
     monkeypatch.undo()

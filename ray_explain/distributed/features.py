@@ -190,7 +190,7 @@ class _Steps:
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         with storage.local_folder(self.place["model"], weights=False) as folder:
-            return AutoTokenizer.from_pretrained(folder, revision=self.place["revision"])
+            return AutoTokenizer.from_pretrained(folder, revision=self.place["revision"], trust_remote_code=False)
 
     def _windows(self) -> pa.Table | Result:
         corpus = self.section.corpus

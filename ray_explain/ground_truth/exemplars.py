@@ -197,7 +197,8 @@ class MergeStage:
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
         with storage.local_folder(config["model"], weights=False) as folder:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.get("revision"))
+            revision = config.get("revision")
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
         self._skipped = 0 if special_prefix(self._tokenizer) else 1
 
     def __call__(self, table: pa.Table) -> Result:

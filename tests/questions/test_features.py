@@ -47,7 +47,7 @@ def test_a_negative_score_is_below_every_other_but_above_none():
 
 def test_features_without_gold_are_dropped_and_vectors_stay_with_the_others():
     told = descriptions(("f", "x", 0.5, False), ("g", "y", 0.5, True))
-    table, dropped = features_questions(feature_table("e", "f", "g"), told, wording="paper", seed=0)
+    table, dropped, _ = features_questions(feature_table("e", "f", "g"), told, wording="paper", seed=0)
     assert dropped == [("e", NO_GOLD), ("f", NO_GOLD)]
     assert table["case_id"].to_pylist() == ["g"]
     assert records.vectors_of(table["vectors"])[0].tolist() == [[2.0] * D]
