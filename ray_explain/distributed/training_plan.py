@@ -82,8 +82,10 @@ def _questions(plan: Plan, run: Run, task: Any) -> tuple[int, bool]:
     section = getattr(plan.experiment.ground_truth, task)
     if task != "features":
         return section.cases.train, False
-    layers = model_config(plan, run.target).get_text_config().num_hidden_layers if section.layers == "all" else None
-    return (layers or len(section.layers)) * section.d_sae, False
+    n_layers = len(section.layers)
+    if section.layers == "all":
+        n_layers = model_config(plan, run.target).get_text_config().num_hidden_layers
+    return n_layers * (section.per_layer or section.d_sae), False
 
 
 def _device() -> tuple[str, list[int]]:

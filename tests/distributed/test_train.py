@@ -132,7 +132,7 @@ def test_failed_runs_do_not_stop_others_and_say_why(
 
     fine = run_of(TRAIN.model_copy(update={"epochs": 1}), "fine", questions, world_target)
     tight = run_of(TRAIN.model_copy(update={"max_tokens": 2}), "tight", questions, world_target)
-    raw = TRAIN.model_copy(update={"injection": InjectionConfig(), "checkpoint_every": 1})
+    raw = TRAIN.model_copy(update={"injection": InjectionConfig(projection="linear"), "checkpoint_every": 1})
     [bad, name] = _with_a_vector_beyond_float32(questions[0], tmp_path)
     wild = run_of(raw, "wild", (bad,), world_target)
     with pytest.raises(JobFailed) as failure:
@@ -144,10 +144,10 @@ def test_failed_runs_do_not_stop_others_and_say_why(
 
 
 def _with_a_vector_beyond_float32(folder: str, tmp_path: Path) -> tuple[str, str]:
-    """A copy of the questions in which the squares of one vector are infinite; it comes in the fifth step."""
+    """A copy of the questions in which one vector is infinite once it is projected; it comes in the fifth step."""
     table = storage.read_table(folder)
     rows = table.filter(pc.equal(table["split"], "train")).to_pylist()
-    rows[0]["vectors"] = [[3e38 for _ in vector] for vector in rows[0]["vectors"]]
+    rows[0]["vectors"] = [[3.4e38 for _ in vector] for vector in rows[0]["vectors"]]
     storage.write_table(pa.Table.from_pylist(rows, schema=table.schema), f"{tmp_path}/questions/table.parquet")
     return f"{tmp_path}/questions", rows[0]["question_id"]
 
