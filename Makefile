@@ -98,6 +98,9 @@ chaos: setup  ## the pipeline on several nodes and S3, while parts of it are kil
 
 bench: setup  ## measured speed, against what one would use otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py exemplars
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py directions
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_evaluation.py
 
 lock: setup  ## pin the dependencies anew; run where torch resolves to a CPU wheel
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --no-emit-package torch --python-version 3.11 --generate-hashes -o requirements.lock

@@ -110,15 +110,116 @@ class AblationConfig(Section):
     balance: list[Literal["kind", "stratum", "changed"]] = []  # as in `patching`
 
 
-class FeaturesConfig(Section):
-    """Feature descriptions: a small top-k SAE on each layer, described by what the world knows."""
+class EndpointConfig(Section):
+    """A chat model at an endpoint that speaks the OpenAI protocol."""
 
+    kind: Literal["endpoint"] = "endpoint"
+    model: str
+    address: str = "https://api.openai.com/v1"
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    tries: Positive = 5
+    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds
+    threads: Positive = 8  # requests under way at once, from each actor
+    input_price: Annotated[float, Field(ge=0)] = 0.0  # of a million tokens
+    output_price: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LocalConfig(Section):
+    """A language model that the actors load: a folder or hub id."""
+
+    kind: Literal["local"]
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Positive = 16
+
+
+class NeuronpediaConfig(Section):
+    """Descriptions that others made: a folder of one of Neuronpedia's bulk exports."""
+
+    kind: Literal["neuronpedia"]
+    path: str | dict[Name, str]  # of all targets, or of each
+
+
+class WorldDescriber(Section):
+    """The synthetic world's own knowledge of what its words stand for."""
+
+    kind: Literal["world"] = "world"
+
+
+class SimulatorConfig(LocalConfig):
+    """A model trained to foretell activations in the format of the paper's simulator."""
+
+    kind: Literal["simulator"]  # type: ignore[assignment]
+
+
+class CorpusConfig(Section):
+    """The text that features are looked at on."""
+
+    path: str | None = None  # file or folder of Parquet, JSON lines or text; the synthetic world's texts if left out
+    field: str = "text"
+    windows: Annotated[int, Field(ge=2)] = 16_384
+    tokens: Annotated[int, Field(ge=2)] = 64  # of a window
+
+
+class SAEConfig(Section):
+    """Where a target's SAEs lie: a folder, s3:// path or hub id; one SAE, or one for each layer below it."""
+
+    path: str | dict[Name, str]  # of all targets, or of each
+    revision: str | None = None  # of a hub id
+    check: bool = True  # refuse SAEs that do not fit the target's activations
+
+
+class ExemplarsConfig(Section):
+    """How many windows of each kind are kept for a feature; every second top window is for scoring only."""
+
+    top: Annotated[int, Field(ge=2)] = 20
+    random: Count = 10
+    near: Count = 10
+
+
+class FeaturesConfig(Section):
+    """Feature descriptions: directions of the target, what describes them, and what scores the descriptions.
+
+    By default the directions are those of a small top-k SAE trained on each layer, and described by what the world
+    knows.
+    """
+
+    source: Literal["sae", "neurons", "activations", "differences"] = "sae"
     layers: list[Count] | Literal["all"] = "all"
-    d_sae: Positive = 384
+    sae: SAEConfig | None = None  # trained on the corpus if left out
+    per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
+    group: Literal["direction", "feature"] = "direction"  # what splits keep together; direction compares all vectors
+    corpus: CorpusConfig = CorpusConfig()
+    pairs: str | None = None  # for differences: a file of CounterFact pairs; the world's if left out
+    exemplars: ExemplarsConfig = ExemplarsConfig()
+    describer: Annotated[
+        WorldDescriber | EndpointConfig | LocalConfig | NeuronpediaConfig, Field(discriminator="kind")
+    ] = WorldDescriber()
+    candidates: Positive = 1  # descriptions asked for, of describers that write them
+    simulator: Annotated[SimulatorConfig | EndpointConfig, Field(discriminator="kind")] | None = None
+    detector: Annotated[LocalConfig | EndpointConfig, Field(discriminator="kind")] | None = None
+    gold_from: Annotated[float, Field(ge=-1, le=1)] = -1.0  # descriptions that score less are kept, but not as gold
+    d_sae: Positive = 384  # this and the next two: of SAEs that are trained
     k: Positive = 8
     steps: Positive = 300
-    documents: Positive = 3000
+    documents: Positive = 3000  # this and the next: of the describer `world`
     min_correlation: Fraction = 0.35
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "FeaturesConfig":
+        if self.describer.kind == "world" and (self.source != "sae" or self.sae or self.simulator or self.detector):
+            raise ValueError(
+                "describer 'world' describes SAEs that are trained on the world's texts, and scores them itself: leave "
+                "`source`, `sae`, `simulator` and `detector` out, or give another `describer`"
+            )
+        if self.sae and self.source != "sae":
+            raise ValueError(f"`sae` is for source 'sae', not for {self.source!r}: leave it out")
+        if self.source in ("activations", "differences") and not self.per_layer:
+            raise ValueError(f"source {self.source!r} needs `per_layer`: how many vectors to take of each layer")
+        if self.describer.kind == "neuronpedia" and not (self.source == "sae" and self.sae):
+            raise ValueError("describer 'neuronpedia' describes published SAEs: give `sae`, and source 'sae'")
+        return self
 
 
 class GroundTruthConfig(Section):
@@ -160,6 +261,7 @@ class TrainConfig(Section):
     warmup: Fraction = 0.0  # share of the steps
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
+    text_only: bool = False  # train each target on its own questions without their vectors as well, as a control
     replay: Annotated[float, Field(ge=0)] = 0.0  # texts of the world per question, against forgetting
     max_tokens: Positive = 500  # longer questions are dropped and counted
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -192,14 +294,27 @@ class Pairing(Section):
     train: dict[str, Any] = {}
 
 
+class JudgeConfig(Section):
+    """A chat model that marks descriptions, at any endpoint that speaks the OpenAI protocol."""
+
+    url: str  # such as http://localhost:8000/v1
+    model: str
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    threads: Positive = 8
+
+
 class EvaluateConfig(Section):
     """How explainers are asked and scored."""
 
     split: Literal["validation", "test"] = "test"
     controls: list[Control] = ["shuffled", "no_vector", "other_layer", "random"]
-    untrained: bool = True  # ask the untrained models as well
+    untrained: bool = True  # ask the untrained targets as well
+    shots: list[Count] = [0, 4]  # prompt them with the form of the answer and so many answered examples
+    selfie: list[Annotated[float, Field(gt=0)]] = [1, 5, 10, 25, 50]  # scales at which they are asked SelfIE's question
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
+    judge: JudgeConfig | None = None  # marks descriptions, beside exact match
+    embedding: str | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 

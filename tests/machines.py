@@ -5,6 +5,7 @@ Run it as root in namespaces of its own, which takes everything away with it:
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from ray_explain.artifacts import finished
@@ -110,7 +112,8 @@ def n_nodes(cluster: str) -> int:
     asked = subprocess.run(
         [str(BIN / "ray"), "exec", cluster, "ray status"], capture_output=True, text=True, env=os.environ, check=False
     )
-    return asked.stdout.split("Pending:")[0].count("\n 1 ")
+    active = asked.stdout.split("Pending:")[0]
+    return sum(map(int, re.findall(r"^ (\d+) \S+$", active, re.MULTILINE)))
 
 
 def main(folder: Path) -> None:
@@ -123,6 +126,7 @@ def main(folder: Path) -> None:
     os.environ.update(environment(server.port))
     cluster = cluster_file(folder)
     make("cluster-up", f"CLUSTER={cluster}")
+    assert _ray_runs(machines[0])
     wait(lambda: n_nodes(cluster) == 3, "not all three nodes came")
     print("three nodes", flush=True)
     tunnel = subprocess.Popen([str(BIN / "ray"), "dashboard", cluster], stdout=subprocess.DEVNULL)
@@ -160,8 +164,8 @@ def _lose_at_work(server: Server, effects: str, machine: Machine) -> None:
 
 
 def _ray_runs(machine: Machine) -> bool:
-    inside = subprocess.run(["pgrep", "-P", str(machine.process.pid), "raylet"], capture_output=True, check=False)
-    return bool(inside.stdout)
+    inside = psutil.Process(machine.process.pid).children(recursive=True)
+    return any(process.name() in ("raylet", "gcs_server") for process in inside)
 
 
 if __name__ == "__main__":

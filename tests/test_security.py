@@ -154,10 +154,8 @@ def test_the_manifests_for_kubernetes_share_one_environment_and_open_nothing() -
     [job] = yaml.safe_load_all((ROOT / "deploy/kuberay/rayjob.yaml").read_text())
     head, [workers] = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
     containers = [group["template"]["spec"]["containers"][0] for group in (head, workers)]
-    for container in containers:
-        environment = {entry["name"]: entry for entry in container["env"]}
-        assert environment["RAY_AUTH_MODE"]["value"] == "token"
-        assert "secretKeyRef" in environment["RAY_AUTH_TOKEN"]["valueFrom"]
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    assert containers[0]["env"] == containers[1]["env"] and containers[0]["image"] == containers[1]["image"]
     assert head["serviceType"] == "ClusterIP" and head["rayStartParams"]["num-gpus"] == "0"
     assert workers["minReplicas"] == 0 and "nvidia.com/gpu" in containers[1]["resources"]["limits"]
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]

@@ -23,7 +23,9 @@ from ray_explain.distributed.experiment import (
     train_explainers,
 )
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.power import say_power
 from ray_explain.distributed.training_plan import plan_training
+from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
 from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.page import write_report
@@ -39,6 +41,7 @@ __all__ = [
     "plan_training",
     "run_pipeline",
     "run_sweep",
+    "say_power",
     "train_explainers",
 ]
 
@@ -100,6 +103,7 @@ def _report_data(session: Session) -> ReportData:
         explainers={name: name for name in explainers},
         examples=list(_examples(session, whole)),
         advantages=self_advantage(whole, seed=seed, resamples=resamples) if several else [],
+        calibrations=calibrations(whole, explainers, seed=seed, resamples=resamples),
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={
@@ -156,7 +160,7 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
         for run in plan.runs():
             shown = (target, plan.experiment.seeds[0], max(plan.experiment.fractions))
-            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks:
+            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks or run.text_only:
                 continue
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():

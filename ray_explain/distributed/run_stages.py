@@ -27,7 +27,9 @@ from ray_explain.records import conform
 from ray_explain.stages import Stage
 
 _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
+_MEASURED = b"measured"  # and another: JSON object of numbers
 _EXAMPLES_SHOWN = 3
+_ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,15 @@ class _Worker:
             self._stage = (number, job.stage(job.config))
         stage = self._stage[1]
         cases = _rows(job.source, start, stop)
-        table, dropped, _ = stage(conform(cases, stage.schema_in))
+        table, dropped, measured = stage(conform(cases, stage.schema_in))
         if not job.expands and table.num_rows + len(dropped) != cases.num_rows:
             raise JobFailed(
                 f"{job.artifact.kind}: {cases.num_rows} cases gave {table.num_rows} rows and {len(dropped)} dropped"
             )
-        made = conform(table, stage.schema_out).replace_schema_metadata({_DROPPED: json.dumps(dropped).encode()})
-        storage.write_table(made, f"{job.artifact.path(self._root)}/{_part_name(start, stop)}")
+        notes = {_DROPPED: json.dumps(dropped).encode(), _MEASURED: json.dumps(dict(measured)).encode()}
+        made = conform(table, stage.schema_out).replace_schema_metadata(notes)
+        part = f"{job.artifact.path(self._root)}/{_part_name(start, stop)}"
+        storage.write_table(made, part, row_group_size=_ROWS_PER_GROUP)
 
 
 def _part_name(start: int, stop: int) -> str:
@@ -201,6 +205,17 @@ def dropped_rows(folder: str) -> list[tuple[str, str]]:
     return found
 
 
+def _numbers(folder: str) -> dict[str, float]:
+    """Sums over the parts of an artifact of what its stage counted, such as calls and cost."""
+    system, path = storage.filesystem(folder)
+    sums = defaultdict[str, float](float)
+    for name in storage.list_files(folder, ".parquet"):
+        metadata = pq.read_schema(f"{path}/{name}", filesystem=system).metadata or {}
+        for what, number in json.loads(metadata.get(_MEASURED, b"{}")).items():
+            sums[what] += number
+    return dict(sums)
+
+
 def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
     folder = job.artifact.path(root)
     dropped = dropped_rows(folder)
@@ -211,4 +226,5 @@ def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: fl
             f"`cluster.max_dropped` = {max_dropped}; the first: {shown}"
         )
     reasons = Counter(reason for _, reason in dropped)
-    finish(job.artifact, root, rows=count_rows(folder), dropped=reasons, seconds=seconds)
+    rows, numbers = count_rows(folder), _numbers(folder)
+    finish(job.artifact, root, rows=rows, dropped=reasons, seconds=seconds, measured=numbers)

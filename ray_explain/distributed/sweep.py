@@ -29,7 +29,15 @@ from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
 from ray_explain.distributed.capacity import check_capacity, places
-from ray_explain.distributed.experiment import TABLE, Session, answer_jobs, make_asked, make_ground_truth, train_run
+from ray_explain.distributed.experiment import (
+    TABLE,
+    Session,
+    align,
+    answer_jobs,
+    make_asked,
+    make_ground_truth,
+    train_run,
+)
 from ray_explain.distributed.halting import Verdicts
 from ray_explain.distributed.pipeline import make_report
 from ray_explain.distributed.plan import Plan, Run
@@ -103,6 +111,7 @@ def sweep(session: Session) -> None:
     if todo:
         session.start_ray()
         n = concurrent(todo, session.plan.experiment.cluster)
+        _align(session, todo)
         session.say(f"Sweep: {len(todo)} of {len(trials)} trials to do, {n} at a time")
         failures = _run(todo, session.plan, n)
     best = best_settings(trials, root, session.plan.experiment.sweep)
@@ -114,6 +123,16 @@ def sweep(session: Session) -> None:
     if failures:
         told = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise JobFailed(f"{len(failures)} of {len(trials)} trials failed: {told}")
+
+
+def _align(session: Session, todo: Sequence[Trial]) -> None:
+    experiment, runs = session.plan.experiment, defaultdict[str, list[Run]](list)
+    for trial in todo:
+        runs[json.dumps(trial.parameters)].append(trial.run)
+    pairs = list(itertools.product(experiment.explainers, experiment.targets))
+    for parameters, some in runs.items():
+        plan = Plan(experiment.trained_with({pair: json.loads(parameters) for pair in pairs}))
+        align(replace(session, plan=plan), some)
 
 
 # -- what there is to do ----------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class TrainRun:
     seed: int
     wording: str
     fraction: float = 1.0  # of the training questions
+    text_only: bool = False  # all numbers of the vectors are 0
+    alignment: str | None = None  # folder of the maps that a ridge projection starts from
 
     @property
     def name(self) -> str:

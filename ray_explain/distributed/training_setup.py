@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import storage
 from ray_explain.config import TrainConfig
+from ray_explain.distributed.alignment import read_maps
 from ray_explain.distributed.train import TrainRun
 from ray_explain.distributed.zero import engine_of, zero_config
 from ray_explain.errors import BadInput
-from ray_explain.evaluation.answering import questions_of
+from ray_explain.evaluation.answering import questions_of, without_vectors
 from ray_explain.explainer.batches import Step, training_steps
 from ray_explain.explainer.examples import TEXT_TASK, Example, Question, Refused, encode
 from ray_explain.explainer.injection import InjectionConfig
@@ -67,6 +68,8 @@ def examples_of(
         for folder in run.questions
         for question in questions_of(training_rows(storage.read_table(folder), run.fraction))
     ]
+    if run.text_only:
+        questions = [without_vectors(question) for question in questions]
     none = questions[0].vectors[:0] if questions else None
     texts = [Question(f"text {i}", TEXT_TASK, p, a, none, ()) for i, (p, a) in enumerate(run.replay)]  # type: ignore[arg-type]
     examples, dropped = [], Counter[str]()
@@ -92,15 +95,13 @@ def new_explainer(
     layers = sorted({layer for example in examples for layer in example.layers})
     d_target = next(example.vectors.shape[1] for example in examples)
     d_explainer = model.config.get_text_config().hidden_size
-    kind = "linear" if d_target != d_explainer else train.injection.projection
+    is_linear = d_target != d_explainer or train.injection.projection != "identity"
+    projection = Projection("linear" if is_linear else "identity", d_target, d_explainer, layers, seed=run.seed)
+    if run.alignment is not None:
+        maps = read_maps(run.alignment)
+        projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
     injection = InjectionConfig(**train.injection.model_dump(exclude={"projection"}))
-    explainer = Explainer(
-        model,
-        markers,
-        Projection(kind, d_target, d_explainer, layers, seed=run.seed),  # type: ignore[arg-type]
-        injection,
-        train_markers=train.lora is not None,
-    )
+    explainer = Explainer(model, markers, projection, injection, train_markers=train.lora is not None)
     if train.gradient_checkpointing:
         explainer.checkpoint_gradients()
     return explainer

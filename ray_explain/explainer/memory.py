@@ -83,7 +83,7 @@ def _saved(model: Any, rows: int, tokens: int) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and not (tensor.ndim == 4 and tensor.shape[-2:] == (tokens, tokens)):
+        if storage._cdata not in own and not (tensor.ndim > 2 and tensor.shape[-2:] == (tokens, tokens)):
             kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor keeps its storage's address from reuse
         return tensor
 

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,20 @@ def _with_a_vector_beyond_float32(folder: str, tmp_path: Path) -> tuple[str, str
     rows[0]["vectors"] = [[3e38 for _ in vector] for vector in rows[0]["vectors"]]
     storage.write_table(pa.Table.from_pylist(rows, schema=table.schema), f"{tmp_path}/questions/table.parquet")
     return f"{tmp_path}/questions", rows[0]["question_id"]
+
+
+def test_an_explainer_without_vectors_is_trained_on_the_same_words_and_zeros(
+    questions: tuple[str, str], world_target: Path
+) -> None:
+    from ray_explain.distributed.training_setup import examples_of
+    from ray_explain.explainer.markers import markers_of
+    from ray_explain.models import load_model
+
+    tokenizer = load_model(str(world_target)).tokenizer
+    run = run_of(TRAIN, "text", questions, world_target)
+    (own, _), (blind, _) = (
+        examples_of(each, tokenizer, markers_of(tokenizer)) for each in (run, replace(run, text_only=True))
+    )
+    assert [example.input_ids for example in own] == [example.input_ids for example in blind]
+    assert all(example.vectors.any() for example in own if len(example.vectors))
+    assert not any(example.vectors.any() for example in blind) and any(len(example.vectors) for example in blind)
