@@ -42,7 +42,7 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str
     if plan is not None and arguments.plan:
         step = plan
     try:
-        experiment = _placed(read_experiment(arguments.config, arguments.overrides))
+        experiment = placed(read_experiment(arguments.config, arguments.overrides))
     except BadInput as error:
         return _say(2, error)
     log = _start_log(experiment)
@@ -81,7 +81,7 @@ def _stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _placed(experiment: Experiment) -> Experiment:
+def placed(experiment: Experiment) -> Experiment:
     """In a submitted job, storage given as a relative path lies below the home of the user who runs the cluster: Ray
     unpacks the code into a folder that it throws away.
     """

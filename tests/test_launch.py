@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import yaml
 
 from jobs import ground_truth, pretrain
 from ray_explain import storage
+from ray_explain.config import read_experiment
+from ray_explain.launch import placed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,3 +112,32 @@ def test_a_full_disk_fails_the_job_and_leaves_earlier_artifacts_whole(
     monkeypatch.undo()
     assert storage.read_table(str(Path(earlier).parent)).to_pylist() == [{"a": 1}]
     assert list(Path(tmp_path, "run").glob("*/*/manifest.json")) == []
+
+
+def test_sigterm_ends_a_job_as_a_stop_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        raise AssertionError("it was not stopped")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ray_explain.distributed.pipeline.make_models", stopped)
+    assert pretrain.main(["--config", write_config(tmp_path, tmp_path)]) == 143
+    assert "start it again and it goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("given", ["runs/x", "file://runs/x"])
+def test_a_relative_storage_of_a_submitted_job_is_not_thrown_away_with_its_code(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = read_experiment(write_config(tmp_path, "anywhere", storage=given))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert placed(experiment).storage == given
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert placed(experiment).storage == str(tmp_path / "ray_explain" / "runs" / "x")
+    elsewhere = experiment.model_copy(update={"storage": "/data/x"})
+    assert placed(elsewhere) is elsewhere

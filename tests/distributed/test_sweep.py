@@ -1,16 +1,34 @@
 """What a sweep decides: how many trials at a time, which of them stop, and which setting did best."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+from jobs import sweep as job
+from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig, TrainConfig
 from ray_explain.distributed import sweep
 from ray_explain.distributed.plan import Run
+from ray_explain.distributed.run_stages import make_here
 from ray_explain.distributed.train import TrainRun
+from ray_explain.distributed.training_loop import write_explainer
+from ray_explain.distributed.training_setup import start_of
+
+SWEEP: dict[str, Any] = {
+    "name": "sweep",
+    "targets": ["llama"],
+    "explainers": ["llama"],
+    "fractions": [0.5, 1.0],
+    "ground_truth": {"wording": "brief", "ablation": {"cases": {"train": 24, "test": 8}}},
+    "train": {"mixtures": [["ablation"]], "batch_size": 8},
+    "sweep": {"parameters": {"learning_rate": [1e-3, 2e-3, 3e-3, 4e-3]}, "asha": {}},
+    "evaluate": {"max_new_tokens": 4, "resamples": 100},
+}
 
 
 def trial(rate: float, *, seed: int = 0, fraction: float = 1.0, workers: int = 1, explainer: str = "a") -> sweep.Trial:
@@ -107,3 +125,77 @@ def test_a_setting_is_judged_by_the_mean_of_its_runs_on_the_largest_fraction(tmp
     best = {m: sweep.best_settings(trials, str(tmp_path), SweepConfig(metric=m)) for m in ("loss", "validation_exact")}
     assert best["loss"] == {("a", "t"): {"learning_rate": 1e-3}}
     assert best["validation_exact"] == {("a", "t"): {"learning_rate": 1e-4}}
+
+
+class Cluster:
+    """Stands in for Ray: stages run in this process, and explainers are saved as they are before training."""
+
+    def __init__(self, fates: dict[float, str]) -> None:
+        self.fates = fates  # learning rate -> what becomes of its trials
+        self.reports: list[dict[str, Any]] = []
+
+    def fit(self, train: TrainRun, root: str, *_: Any, **__: Any) -> str | None:
+        fate = self.fates[train.train.learning_rate]
+        if fate == "failed":
+            return "its loss is not finite"
+        if fate == "done":
+            start = start_of(train, 1)
+            with storage.new_folder(train.artifact.path(root)) as folder:
+                write_explainer(start.explainer, train, start.tokenizer, None, folder)
+            measured = {"loss": train.train.learning_rate, "steps": 7}
+            finish(train.artifact, root, rows=len(start.examples), measured=measured)
+        return None
+
+    def run(self, trials: Any, plan: Any, n: int) -> dict[str, str]:
+        """As `sweep._run`, one after the other."""
+        known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": None}
+        failures = {}
+        for one in trials:
+            sweep._trial({"trial": one.config}, **known, cluster=plan.experiment.cluster)
+            failures |= {one.name: self.reports[-1]["failure"]} if "failure" in self.reports[-1] else {}
+        return failures
+
+    @property
+    def end_of(self) -> Any:
+        """The verdicts' word on a training that was stopped."""
+        return SimpleNamespace(remote=lambda name: {"loss": 9.0, "steps": 3, "progress": 40})
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster({1e-3: "done", 2e-3: "done", 3e-3: "stopped", 4e-3: "failed"})
+    monkeypatch.setattr(sweep, "fit", made.fit)
+    monkeypatch.setattr(sweep, "_run", made.run)
+    monkeypatch.setattr(sweep, "concurrent", lambda *_: 1)
+    monkeypatch.setattr(sweep, "TuneReportCallback", lambda: None)
+    monkeypatch.setattr(sweep.tune, "report", made.reports.append)
+    monkeypatch.setattr(sweep.ray, "get", lambda value: value)
+    here = SimpleNamespace(remote=sweep._evaluate._function)
+    monkeypatch.setattr(sweep, "_evaluate", SimpleNamespace(options=lambda **_: here))
+    monkeypatch.setattr("ray_explain.distributed.experiment.Session.start_ray", lambda _: None)
+    monkeypatch.setattr("ray_explain.distributed.run_stages.run_stages", make_here)
+    return made
+
+
+def test_a_sweep_ends_with_all_trials_listed_and_a_report_of_the_best(
+    pretended: Cluster, world_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, config = tmp_path / "run", tmp_path / "sweep.yaml"
+    config.write_text(yaml.safe_dump(SWEEP | {"storage": str(root), "models": {"llama": {"path": str(world_target)}}}))
+    assert job.main(["--config", str(config)]) == 1
+    assert "2 of 8 trials failed" in (said := capsys.readouterr().err) and "loss is not finite" in said
+    rows = storage.read_table(f"{root}/sweep/trials").to_pylist()
+    told = {(json.loads(row["parameters"])["learning_rate"], row["fraction"]): row for row in rows}
+    assert [told[rate, 1.0]["status"] for rate in (1e-3, 2e-3, 3e-3, 4e-3)] == ["done", "done", "stopped", "failed"]
+    assert sorted(key for key, row in told.items() if row["chosen"]) == [(1e-3, 0.5), (1e-3, 1.0)]
+    assert told[3e-3, 1.0]["steps"] == 3 and "not finite" in told[4e-3, 0.5]["error"]
+    scores = storage.read_table(f"{root}/sweep/scores").to_pylist()
+    assert {json.loads(row["parameters"])["learning_rate"] for row in scores} == {1e-3, 2e-3}
+    report = json.loads((root / "report" / "scores.json").read_text())
+    trained = [made for made in report["provenance"] if made["kind"] == "explainers"]
+    assert [made["config"]["learning_rate"] for made in trained] == [1e-3, 1e-3]
+    assert {row["fraction"] for row in scores} == {0.5, 1.0}
+    pretended.fates[4e-3] = "done"  # mended
+    pretended.reports.clear()
+    assert job.main(["--config", str(config)]) == 0
+    assert len(pretended.reports) == 2  # what had ended was left as it was
