@@ -74,7 +74,7 @@ ifeq ($(CLUSTER),)
 	$(BIN)/ray status --address=127.0.0.1:6379
 	$(BIN)/ray job list
 else
-	$(BIN)/ray exec "$$CLUSTER" "ray status"
+	$(BIN)/ray exec "$$CLUSTER" "RAY_AUTH_MODE=token ray status"
 endif
 
 submit: setup  ## run JOB=jobs/pipeline.py with CONFIG=... there; more arguments in ARGS
