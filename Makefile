@@ -23,7 +23,7 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos
+.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -87,13 +87,16 @@ check: setup  ## ruff and mypy
 
 test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
-	$(BIN)/python -m pytest -m "(ray or slow) and not gpu and not network"
+	$(BIN)/python -m pytest -m "(ray or slow) and not gpu and not network and not machines"
 
 test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 
 chaos: setup  ## the pipeline on several nodes and S3, while parts of it are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seeds $(SEEDS)
+
+cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines made of namespaces (needs root)
+	$(BIN)/python -m pytest -m machines tests/distributed/test_machines.py
 
 bench: setup  ## measured speed, against what one would use otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
