@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 CONFIG ?= jobs/configs/demo.yaml
+RUN ?= runs/demo
 BIN := $(VENV)/bin
 # The cluster of `make cluster-up`: this machine, or what a file such as cluster.yaml describes.
 CLUSTER ?=
@@ -23,7 +24,7 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test
+.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test dashboard
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -100,6 +101,9 @@ cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines 
 
 bench: setup  ## measured speed, against what one would use otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py exemplars
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py directions
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_evaluation.py
 
 lock: setup  ## pin the dependencies anew; run where torch resolves to a CPU wheel
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --no-emit-package torch --python-version 3.11 --generate-hashes -o requirements.lock
@@ -107,3 +111,9 @@ lock: setup  ## pin the dependencies anew; run where torch resolves to a CPU whe
 
 clean:  ## remove what runs made (not the environment)
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+
+dashboard: setup  ## links to jobs, actors and curves of RUN; serves TensorBoard until Ctrl-C, tunnels to CLUSTER
+	@echo "Ray, with jobs, actors and Train runs: http://127.0.0.1:$(DASHBOARD_PORT) (the token: $(BIN)/ray get-auth-token)"
+	@echo "TensorBoard, with curves and HParams:  http://127.0.0.1:6006 ($(RUN)/tensorboard)"
+	@$(if $(CLUSTER),$(BIN)/ray dashboard $(CLUSTER) & trap "kill $$!" EXIT;) \
+		$(BIN)/tensorboard --logdir $(RUN)/tensorboard --host 127.0.0.1 --port 6006 --load_fast=false 2>/dev/null

@@ -5,7 +5,7 @@ from ray_explain.launch import launch
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    return launch("train_explainers", __doc__ or "", argv)
+    return launch("train_explainers", __doc__ or "", argv, plan="plan_training")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Imports nothing heavy, so that a mistake is told before torch or Ray are loaded.
 """
 
 import difflib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -109,15 +110,116 @@ class AblationConfig(Section):
     balance: list[Literal["kind", "stratum", "changed"]] = []  # as in `patching`
 
 
-class FeaturesConfig(Section):
-    """Feature descriptions: a small top-k SAE on each layer, described by what the world knows."""
+class EndpointConfig(Section):
+    """A chat model at an endpoint that speaks the OpenAI protocol."""
 
+    kind: Literal["endpoint"] = "endpoint"
+    model: str
+    address: str = "https://api.openai.com/v1"
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    tries: Positive = 5
+    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds
+    threads: Positive = 8  # requests under way at once, from each actor
+    input_price: Annotated[float, Field(ge=0)] = 0.0  # of a million tokens
+    output_price: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LocalConfig(Section):
+    """A language model that the actors load: a folder or hub id."""
+
+    kind: Literal["local"]
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Positive = 16
+
+
+class NeuronpediaConfig(Section):
+    """Descriptions that others made: a folder of one of Neuronpedia's bulk exports."""
+
+    kind: Literal["neuronpedia"]
+    path: str | dict[Name, str]  # of all targets, or of each
+
+
+class WorldDescriber(Section):
+    """The synthetic world's own knowledge of what its words stand for."""
+
+    kind: Literal["world"] = "world"
+
+
+class SimulatorConfig(LocalConfig):
+    """A model trained to foretell activations in the format of the paper's simulator."""
+
+    kind: Literal["simulator"]  # type: ignore[assignment]
+
+
+class CorpusConfig(Section):
+    """The text that features are looked at on."""
+
+    path: str | None = None  # file or folder of Parquet, JSON lines or text; the synthetic world's texts if left out
+    field: str = "text"
+    windows: Annotated[int, Field(ge=2)] = 16_384
+    tokens: Annotated[int, Field(ge=2)] = 64  # of a window
+
+
+class SAEConfig(Section):
+    """Where a target's SAEs lie: a folder, s3:// path or hub id; one SAE, or one for each layer below it."""
+
+    path: str | dict[Name, str]  # of all targets, or of each
+    revision: str | None = None  # of a hub id
+    check: bool = True  # refuse SAEs that do not fit the target's activations
+
+
+class ExemplarsConfig(Section):
+    """How many windows of each kind are kept for a feature; every second top window is for scoring only."""
+
+    top: Annotated[int, Field(ge=2)] = 20
+    random: Count = 10
+    near: Count = 10
+
+
+class FeaturesConfig(Section):
+    """Feature descriptions: directions of the target, what describes them, and what scores the descriptions.
+
+    By default the directions are those of a small top-k SAE trained on each layer, and described by what the world
+    knows.
+    """
+
+    source: Literal["sae", "neurons", "activations", "differences"] = "sae"
     layers: list[Count] | Literal["all"] = "all"
-    d_sae: Positive = 384
+    sae: SAEConfig | None = None  # trained on the corpus if left out
+    per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
+    group: Literal["direction", "feature"] = "direction"  # what splits keep together; direction compares all vectors
+    corpus: CorpusConfig = CorpusConfig()
+    pairs: str | None = None  # for differences: a file of CounterFact pairs; the world's if left out
+    exemplars: ExemplarsConfig = ExemplarsConfig()
+    describer: Annotated[
+        WorldDescriber | EndpointConfig | LocalConfig | NeuronpediaConfig, Field(discriminator="kind")
+    ] = WorldDescriber()
+    candidates: Positive = 1  # descriptions asked for, of describers that write them
+    simulator: Annotated[SimulatorConfig | EndpointConfig, Field(discriminator="kind")] | None = None
+    detector: Annotated[LocalConfig | EndpointConfig, Field(discriminator="kind")] | None = None
+    gold_from: Annotated[float, Field(ge=-1, le=1)] = -1.0  # descriptions that score less are kept, but not as gold
+    d_sae: Positive = 384  # this and the next two: of SAEs that are trained
     k: Positive = 8
     steps: Positive = 300
-    documents: Positive = 3000
+    documents: Positive = 3000  # this and the next: of the describer `world`
     min_correlation: Fraction = 0.35
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "FeaturesConfig":
+        if self.describer.kind == "world" and (self.source != "sae" or self.sae or self.simulator or self.detector):
+            raise ValueError(
+                "describer 'world' describes SAEs that are trained on the world's texts, and scores them itself: leave "
+                "`source`, `sae`, `simulator` and `detector` out, or give another `describer`"
+            )
+        if self.sae and self.source != "sae":
+            raise ValueError(f"`sae` is for source 'sae', not for {self.source!r}: leave it out")
+        if self.source in ("activations", "differences") and not self.per_layer:
+            raise ValueError(f"source {self.source!r} needs `per_layer`: how many vectors to take of each layer")
+        if self.describer.kind == "neuronpedia" and not (self.source == "sae" and self.sae):
+            raise ValueError("describer 'neuronpedia' describes published SAEs: give `sae`, and source 'sae'")
+        return self
 
 
 class GroundTruthConfig(Section):
@@ -143,7 +245,7 @@ class InjectionConfig(Section):
     mode: Literal["replace", "add"] = "replace"
     layer: Count | None = None  # for `add`: after which block
     scale: Literal["raw", "unit", "mean_embedding"] = "raw"
-    projection: Literal["identity", "linear"] = "identity"
+    projection: Literal["identity", "linear", "ridge"] = "identity"
 
 
 class TrainConfig(Section):
@@ -159,6 +261,7 @@ class TrainConfig(Section):
     warmup: Fraction = 0.0  # share of the steps
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
+    text_only: bool = False  # train each target on its own questions without their vectors as well, as a control
     replay: Annotated[float, Field(ge=0)] = 0.0  # texts of the world per question, against forgetting
     max_tokens: Positive = 500  # longer questions are dropped and counted
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -169,7 +272,18 @@ class TrainConfig(Section):
     offload: bool = False
     workers: Positive = 1
     checkpoint_every: Positive = 500  # steps
+    keep_checkpoints: Positive = 2  # the last ones, while it trains
+    validate_every: Count = 0  # steps; 0: never
+    validation_questions: Positive = 64  # of the validation split, asked each time
+    keep: Literal["last", "best"] = "last"  # the explainer after the last step, or the best one at validation
     max_failures: Count = 3
+    trackers: list[Literal["mlflow", "wandb"]] = []
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "TrainConfig":
+        if self.keep == "best" and not self.validate_every:
+            raise ValueError("`keep: best` needs `validate_every`: nothing else says which explainer is the best")
+        return self
 
 
 class Pairing(Section):
@@ -180,14 +294,27 @@ class Pairing(Section):
     train: dict[str, Any] = {}
 
 
+class JudgeConfig(Section):
+    """A chat model that marks descriptions, at any endpoint that speaks the OpenAI protocol."""
+
+    url: str  # such as http://localhost:8000/v1
+    model: str
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    threads: Positive = 8
+
+
 class EvaluateConfig(Section):
     """How explainers are asked and scored."""
 
     split: Literal["validation", "test"] = "test"
     controls: list[Control] = ["shuffled", "no_vector", "other_layer", "random"]
-    untrained: bool = True  # ask the untrained models as well
+    untrained: bool = True  # ask the untrained targets as well
+    shots: list[Count] = [0, 4]  # prompt them with the form of the answer and so many answered examples
+    selfie: list[Annotated[float, Field(gt=0)]] = [1, 5, 10, 25, 50]  # scales at which they are asked SelfIE's question
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
+    judge: JudgeConfig | None = None  # marks descriptions, beside exact match
+    embedding: str | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 
@@ -200,6 +327,28 @@ class ClusterConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     concurrent_trainings: Positive = 1
     max_dropped: Fraction = 0.05  # a stage that drops more of its rows fails
+
+
+class AshaConfig(Section):
+    """Early stopping of a sweep's trials that fall behind others of the same explainer, target, tasks, seed and
+    fraction of the data: only settings of training compete, never the pairings that are to be compared.
+    """
+
+    grace: Share = 0.2  # of a trial's steps, before which it is not stopped
+    reduction: Annotated[float, Field(gt=1)] = 2  # of those that come so far, one in so many goes on
+
+
+class SweepConfig(Section):
+    """Training settings that every explainer of the experiment is tried with."""
+
+    parameters: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}  # field of `train` -> values
+    metric: Literal["loss", "validation_exact", "validation_uplift"] = "loss"  # by which trials are judged
+    asha: AshaConfig | None = None
+
+    @property
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every choice of one value for each field; one empty choice where there is no field."""
+        return [dict(zip(self.parameters, values)) for values in itertools.product(*self.parameters.values())]
 
 
 class Experiment(Section):
@@ -217,6 +366,7 @@ class Experiment(Section):
     ground_truth: GroundTruthConfig
     train: TrainConfig = TrainConfig()
     pairings: list[Pairing] = []  # overrides for single pairings; every explainer meets every target
+    sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -270,6 +420,25 @@ class Experiment(Section):
         for mixture in self.train.mixtures:
             if not mixture:
                 raise ValueError("`train.mixtures` holds an empty mixture: name at least one task in each")
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_is_possible(self) -> "Experiment":
+        if "mixtures" in self.sweep.parameters:
+            raise ValueError("`sweep.parameters`: mixtures are no setting of one explainer: give them in `train`")
+        if self.sweep.asha is not None and len(self.sweep.combinations) < 2:
+            raise ValueError("`sweep.asha` stops settings that fall behind others: give several in `sweep.parameters`")
+        if self.sweep.metric != "loss" and not self.train.validate_every:
+            raise ValueError(
+                f"`sweep.metric` = {self.sweep.metric!r} is measured where `train.validate_every` is given"
+            )
+        for chosen in self.sweep.combinations:
+            try:
+                for explainer, target in itertools.product(self.explainers, self.targets):
+                    TrainConfig.model_validate(self.train_config(explainer, target).model_dump() | chosen)
+            except ValidationError as error:
+                told = "; ".join(_told(fault, TrainConfig) for fault in error.errors())
+                raise ValueError(f"`sweep.parameters`: {told}") from error
         return self
 
     @model_validator(mode="after")
@@ -331,6 +500,14 @@ class Experiment(Section):
         """The tasks that have ground truth, in the paper's order."""
         return [task for task in ("features", "patching", "ablation") if getattr(self.ground_truth, task) is not None]
 
+    def trained_with(self, settings: Mapping[tuple[str, str], Mapping[str, Any]]) -> "Experiment":
+        """The experiment with these fields of `train` for (explainer, target), over all that it says itself."""
+        known = {(pairing.explainer, pairing.target): pairing.train for pairing in self.pairings}
+        for pair, fields in settings.items():
+            known[pair] = {**known.get(pair, {}), **fields}
+        pairings = [Pairing(explainer=e, target=t, train=fields) for (e, t), fields in known.items()]
+        return self.model_copy(update={"pairings": pairings})
+
     def train_config(self, explainer: str, target: str) -> TrainConfig:
         """`train` with the overrides of this pairing."""
         values = self.train.model_dump()
@@ -343,9 +520,22 @@ class Experiment(Section):
 def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a YAML file, with dotted overrides such as `train.learning_rate=1e-4`.
 
+    A file may name another one in `base`, by its path from there: its keys add to those of the base, and replace them.
+
     Raises:
         BadInput: the file is missing or no YAML mapping, a key is unknown, or a value is wrong. One line a fault.
     """
+    values = _read_file(path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise BadInput("\n".join(_told(fault, Experiment) for fault in error.errors())) from error
+
+
+def _read_file(path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a file and of its bases; `above` are the files that led here."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -355,12 +545,22 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     values = _yaml(text, f"the config {path}")
     if not isinstance(values, dict):
         raise BadInput(f"the config {path} is not a YAML mapping (`name: ...`)")
-    for override in overrides:
-        _override(values, override)
-    try:
-        return Experiment.model_validate(values)
-    except ValidationError as error:
-        raise BadInput("\n".join(_told(fault, Experiment) for fault in error.errors())) from error
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    place = str((Path(path).parent / str(base)).resolve())
+    if place in above:
+        raise BadInput(f"the config {path} has a `base` that leads back to it: {base}")
+    return _merged(_read_file(place, (*above, str(Path(path).resolve()))), values)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(under[key], over[key]) for key in over if _are_mappings(under.get(key), over[key])}
+    return under | over | both
+
+
+def _are_mappings(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _yaml(text: str, what: str) -> Any:

@@ -1,15 +1,20 @@
 """What every job does before and after its one call: read the config, keep a log, and end with a sentence.
 
-Exit codes: 0 done, 2 the input cannot be used, 1 the work failed, 130 stopped by hand.
+Exit codes: 0 done, 2 the input cannot be used, 1 the work failed, 130 stopped by hand, 143 stopped by SIGTERM, as
+`ray job stop` sends it.
 """
 
 import argparse
 import importlib
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -21,31 +26,72 @@ from ray_explain.errors import BadInput, JobFailed
 logger = logging.getLogger(__name__)
 
 
-def launch(step: str, what: str, argv: Sequence[str] | None = None) -> int:
+def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str | None = None) -> int:
     """Run a step, a function of `ray_explain.distributed.pipeline`, as the command line says; returns the exit code.
+
+    Where there is a `plan`, another such function, it runs instead of the step if the command line says `--plan`.
 
     Nothing heavy is imported before the config has been read, so a mistake is told at once.
     """
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--config", required=True, help="YAML file that describes the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.learning_rate=1e-4")
+    if plan is not None:
+        parser.add_argument("--plan", action="store_true", help="say what it would take, and start nothing")
     arguments = parser.parse_intermixed_args(argv)
+    if plan is not None and arguments.plan:
+        step = plan
     try:
-        experiment = read_experiment(arguments.config, arguments.overrides)
+        experiment = _placed(read_experiment(arguments.config, arguments.overrides))
     except BadInput as error:
         return _say(2, error)
     log = _start_log(experiment)
     try:
-        steps = importlib.import_module("ray_explain.distributed.pipeline")
-        with steps.Session(steps.Plan(experiment)) as session:
-            getattr(steps, step)(session)
-    except KeyboardInterrupt:
+        with _stopping_on_sigterm():
+            steps = importlib.import_module("ray_explain.distributed.pipeline")
+            with steps.Session(steps.Plan(experiment)) as session:
+                getattr(steps, step)(session)
+    except KeyboardInterrupt as stop:
         print("\nstopped; start it again and it goes on with what was finished", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:  # the last place where an error can become a sentence
         logger.error("%s", "".join(traceback.format_exception(error)))
         return _say(2 if _caused_by(error, BadInput) else 1, error, log)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: our Ray goes down with us, and what is half made has no manifest."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # there Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _placed(experiment: Experiment) -> Experiment:
+    """In a submitted job, storage given as a relative path lies below the home of the user who runs the cluster: Ray
+    unpacks the code into a folder that it throws away.
+    """
+    is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for the processes of `ray job submit`
+    given = Path(experiment.storage.removeprefix("file://")).expanduser()
+    if not is_submitted or storage.is_remote(experiment.storage) or given.is_absolute():
+        return experiment
+    place = Path.home() / "ray_explain" / given
+    print(f"storage: {place} (`storage` is a relative path, and a submitted job runs in a folder that is thrown away)")
+    return experiment.model_copy(update={"storage": str(place)})
 
 
 def log_folder(experiment: Experiment) -> Path:
@@ -82,11 +128,23 @@ def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
 def _say(code: int, error: BaseException, log: Path | None = None) -> int:
     known = _caused_by(error, BadInput) or _caused_by(error, JobFailed)
     last_line = (str(error).strip().splitlines() or [""])[-1]
-    text = _sentence(error) if known else f"{type(error).__name__}: {last_line}"
+    text = _sentence(error) if known else _way_out(error) or f"{type(error).__name__}: {last_line}"
     print(f"{'bad input' if code == 2 else 'failed'}: {text}", file=sys.stderr)
     if log is not None:
         print(f"(details in {log})", file=sys.stderr)
     return code
+
+
+def _way_out(error: BaseException | None) -> str | None:
+    """What to do about an error of the cluster that has nothing to do with our work."""
+    checks = sys.modules.get("ray_explain.distributed.checks")  # without it there was no cluster
+    while checks is not None and error is not None:
+        for one in (error, getattr(error, "cause", None)):
+            told = None if one is None else checks.way_out(one)
+            if told is not None:
+                return told
+        error = error.__cause__
+    return None
 
 
 def _sentence(error: BaseException | None) -> str:

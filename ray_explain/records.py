@@ -14,6 +14,7 @@ import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
 TASKS = ("patching", "ablation", "features")
+TEXT_ONLY = "text only"  # name, among explainers, of one that was trained without vectors
 
 _CASE = [
     pa.field("case_id", pa.string(), nullable=False),
@@ -60,16 +61,6 @@ ABLATION_EFFECTS = pa.schema(
         pa.field("full_logprob", pa.float32(), nullable=False),  # of full_answer, with the span, in nats
         pa.field("ablated_logprob", pa.float32(), nullable=False),  # of ablated_answer, without the span
         pa.field("kl", pa.float32(), nullable=False),  # from the full to the ablated distribution, in nats
-    ]
-)
-
-EXEMPLARS = pa.schema(
-    [
-        pa.field("case_id", pa.string(), nullable=False),  # of the feature
-        pa.field("kind", pa.string(), nullable=False),  # top | random | near
-        pa.field("rank", pa.int32(), nullable=False),
-        pa.field("tokens", pa.list_(pa.string()), nullable=False),
-        pa.field("activations", pa.list_(pa.float32()), nullable=False),
     ]
 )
 

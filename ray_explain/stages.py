@@ -12,7 +12,7 @@ class Result(NamedTuple):
 
     table: pa.Table  # of the stage's schema_out
     dropped: list[tuple[str, str]]  # (id of the row, reason); a reason is a short fixed phrase, it is counted
-    measured: Mapping[str, Any] = MappingProxyType({})  # for the manifest, of tables that are made in one piece
+    measured: Mapping[str, Any] = MappingProxyType({})  # for the manifest; of stages numbers, which are summed
 
 
 class Stage(Protocol):

@@ -8,7 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -163,6 +163,24 @@ def write_table(table: pa.Table, uri: str, *, row_group_size: int | None = None)
         pq.write_table(table, stream, row_group_size=row_group_size, compression="zstd")
 
 
+@contextmanager
+def table_writer(uri: str, *, row_group_size: int | None = None) -> Iterator[Callable[[pa.Table], None]]:
+    """What writes one table after another, all of the first one's schema, into one Parquet file.
+
+    The file is there, whole, when the block ends well; at least one table has to be written.
+    """
+    with whole_file(uri) as stream, ExitStack() as stack:
+        writer: list[pq.ParquetWriter] = []
+
+        def write(table: pa.Table) -> None:
+            if not writer:
+                schema = table.schema.remove_metadata()
+                writer.append(stack.enter_context(pq.ParquetWriter(stream, schema, compression="zstd")))
+            writer[0].write_table(table.replace_schema_metadata(None), row_group_size=row_group_size)
+
+        yield write
+
+
 @patient
 def read_table(uri: str) -> pa.Table:
     """The rows of the Parquet files right below the directory `uri`, files in the order of their names.
@@ -170,11 +188,17 @@ def read_table(uri: str) -> pa.Table:
     Raises:
         FileNotFoundError: there is none.
     """
+    return pa.concat_tables(read_tables(uri))
+
+
+def read_tables(uri: str) -> Iterator[pa.Table]:
+    """As `read_table`, file by file."""
     names = list_files(uri, ".parquet")
     if not names:
         raise FileNotFoundError(f"no Parquet file in {uri}")
     system, path = filesystem(uri)
-    return pa.concat_tables([pq.read_table(f"{path}/{name}", filesystem=system) for name in names])
+    for name in names:
+        yield pq.read_table(f"{path}/{name}", filesystem=system)
 
 
 def write_json(value: Any, uri: str) -> None:
@@ -197,6 +221,12 @@ def remove(uri: str) -> None:
     system, path = filesystem(uri)
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
+
+
+def remove_file(uri: str) -> None:
+    """Raises: FileNotFoundError: it is not there."""
+    system, path = filesystem(uri)
+    system.delete_file(path)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ LAYERS = {
     "evaluation": TABLES,
     "report": TABLES,
     "distributed": CLUSTER,
+    "ask": JOBS,
     "launch": JOBS,
     "jobs": JOBS,
 }

@@ -1,11 +1,14 @@
 """An experiment is read strictly, and every refusal says the way out."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from ray_explain.config import read_experiment
+from ray_explain.config import Experiment, read_experiment
 from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
 
@@ -127,3 +130,88 @@ def test_a_storage_that_is_no_place_is_refused(config: str, storage: str) -> Non
 def test_names_that_lead_out_of_the_storage_are_refused(config: str, key: str) -> None:
     with pytest.raises(BadInput):
         read_experiment(config, [f"{key}=../../etc"])
+
+
+def features_of(**section: Any) -> Any:
+    return Experiment.model_validate({**EXPERIMENT_OF_FEATURES, "ground_truth": {"features": section}})
+
+
+EXPERIMENT_OF_FEATURES = {
+    "name": "x",
+    "storage": "runs/x",
+    "models": {"m": {"path": "somewhere"}},
+    "targets": ["m"],
+    "explainers": ["m"],
+}
+ASKED = {"kind": "endpoint", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"source": "neurons"}, "describer 'world' describes SAEs that are trained on the world's texts"),
+        ({"sae": {"path": "x"}}, "give another `describer`"),
+        (
+            {"source": "neurons", "sae": {"path": "x"}, "describer": ASKED},
+            "`sae` is for source 'sae', not for 'neurons'",
+        ),
+        ({"source": "activations", "describer": ASKED}, "source 'activations' needs `per_layer`"),
+        ({"describer": {"kind": "neuronpedia", "path": "x"}}, "describer 'neuronpedia' describes published SAEs"),
+        ({"describer": {"kind": "oracle"}}, "oracle"),
+    ],
+)
+def test_sections_of_features_that_do_not_fit_together_are_refused(section: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        features_of(**section)
+
+
+def test_published_presets_are_valid() -> None:
+    for path in (Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"):
+        assert read_experiment(str(path)).tasks
+
+
+def test_a_file_adds_to_its_base_and_replaces_what_it_sets_anew(config: str, tmp_path: Path) -> None:
+    over = tmp_path / "below" / "over.yaml"
+    over.parent.mkdir()
+    over.write_text(
+        yaml.safe_dump({"base": "../small.yaml", "name": "over", "train": {"epochs": 7}, "targets": ["qwen3"]})
+    )
+    found, under = read_experiment(str(over), ["pairings=[]", "train.batch_size=4"]), read_experiment(config)
+    assert (found.name, found.train.epochs, found.train.batch_size, found.targets) == ("over", 7, 4, ["qwen3"])
+    assert found.models == under.models and found.ground_truth == under.ground_truth
+
+
+def test_bases_that_are_missing_or_lead_in_a_circle_are_told(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("base: other.yaml")
+    with pytest.raises(BadInput, match=r"cannot read the config .*other\.yaml"):
+        read_experiment(str(one))
+    other.write_text("base: one.yaml")
+    with pytest.raises(BadInput, match="leads back to it"):
+        read_experiment(str(one))
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "batch_size", "learning_rate"),
+    [("patching", 128, 32, 5e-5), ("ablation", None, 8, 1e-5), ("features", None, 64, 5e-5)],
+)
+@pytest.mark.parametrize("target", ["llama", "qwen"])
+def test_presets_train_as_the_paper_did(
+    name: str, target: str, lora: int | None, batch_size: int, learning_rate: float
+) -> None:
+    """Released configurations: LoRA of rank 128 and alpha 16 for patching alone, constant rates, weight decay .01."""
+    experiment = read_experiment(
+        str(Path(__file__).parent.parent / "jobs" / "configs" / "paper" / f"{name}-{target}.yaml")
+    )
+    train = experiment.train
+    assert experiment.tasks == [name] and experiment.targets[0].startswith(target)
+    assert experiment.targets[0] in experiment.explainers and len(experiment.explainers) == 2
+    assert (train.lora.rank if train.lora else None) == lora and (train.lora is None or train.lora.alpha == 16)
+    assert (train.batch_size, train.learning_rate, train.schedule, train.warmup) == (
+        batch_size,
+        learning_rate,
+        "constant",
+        0,
+    )
+    assert (train.weight_decay, train.clip, train.precision) == (0.01, 1.0, "bfloat16")
+    assert train.injection.model_dump() == {"mode": "replace", "layer": None, "scale": "raw", "projection": "identity"}

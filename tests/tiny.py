@@ -27,7 +27,7 @@ EXPERIMENT: dict[str, Any] = {
         "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
     },
     "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
-    "evaluate": {"max_new_tokens": 8, "resamples": 100},
+    "evaluate": {"max_new_tokens": 8, "resamples": 100, "shots": [2], "selfie": [1, 10]},
     "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
 }
 

@@ -11,6 +11,7 @@ _ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the newer reader makes one block of small inputs, and so of all work
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they would be drawn over ours
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # every report of a checkpoint waits for one
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would take a stop by hand for the end of a sweep
     "OMP_NUM_THREADS": "1",  # several processes of one thread are faster here than one of several
     "TOKENIZERS_PARALLELISM": "false",
     # Small tensors come and go in every step; without these, glibc gives their pages back and takes them again.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import ray
 import ray.data
 
+from ray_explain.distributed.checks import check_address, check_same_code
 from ray_explain.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,12 @@ def cluster(root: str) -> Iterator[None]:
     place beside the workers; the real cores are shared out by `concurrent_trainings` and `actors`.
 
     Raises:
-        BadInput: the cluster has several nodes and the storage is a path of one of them.
+        BadInput: there is no cluster at the address, it runs other code than this process, or it has several nodes
+            and the storage is a path of one of them.
     """
     ours = not ray.is_initialized()
     if ours and os.environ.get("RAY_ADDRESS"):
+        check_address(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False, configure_logging=False)
     elif ours:
         ray.init(
@@ -38,6 +41,7 @@ def cluster(root: str) -> Iterator[None]:
         )
     try:
         _check_storage(root)
+        check_same_code()
         _log_what_ray_prints()
         _quiet_data()
         yield

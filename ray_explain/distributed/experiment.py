@@ -2,9 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import Task
-from ray_explain.distributed.plan import Plan, Run
+from ray_explain.distributed.feature_plan import describes
+from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.baselines import baselines
 from ray_explain.evaluation.comparisons import comparisons
 from ray_explain.evaluation.controls import under_control
-from ray_explain.evaluation.grading import grade
+from ray_explain.evaluation.grading import best_of, grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
@@ -33,12 +35,14 @@ from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
+from ray_explain.questions.prompting import BEST_SELFIE, prompted, selfie_label
 from ray_explain.stages import Result
 from ray_explain.world.corpus import replay_texts
 from ray_explain.world.facts import World
 
 ROWS_PER_GROUP = 256  # of the Parquet files that actors read slices of
 TABLE = "table.parquet"
+CONTROL = pa.field("control", pa.string(), nullable=False)  # column of the questions that are asked
 
 
 @dataclass
@@ -51,18 +55,29 @@ class Session:
     _started: bool = False
 
     def __enter__(self) -> "Session":
+        if storage.is_remote(self.plan.root):
+            from ray_explain.distributed.checks import check_storage
+
+            check_storage(self.plan.root)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def start_ray(self) -> None:
-        """Ray is running afterwards."""
-        from ray_explain.distributed.cluster import cluster  # takes a second that a finished experiment can save
+        """Ray is running afterwards.
+
+        Raises:
+            BadInput: the cluster is not there, or cannot be used for this experiment.
+        """
+        # These take a second that a finished experiment can save.
+        from ray_explain.distributed.checks import check_gpus
+        from ray_explain.distributed.cluster import cluster
 
         if not self._started:
-            self._started = True
             self._stack.enter_context(cluster(self.plan.experiment.storage))
+            check_gpus(self.plan.experiment.cluster)
+            self._started = True
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -76,21 +91,33 @@ class Session:
         """The rows of a finished table."""
         return storage.read_table(self.plan.path(artifact))
 
+    def parts(self, artifact: Artifact) -> Iterator[pa.Table]:
+        """The rows of a finished table, file by file."""
+        return storage.read_tables(self.plan.path(artifact))
+
     def make_table(self, artifact: Artifact, make: Callable[[], pa.Table | Result]) -> None:
         """A table that is made on the driver, unless it is there."""
+
+        def parts() -> Iterator[Result]:
+            made = make()
+            yield made if isinstance(made, Result) else Result(made, [])
+
+        self.make_parts(artifact, parts)
+
+    def make_parts(self, artifact: Artifact, parts: Callable[[], Iterator[Result]]) -> None:
+        """As `make_table`, part by part; there is at least one."""
         if not self.missing([artifact]):
             return
-        started, made = time.monotonic(), make()
-        made = made if isinstance(made, Result) else Result(made, [])
-        storage.write_table(made.table, f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP)
-        finish(
-            artifact,
-            self.plan.root,
-            rows=made.table.num_rows,
-            dropped=Counter(reason for _, reason in made.dropped),
-            seconds=time.monotonic() - started,
-            measured=made.measured,
-        )
+        started, rows, reasons = time.monotonic(), 0, Counter[str]()
+        measured: dict[str, Any] = {}
+        with storage.table_writer(f"{self.plan.path(artifact)}/{TABLE}", row_group_size=ROWS_PER_GROUP) as write:
+            for made in parts():
+                write(made.table)
+                rows += made.table.num_rows
+                reasons.update(reason for _, reason in made.dropped)
+                measured |= made.measured
+        seconds = time.monotonic() - started
+        finish(artifact, self.plan.root, rows=rows, dropped=reasons, seconds=seconds, measured=measured)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -125,7 +152,7 @@ def n_layers(plan: Plan, name: str) -> int:
         BadInput: there is no model.
     """
     pretrain = plan.experiment.models[name].pretrain
-    return pretrain.n_layers if pretrain else _text_config(plan, name).num_hidden_layers
+    return pretrain.n_layers if pretrain else model_config(plan, name).get_text_config().num_hidden_layers
 
 
 def d_model(plan: Plan, name: str) -> int:
@@ -135,18 +162,22 @@ def d_model(plan: Plan, name: str) -> int:
         BadInput: there is no model.
     """
     pretrain = plan.experiment.models[name].pretrain
-    return pretrain.d_model if pretrain else _text_config(plan, name).hidden_size
+    return pretrain.d_model if pretrain else model_config(plan, name).get_text_config().hidden_size
 
 
-def _text_config(plan: Plan, name: str) -> Any:
+def model_config(plan: Plan, name: str) -> Any:
+    """The transformers config of a model that lies elsewhere, or of a small target that is there already.
+
+    Raises:
+        BadInput: there is no model.
+    """
     place = plan.model_place(name)
     folder = Path(place["model"])
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
     try:
         with storage.local_folder(place["model"], weights=False) as local:
-            found = AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
-        return found.get_text_config()
+            return AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
@@ -171,6 +202,11 @@ def make_ground_truth(session: Session) -> None:
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
+    if describes(plan.experiment.ground_truth.features):
+        from ray_explain.distributed.features import make_features
+
+        make_features(session, {target: _feature_layers(plan, target) for target in plan.experiment.targets})
+        measured = [(target, task) for target, task in measured if task != "features"]
     if session.missing([plan.effects(task, target) for target, task in measured]):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -178,6 +214,8 @@ def make_ground_truth(session: Session) -> None:
         session.start_ray()
         run_stages([_stage_job(plan, task, target) for target, task in measured], plan.root, plan.experiment.cluster)
     for target, task in plan.target_tasks():
+        if task == "features" and plan.groups_features == "feature":
+            _stream_questions(session, target)
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
 
 
@@ -222,12 +260,16 @@ def _released(plan: Plan, task: Task, target: str) -> Result:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
+def _feature_layers(plan: Plan, target: str) -> list[int]:
+    layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
+    return list(range(n_layers(plan, target))) if layers == "all" else layers
+
+
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
     """Raises: BadInput: the file of the cases cannot be read, or they do not fit the model or the world."""
     try:
         if task == "features":
-            layers = plan.experiment.ground_truth.features.layers  # type: ignore[union-attr]
-            return layers_table(range(n_layers(plan, target)) if layers == "all" else layers)
+            return layers_table(_feature_layers(plan, target))
         made = _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
@@ -278,7 +320,7 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
     if task == "features":
         section = plan.experiment.ground_truth.features
         assert section is not None
-        config |= section.model_dump(exclude={"layers"}) | {
+        config |= section.model_dump(include={"d_sae", "k", "steps", "documents", "min_correlation"}) | {
             "seed": plan.experiment.seed,
             "world": plan.experiment.world.model_dump(),
         }
@@ -315,12 +357,36 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     return made._replace(measured=counts)
 
 
+def _stream_questions(session: Session, target: str) -> None:
+    """Questions about features part by part, so that no more than a part of all vectors is in memory.
+
+    Raises:
+        BadInput: as `_questions`.
+    """
+    plan, splits = session.plan, set[str]()
+    wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
+
+    def parts() -> Iterator[Result]:
+        dropped = []
+        for effects in session.parts(plan.effects("features", target)):
+            made = features_questions(*split_features(effects), wording=wording, seed=seed)
+            splits.update(made.table.column("split").to_pylist())
+            dropped += made.dropped
+            yield made
+        _check_found(plan, f"features of {target}", splits, dropped)
+
+    session.make_parts(plan.questions("features", target), parts)
+
+
 def _check_splits(plan: Plan, what: str, made: Result) -> None:
     """Raises: BadInput: the training split or the one to be evaluated is empty."""
-    splits = set(made.table.column("split").to_pylist())
+    _check_found(plan, what, set(made.table.column("split").to_pylist()), made.dropped)
+
+
+def _check_found(plan: Plan, what: str, splits: set[str], dropped: Sequence[tuple[str, str]]) -> None:
     for split in ("train", plan.experiment.evaluate.split):
         if split not in splits:
-            reasons = Counter(reason for _, reason in made.dropped).most_common(3)
+            reasons = Counter(reason for _, reason in dropped).most_common(3)
             why = f" ({', '.join(f'{count} dropped: {reason}' for reason, count in reasons)})" if reasons else ""
             raise BadInput(f"{what}: split {split!r} is empty{why}; give more cases, or lines with this `split`")
 
@@ -346,10 +412,34 @@ def train_explainers(session: Session) -> None:
 
         session.say(f"Explainers: training {len(missing)}")
         session.start_ray()
-        train_all([_train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
+        align(session, missing)
+        train_all([train_run(session, run) for run in missing], plan.root, plan.experiment.cluster)
 
 
-def _train_run(session: Session, run: Run) -> Any:
+def align(session: Session, runs: Sequence[Run]) -> None:
+    """The maps that ridge projections of these runs start from; Ray must be running."""
+    from ray_explain.distributed.alignment import AlignmentJob, align_all
+
+    plan = session.plan
+    jobs = [
+        AlignmentJob(
+            artifact=artifact,
+            target=plan.model_place(run.target),
+            explainer=plan.model_place(run.explainer),
+            questions=tuple(plan.path(plan.questions(task, run.target)) for task in run.tasks),
+        )
+        for run in runs
+        if (artifact := plan.alignment(run)) is not None
+    ]
+    align_all(jobs, plan.root, gpus=plan.experiment.cluster.gpus_per_actor)
+
+
+def train_run(session: Session, run: Run) -> Any:
+    """What the workers of a run are given; its questions must be there.
+
+    Raises:
+        BadInput: texts are to be replayed, but the model has not read the world's.
+    """
     from ray_explain.distributed.train import TrainRun
 
     plan = session.plan
@@ -369,7 +459,9 @@ def _train_run(session: Session, run: Run) -> Any:
         train=train,
         seed=run.seed,
         wording=plan.experiment.ground_truth.wording,
+        text_only=run.text_only,
         fraction=run.fraction,
+        alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
 
 
@@ -380,59 +472,70 @@ def evaluate(session: Session) -> None:
     """Every explainer's answers to the held-out questions, and all scores."""
     plan = session.plan
     train_explainers(session)
-    for asked in dict.fromkeys(answers.parents[-1] for answers in plan.scores().parents):
-        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
+    make_asked(session)
     answers = plan.scores().parents
     if session.missing(answers):
         from ray_explain.distributed.run_stages import run_stages
 
         session.say("Evaluation: asking the explainers")
         session.start_ray()
-        run_stages(_answer_jobs(plan), plan.root, plan.experiment.cluster)
+        run_stages(answer_jobs(plan), plan.root, plan.experiment.cluster)
     if session.missing([plan.scores()]):
         session.say("Evaluation: scoring the answers")
         _make_scores(session)
 
 
+def make_asked(session: Session) -> None:
+    """The questions that are asked for the scores; those of the experiment must be there."""
+    for asked in dict.fromkeys(answers.parents[-1] for answers in session.plan.scores().parents):
+        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
+
+
 def _asked(session: Session, asked: Artifact) -> pa.Table:
-    """The questions of the split, once for each control."""
-    questions = session.table(asked.parents[0])
-    questions = questions.filter(pc.equal(questions.column("split"), asked.config["split"]))
+    """The questions of the split, once for each control, or with answered examples before them."""
+    every = session.table(asked.parents[0])
+    questions = every.filter(pc.equal(every.column("split"), asked.config["split"]))
+    if "shots" in asked.config:
+        training = every.filter(pc.equal(every.column("split"), "train"))
+        made = prompted(questions, training, shots=asked.config["shots"], seed=asked.config["seed"])
+        return made.append_column(CONTROL, pa.array(["none"] * made.num_rows))
     return pa.concat_tables(
         under_control(questions, control, asked.config["seed"]).append_column(
-            pa.field("control", pa.string(), nullable=False), pa.array([control] * questions.num_rows)
+            CONTROL, pa.array([control] * questions.num_rows)
         )
         for control in ["none", *asked.config["controls"]]
     )
 
 
-def _answer_jobs(plan: Plan) -> list[Any]:
+def answer_jobs(plan: Plan) -> list[Any]:
+    """A stage for each of the answers that the scores are made from."""
     from ray_explain.distributed.run_stages import StageJob
-    from ray_explain.evaluation.answering import AnswerStage
+    from ray_explain.evaluation.answering import AnswerStage, SelfieStage
 
-    evaluate = plan.experiment.evaluate
-    common = {
-        "max_new_tokens": evaluate.max_new_tokens,
-        "batch_size": evaluate.batch_size,
-        "max_tokens": plan.experiment.train.max_tokens,
-    }
-    jobs = []
+    evaluate, longest = plan.experiment.evaluate, plan.experiment.train.max_tokens
+    common = {"max_new_tokens": evaluate.max_new_tokens, "batch_size": evaluate.batch_size, "max_tokens": longest}
+    injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
+    jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
     for run in plan.runs():
-        for task in run.tasks:
-            own: dict[str, Any] = {"explainer": run.explainer, "folder": plan.path(plan.explainer(run))}
-            jobs.append((run.target, own, plan.answers(run, task)))
-    for target, task in plan.target_tasks() if evaluate.untrained else []:
-        injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
-        own = {"explainer": "untrained", **plan.model_place(target), "injection": injection}
-        jobs.append((target, own, plan.untrained_answers(target, task)))
+        own: dict[str, Any] = {"explainer": run.speaker, "folder": plan.path(plan.explainer(run))}
+        own |= {"text_only": True} if run.text_only else {}
+        jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]
+    for one in plan.untrained():
+        own = {"explainer": one.way, **plan.model_place(one.target), "injection": injection}
+        own |= {"max_tokens": longest * (one.shots + 1)} if one.shots else {}
+        if one.way == SELFIE:
+            own |= {"scales": evaluate.selfie, "brief": plan.experiment.ground_truth.wording == "brief"}
+        stage = SelfieStage if one.way == SELFIE else AnswerStage
+        jobs.append((stage, one.target, own, plan.untrained_answers(one)))
     return [
         StageJob(
-            stage=AnswerStage,
+            stage=stage,
             config=common | own | {"d_target": d_model(plan, target)},
             source=plan.path(answers.parents[-1]),
             artifact=answers,
+            expands=stage is SelfieStage,
         )
-        for target, own, answers in jobs
+        for stage, target, own, answers in jobs
     ]
 
 
@@ -444,7 +547,7 @@ def _make_scores(session: Session) -> None:
     tables = {
         "graded": graded,
         "scores": scores(graded, seed=seed, resamples=evaluate.resamples),
-        "comparisons": comparisons(graded, seed=seed, resamples=evaluate.resamples),
+        "comparisons": comparisons(graded, trained=plan.experiment.explainers, seed=seed, resamples=evaluate.resamples),
     }
     for name, table in tables.items():
         storage.write_table(table, f"{folder}/{name}/{TABLE}")
@@ -458,8 +561,8 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
     runs = [run for run in plan.runs() if _about(run, target, task)]
     given = [(run.seed, run.fraction, session.table(plan.answers(run, task))) for run in runs]
-    if plan.experiment.evaluate.untrained:
-        given.append((0, 0.0, session.table(plan.untrained_answers(target, task))))
+    asked = [one for one in plan.untrained() if (one.target, one.task) == (target, task)]
+    given += [(0, 0.0, session.table(plan.untrained_answers(one))) for one in asked]
     for fraction in plan.experiment.fractions:
         known = training_rows(questions, fraction)
         given += [(0, fraction, answers) for answers in baselines(known, held_out)]
@@ -467,10 +570,42 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     for seed, fraction, answers in given:
         alike.setdefault((seed, fraction), []).append(answers)
     descriptions = _descriptions(session, target, held_out) if task == "features" else None
-    return pa.concat_tables(
-        grade(held_out, pa.concat_tables(answers), descriptions, target=target, seed=seed, fraction=fraction)
-        for (seed, fraction), answers in alike.items()
-    )
+    marks = _marks(session) if task == "features" else []
+    parts = []
+    for (seed, fraction), tables in alike.items():
+        said = pa.concat_tables(tables)
+        part = grade(held_out, said, descriptions, target=target, seed=seed, fraction=fraction)
+        for mark in marks:
+            part = mark(part, held_out, said)
+        parts.append(part)
+    graded = pa.concat_tables(parts)
+    if task != "features" or not plan.experiment.evaluate.selfie:
+        return graded
+    scales = [selfie_label(scale) for scale in plan.experiment.evaluate.selfie]
+    return pa.concat_tables([graded, best_of(graded, scales, BEST_SELFIE)])
+
+
+def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa.Table]]:
+    """What marks descriptions beside exact match, as far as the experiment asks for it: of graded answers, questions
+    and answers each makes graded answers."""
+    evaluate, found = session.plan.experiment.evaluate, list[Callable[[pa.Table, pa.Table, pa.Table], pa.Table]]()
+    if evaluate.embedding is not None:
+        from ray_explain.evaluation.embeddings import compared, sentence_encoder
+
+        found.append(partial(compared, encoder=sentence_encoder(evaluate.embedding)))
+    if (asked := evaluate.judge) is not None:
+        from ray_explain.endpoints import Chat, Endpoint
+        from ray_explain.evaluation.judges import Judge, judged
+
+        endpoint = Endpoint(
+            model=asked.model,
+            cache=f"{session.plan.root}/judge",
+            address=asked.url,
+            key_variable=asked.key_variable,
+            threads=asked.threads,
+        )
+        found.append(partial(judged, judge=Judge(Chat(endpoint))))
+    return found
 
 
 def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Table:
@@ -481,4 +616,4 @@ def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Tabl
 
 
 def _about(run: Run, target: str, task: Task) -> bool:
-    return run.target == target and task in run.tasks
+    return run.target == target and task in run.asked

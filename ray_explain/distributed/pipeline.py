@@ -23,6 +23,9 @@ from ray_explain.distributed.experiment import (
     train_explainers,
 )
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.power import say_power
+from ray_explain.distributed.training_plan import plan_training
+from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
 from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.page import write_report
@@ -35,7 +38,10 @@ __all__ = [
     "make_ground_truth",
     "make_models",
     "make_report",
+    "plan_training",
     "run_pipeline",
+    "run_sweep",
+    "say_power",
     "train_explainers",
 ]
 
@@ -47,6 +53,13 @@ def run_pipeline(session: Session) -> None:
     started = time.monotonic()
     report = make_report(session)
     _say_summary(session, time.monotonic() - started, report)
+
+
+def run_sweep(session: Session) -> None:
+    """All trials of the experiment, then the report of those that did best."""
+    from ray_explain.distributed.sweep import sweep  # Ray Tune takes a second to import
+
+    sweep(session)
 
 
 def make_report(session: Session) -> str:
@@ -79,8 +92,8 @@ def _report_data(session: Session) -> ReportData:
         storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
     )
     explainers, largest = plan.experiment.explainers, max(plan.experiment.fractions)
+    several = plan.is_whole and len(set(explainers) & set(plan.experiment.targets)) > 1
     whole = graded.filter(pc.equal(graded["fraction"], largest))
-    several = len(set(explainers) & set(plan.experiment.targets)) > 1
     seed, resamples = plan.experiment.seed, plan.experiment.evaluate.resamples
     manifests = _manifests(plan)
     return ReportData(
@@ -90,6 +103,7 @@ def _report_data(session: Session) -> ReportData:
         explainers={name: name for name in explainers},
         examples=list(_examples(session, whole)),
         advantages=self_advantage(whole, seed=seed, resamples=resamples) if several else [],
+        calibrations=calibrations(whole, explainers, seed=seed, resamples=resamples),
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={
@@ -146,7 +160,7 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
         for run in plan.runs():
             shown = (target, plan.experiment.seeds[0], max(plan.experiment.fractions))
-            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks:
+            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks or run.text_only:
                 continue
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():

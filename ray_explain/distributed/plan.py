@@ -1,20 +1,24 @@
 """Which artifacts an experiment consists of, and what each is made from: known before anything is made."""
 
 import hashlib
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import Experiment, ModelConfig, Task, TrainConfig
+from ray_explain.distributed.feature_plan import FeaturePlan, describes, edges
 from ray_explain.errors import BadInput
+from ray_explain.questions.prompting import shots_label
+from ray_explain.records import TEXT_ONLY
 from ray_explain.world import RECIPE
 
 # Fields of the training section that change how the work is done, not what comes out.
-_HOW_NOT_WHAT = {"checkpoint_every", "max_failures", "mixtures"}
-_EDGE_BYTES = 2**16
+_HOW_NOT_WHAT = {"checkpoint_every", "keep_checkpoints", "max_failures", "mixtures", "text_only", "trackers"}
+WITHOUT_VECTORS: tuple[Task, ...] = ("ablation",)
+SELFIE = "SelfIE"
+_OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correlation"}
 
 
 class Run(NamedTuple):
@@ -25,20 +29,46 @@ class Run(NamedTuple):
     tasks: tuple[Task, ...]
     seed: int
     fraction: float = 1.0  # of the training questions
+    text_only: bool = False  # trained and asked without vectors
 
     @property
     def name(self) -> str:
         """For people and paths: "qwen3-of-llama-patching-s0", "qwen3-of-llama-patching-s0-f0.25"."""
         share = "" if self.fraction == 1 else f"-f{self.fraction:g}"
-        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}{share}"
+        kind = "-text" if self.text_only else ""
+        return f"{self.explainer}-of-{self.target}-{'+'.join(self.tasks)}-s{self.seed}{share}{kind}"
+
+    @property
+    def asked(self) -> tuple[Task, ...]:
+        """The tasks whose questions it is asked: without vectors, only those that have some."""
+        return tuple(task for task in self.tasks if not (self.text_only and task in WITHOUT_VECTORS))
+
+    @property
+    def speaker(self) -> str:
+        """Its name in tables of answers."""
+        return TEXT_ONLY if self.text_only else self.explainer
+
+
+class Lookup(NamedTuple):
+    """A target asked without any training, in one of the ways of `Plan.untrained`."""
+
+    way: str  # "untrained", "zero-shot", "4-shot", "SelfIE"
+    shots: int | None
+    target: str
+    task: Task
 
 
 class Plan:
-    """The artifacts of an experiment below its storage root."""
+    """The artifacts of an experiment below its storage root, but those `without` some of its runs."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, *, without: Collection[Run] = ()) -> None:
+        self.experiment, self._without = experiment, without
         self.root = storage.absolute(experiment.storage)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all runs of the experiment are in it."""
+        return not self._without
 
     def path(self, artifact: Artifact) -> str:
         """Where an artifact lies."""
@@ -70,7 +100,12 @@ class Plan:
     def cases(self, task: Task, target: str) -> Artifact:
         """What will be tried on the target; for features, the layers whose features are looked for."""
         section = getattr(self.experiment.ground_truth, task)
-        config = section.model_dump(mode="json", exclude={"balance"}) | {
+        if task == "features" and describes(section):
+            return Artifact(
+                kind="features_cases", label=target, config={"layers": section.layers}, parents=(self.model(target),)
+            )
+        settings = _OF_WORLD_FEATURES if task == "features" else None
+        config = section.model_dump(mode="json", include=settings, exclude={"balance"}) | {
             "seed": self.experiment.seed,
             "world": self.experiment.world.model_dump(),
             "content": self._content(task, target) if getattr(section, "path", None) else None,
@@ -89,16 +124,27 @@ class Plan:
 
     def effects(self, task: Task, target: str) -> Artifact:
         """What the target really did."""
+        if task == "features" and describes(self.experiment.ground_truth.features):
+            return FeaturePlan(self, target).effects()
         return Artifact(kind=f"{task}_effects", label=target, config={}, parents=(self.cases(task, target),))
 
     def questions(self, task: Task, target: str) -> Artifact:
         """What explainers are asked about it."""
-        config = {
+        config: dict[str, Any] = {
             "wording": self.experiment.ground_truth.wording,
             "seed": self.experiment.seed,
             "balance": getattr(getattr(self.experiment.ground_truth, task), "balance", []),
         }
+        if task == "features" and self.groups_features == "feature":
+            config["group"] = "feature"
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=(self.effects(task, target),))
+
+    @property
+    def groups_features(self) -> Literal["direction", "feature"]:
+        """What splits keep together. Whole activations all point much the same way: their groups stay their texts."""
+        section = self.experiment.ground_truth.features
+        assert section is not None
+        return "feature" if section.source in ("activations", "differences") else section.group
 
     # -- explainers ---------------------------------------------------------------------------------------------------
 
@@ -115,15 +161,31 @@ class Plan:
             for mixture in mixtures
             if mixture
         ]
-        return sorted(runs, key=lambda run: run.explainer != run.target)
+        if self.experiment.train.text_only:
+            whole = max(self.experiment.fractions)
+            own = (run for run in runs if run.explainer == run.target and run.fraction == whole)
+            runs += [run._replace(text_only=True) for run in own if set(run.tasks) - set(WITHOUT_VECTORS)]
+        runs = [run for run in runs if run not in self._without]
+        return sorted(runs, key=lambda run: (run.text_only, run.explainer != run.target))
 
     def train_config(self, run: Run) -> TrainConfig:
         """How this explainer is trained."""
         return self.experiment.train_config(run.explainer, run.target)
 
+    def alignment(self, run: Run) -> Artifact | None:
+        """The maps that the explainer's ridge projection starts from; None for other projections, and where there is no
+        vector to project."""
+        if self.train_config(run).injection.projection != "ridge" or run.tasks == ("ablation",):
+            return None
+        parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
+        label = f"{run.explainer}-of-{run.target}-{'+'.join(run.tasks)}"
+        return Artifact(kind="alignments", label=label, config={"method": "ridge"}, parents=parents)
+
     def explainer(self, run: Run) -> Artifact:
         """The trained explainer of a run."""
         config = self.train_config(run).model_dump(mode="json", exclude=_HOW_NOT_WHAT) | {"seed": run.seed}
+        if run.text_only:
+            config["text_only"] = True
         if run.fraction < 1:
             config["fraction"] = run.fraction
         parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
@@ -142,29 +204,51 @@ class Plan:
     def answers(self, run: Run, task: Task) -> Artifact:
         """What the explainer of a run answers to the questions of one of its tasks."""
         config = {"max_new_tokens": self.experiment.evaluate.max_new_tokens}
-        parents = (self.explainer(run), self.asked(task, run.target, controls=True))
+        parents = (self.explainer(run), self.asked(task, run.target, controls=not run.text_only))
         return Artifact(kind=f"{task}_answers", label=run.name, config=config, parents=parents)
 
-    def untrained_answers(self, target: str, task: Task) -> Artifact:
+    def untrained(self) -> list[Lookup]:
+        """The ways in which targets are asked without any training."""
+        evaluate, found = self.experiment.evaluate, list[Lookup]()
+        for target, task in self.target_tasks():
+            if evaluate.untrained:
+                found.append(Lookup("untrained", None, target, task))
+            found += [Lookup(shots_label(shots), shots, target, task) for shots in evaluate.shots]
+            if evaluate.selfie and task == "features":
+                found.append(Lookup(SELFIE, None, target, task))
+        return found
+
+    def prompted(self, one: Lookup) -> Artifact:
+        """What an untrained model is asked: the held-out questions, with examples where there are to be some."""
+        evaluate, questions = self.experiment.evaluate, self.questions(one.task, one.target)
+        if one.shots is None:
+            return self.asked(one.task, one.target, controls=False)
+        config = {"split": evaluate.split, "shots": one.shots, "seed": self.experiment.seed}
+        return Artifact(kind=f"{one.task}_prompted", label=one.target, config=config, parents=(questions,))
+
+    def untrained_answers(self, one: Lookup) -> Artifact:
         """What the target itself answers without any training."""
-        config = {
-            "max_new_tokens": self.experiment.evaluate.max_new_tokens,
-            "injection": self.experiment.train.injection.model_dump(mode="json"),
-        }
-        parents = (self.model(target), self.asked(task, target, controls=False))
-        return Artifact(kind=f"{task}_answers", label=f"untrained-{target}", config=config, parents=parents)
+        sizes = {"max_new_tokens": self.experiment.evaluate.max_new_tokens}
+        injection = {"injection": self.experiment.train.injection.model_dump(mode="json")}
+        config: dict[str, Any] = sizes | injection
+        if one.way == SELFIE:
+            config = {"way": SELFIE, "scales": self.experiment.evaluate.selfie}
+        parents = (self.model(one.target), self.prompted(one))
+        return Artifact(kind=f"{one.task}_answers", label=f"{one.way}-{one.target}", config=config, parents=parents)
 
     def scores(self) -> Artifact:
         """All scores and comparisons."""
         evaluate = self.experiment.evaluate
-        answers = [self.answers(run, task) for run in self.runs() for task in run.tasks]
-        if evaluate.untrained:
-            answers += [self.untrained_answers(target, task) for target, task in self.target_tasks()]
+        answers = [self.answers(run, task) for run in self.runs() for task in run.asked]
+        answers += [self.untrained_answers(one) for one in self.untrained()]
         config = {
             "resamples": evaluate.resamples,
             "seed": self.experiment.seed,
             "fractions": sorted(self.experiment.fractions),
         }
+        if "features" in self.experiment.tasks:
+            judge = {"judge": evaluate.judge.model_dump(include={"url", "model"})} if evaluate.judge else {}
+            config |= judge | ({"embedding": evaluate.embedding} if evaluate.embedding else {})
         return Artifact(kind="scores", label=self.experiment.name, config=config, parents=tuple(answers))
 
     def target_tasks(self) -> list[tuple[str, Task]]:
@@ -182,17 +266,7 @@ def _files_of(folder: str, pattern: str) -> dict[str, str]:
     """A digest of each file; none where there is no folder."""
     root = Path(folder)
     files = sorted(path for path in root.glob(pattern) if path.is_file()) if root.is_dir() else []
-    return {str(path.relative_to(root)): _edges(str(path), path.stat().st_size) for path in files}
-
-
-@cache
-def _edges(path: str, size: int) -> str:
-    """A digest of a file's size, first and last 64 KiB: whole weights of large models would take minutes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(str(size).encode() + file.read(_EDGE_BYTES))
-        file.seek(max(0, size - _EDGE_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+    return {str(path.relative_to(root)): edges(path) for path in files}
 
 
 def _digest(path: str) -> str:

@@ -27,7 +27,9 @@ from ray_explain.records import conform
 from ray_explain.stages import Stage
 
 _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
+_MEASURED = b"measured"  # and another: JSON object of numbers
 _EXAMPLES_SHOWN = 3
+_ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +54,26 @@ class _Worker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch is one slice: columns job, start, stop; comes back with the seconds it took."""
         started = time.monotonic()
-        self._make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+        self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
         return batch | {"seconds": np.array([time.monotonic() - started])}
 
-    def _make(self, number: int, start: int, stop: int) -> None:
+    def make(self, number: int, start: int, stop: int) -> None:
+        """Rows `start` to `stop` of the job with this number, as one file."""
         job = self._jobs[number]
         if self._stage is None or self._stage[0] != number:
             self._stage = None  # the old model goes before the new one comes
             self._stage = (number, job.stage(job.config))
         stage = self._stage[1]
         cases = _rows(job.source, start, stop)
-        table, dropped, _ = stage(conform(cases, stage.schema_in))
+        table, dropped, measured = stage(conform(cases, stage.schema_in))
         if not job.expands and table.num_rows + len(dropped) != cases.num_rows:
             raise JobFailed(
                 f"{job.artifact.kind}: {cases.num_rows} cases gave {table.num_rows} rows and {len(dropped)} dropped"
             )
-        made = conform(table, stage.schema_out).replace_schema_metadata({_DROPPED: json.dumps(dropped).encode()})
-        storage.write_table(made, f"{job.artifact.path(self._root)}/{_part_name(start, stop)}")
+        notes = {_DROPPED: json.dumps(dropped).encode(), _MEASURED: json.dumps(dict(measured)).encode()}
+        made = conform(table, stage.schema_out).replace_schema_metadata(notes)
+        part = f"{job.artifact.path(self._root)}/{_part_name(start, stop)}"
+        storage.write_table(made, part, row_group_size=_ROWS_PER_GROUP)
 
 
 def _part_name(start: int, stop: int) -> str:
@@ -128,10 +133,7 @@ def _run_slices(
     done, seconds = Counter[int](), defaultdict[int, float](float)
     todo = []
     for number, (job, size) in enumerate(zip(jobs, sizes)):
-        parts = set(storage.list_files(job.artifact.path(root), ".parquet"))
-        step = job.rows_per_slice or pool.rows_per_slice
-        slices = [(start, min(start + step, size)) for start in range(0, size, step)]
-        missing = [(start, stop) for start, stop in slices if _part_name(start, stop) not in parts]
+        missing = _missing_slices(job, size, root, pool)
         todo += [{"job": number, "start": start, "stop": stop} for start, stop in missing]
         done[number] = size - sum(stop - start for start, stop in missing)
     tellers = [Teller(board, f"{job.artifact.kind} {job.artifact.label}") for job in jobs]
@@ -143,6 +145,29 @@ def _run_slices(
         seconds[number] += float(batch["seconds"][0])
         tellers[number](done[number], sizes[number])
     return seconds
+
+
+def _missing_slices(job: StageJob, size: int, root: str, pool: ClusterConfig) -> list[tuple[int, int]]:
+    """(start, stop) of the slices that have no part yet."""
+    parts = set(storage.list_files(job.artifact.path(root), ".parquet"))
+    step = job.rows_per_slice or pool.rows_per_slice
+    slices = [(start, min(start + step, size)) for start in range(0, size, step)]
+    return [(start, stop) for start, stop in slices if _part_name(start, stop) not in parts]
+
+
+def make_here(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> None:
+    """As `run_stages`, but all in this process, for one that holds its share of the cluster already.
+
+    Raises:
+        JobFailed: a stage dropped more than `pool.max_dropped` of its cases.
+    """
+    worker = _Worker(jobs, root)
+    for number, job in enumerate(jobs):
+        if finished(job.artifact, root) is None:
+            started, size = time.monotonic(), count_rows(job.source)
+            for start, stop in _missing_slices(job, size, root, pool):
+                worker.make(number, start, stop)
+            _finish(job, size, root, pool.max_dropped, time.monotonic() - started)
 
 
 def _slices_made(
@@ -180,6 +205,17 @@ def dropped_rows(folder: str) -> list[tuple[str, str]]:
     return found
 
 
+def _numbers(folder: str) -> dict[str, float]:
+    """Sums over the parts of an artifact of what its stage counted, such as calls and cost."""
+    system, path = storage.filesystem(folder)
+    sums = defaultdict[str, float](float)
+    for name in storage.list_files(folder, ".parquet"):
+        metadata = pq.read_schema(f"{path}/{name}", filesystem=system).metadata or {}
+        for what, number in json.loads(metadata.get(_MEASURED, b"{}")).items():
+            sums[what] += number
+    return dict(sums)
+
+
 def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
     folder = job.artifact.path(root)
     dropped = dropped_rows(folder)
@@ -190,4 +226,5 @@ def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: fl
             f"`cluster.max_dropped` = {max_dropped}; the first: {shown}"
         )
     reasons = Counter(reason for _, reason in dropped)
-    finish(job.artifact, root, rows=count_rows(folder), dropped=reasons, seconds=seconds)
+    rows, numbers = count_rows(folder), _numbers(folder)
+    finish(job.artifact, root, rows=rows, dropped=reasons, seconds=seconds, measured=numbers)

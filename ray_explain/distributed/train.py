@@ -12,10 +12,13 @@ import ray.train.torch
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import ClusterConfig, TrainConfig
+from ray_explain.distributed.capacity import check_capacity
 from ray_explain.distributed.progress import watching
+from ray_explain.distributed.trackers import check_installed
 from ray_explain.errors import JobFailed
 
 logger = logging.getLogger(__name__)
+STOPPED = "stopped.json"  # in a run's folder: why its workers gave it up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class TrainRun:
     seed: int
     wording: str
     fraction: float = 1.0  # of the training questions
+    text_only: bool = False  # all numbers of the vectors are 0
+    alignment: str | None = None  # folder of the maps that a ridge projection starts from
 
     @property
     def name(self) -> str:
@@ -38,16 +43,26 @@ class TrainRun:
         return f"{self.artifact.label}-{self.artifact.fingerprint[:10]}"
 
 
+def best_folder(run: TrainRun, root: str) -> str:
+    """Where the best explainer so far is kept while a run goes on."""
+    return f"{root}/ray_train/{run.name}-best"
+
+
 def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> None:
     """Train the explainers, `concurrent_trainings` at a time. One that fails does not stop the others.
 
     Raises:
-        JobFailed: some could not be trained; the message says which and why.
+        BadInput: a tracker that is asked for is not installed.
+        JobFailed: the cluster can never have the workers, which is said before any work; or some explainers could not
+            be trained: the message says which and why.
     """
+    for run in runs:
+        check_installed(run.train.trackers)
+        check_capacity(run.train.workers, gpus_per_worker=cluster.gpus_per_worker)
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:
         with watching() as board:
-            ended = list(threads.map(lambda run: _fit(run, root, cluster, board), runs))
+            ended = list(threads.map(lambda run: fit(run, root, cluster, board), runs))
     finally:  # stopped by hand, we do not wait for the others: Ray goes down, and they with it
         threads.shutdown(wait=False, cancel_futures=True)
     failures = [f"{run.artifact.label}: {failure}" for run, failure in zip(runs, ended) if failure]
@@ -55,13 +70,25 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
         raise JobFailed("; ".join(failures))
 
 
-def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | None:
-    """Train one explainer; returns why it failed, or None."""
+def fit(
+    run: TrainRun,
+    root: str,
+    cluster: ClusterConfig,
+    board: Any,
+    *,
+    verdicts: Any = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> str | None:
+    """Train one explainer; returns why it failed, or None.
+
+    A sweep gives `verdicts`, by which it may stop the training (there is no explainer then), and `callbacks` that take
+    up what the workers report.
+    """
     gpus = cluster.gpus_per_worker
     system, checkpoints = storage.filesystem(f"{root}/ray_train")
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
-        train_loop_config={"run": run, "root": root, "board": board},
+        train_loop_config={"run": run, "root": root, "board": board, "verdicts": verdicts},
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.train.workers,
             use_gpu=gpus > 0,
@@ -70,23 +97,39 @@ def _fit(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | 
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(
             name=run.name,
+            callbacks=list(callbacks),  # type: ignore[arg-type]
             storage_path=checkpoints,
             storage_filesystem=system,
             failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.train.keep_checkpoints),
         ),
     )
+    _why_stopped(run, root)  # in an earlier attempt
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         logger.exception("training of %s failed", run.artifact.label)
         return str(error).strip().splitlines()[-1]
-    storage.remove(f"{root}/ray_train/{run.name}")  # its checkpoints; the explainer is whole
-    return None
+    reason = _why_stopped(run, root)
+    if reason is None:
+        # Checkpoints; the explainer is whole, or not wanted any more.
+        storage.remove(f"{root}/ray_train/{run.name}")
+        storage.remove(best_folder(run, root))
+    return reason
+
+
+def _why_stopped(run: TrainRun, root: str) -> str | None:
+    """Why the workers gave up, once: started again, the run goes on from its last checkpoint."""
+    place = f"{root}/ray_train/{run.name}/{STOPPED}"
+    if not storage.exists(place):
+        return None
+    reason = storage.read_json(place)["reason"]
+    storage.remove_file(place)
+    return reason
 
 
 def _on_worker(config: dict[str, Any]) -> None:
     """Imports what is heavy only where it is needed: in the workers, not in Ray Train's controllers."""
     from ray_explain.distributed.training_loop import train_on_worker
 
-    train_on_worker(config["run"], config["root"], config["board"])
+    train_on_worker(config["run"], config["root"], config["board"], config["verdicts"])

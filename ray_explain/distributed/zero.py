@@ -1,6 +1,8 @@
-"""DeepSpeed: from our training section to an engine, and back to whole weights."""
+"""DeepSpeed: from our training section to an engine, its steps, and back to whole weights."""
 
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,12 +11,17 @@ from torch import Tensor, nn
 from ray_explain.config import TrainConfig
 
 
-def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's config. Clipping is DeepSpeed's; the optimizer and its learning rate are ours.
+def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int, *, cut: bool = False) -> dict[str, Any]:
+    """DeepSpeed's config. Clipping is DeepSpeed's; the optimizer and its learning rate are ours, so that nothing has to
+    be compiled (with offload, PyTorch's own fused AdamW runs on the CPU).
 
-    `micro_batch_size` is only told to DeepSpeed for its books: our loss is already a mean over the whole step.
+    Args:
+        micro_batch_size: Only told to DeepSpeed for its books: our loss is already a mean over the whole step.
+        cut: The checkpoint to go on from must be cut anew for this number of workers.
     """
-    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if not torch.cuda.is_available():
+        zero["overlap_comm"] = False  # gloo has no streams
     if train.offload and train.zero_stage >= 1:
         zero["offload_optimizer"] = {"device": "cpu"}
         if train.zero_stage == 3:
@@ -27,6 +34,7 @@ def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) ->
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.precision == "bfloat16"},
+        "checkpoint": {"load_universal": cut},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -51,16 +59,35 @@ def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     return engine
 
 
+def take_step(engine: Any) -> float:
+    """The optimizer step after the last backward pass of a step; the norm of its gradient before clipping."""
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled():
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # Without ZeRO, DeepSpeed clips and forgets the norm.
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return norm
+
+
+def gathered(parameters: Iterable[nn.Parameter], zero_stage: int) -> AbstractContextManager[Any]:
+    """The block sees these parameters whole; under ZeRO-3 all workers must enter it."""
+    if zero_stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
 def whole_state(module: nn.Module, zero_stage: int) -> dict[str, Tensor] | None:
     """The module's tensors on the CPU where ZeRO-3 keeps a share on each worker, gathered one after the other; all
     workers must call it. None below stage 3, where the module itself is whole.
     """
     if zero_stage < 3:
         return None
-    import deepspeed
-
     state = {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with gathered([parameter], zero_stage):
             state[name] = parameter.detach().cpu().clone()
     return {name: tensor for name, tensor in state.items() if name in module.state_dict()}

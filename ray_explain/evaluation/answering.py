@@ -5,16 +5,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from ray_explain import records, storage
-from ray_explain.explainer.baselines import untrained
+from ray_explain.explainer.baselines import SELFIE_BRIEF, selfie, untrained
 from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_sidecar
+from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
+from ray_explain.questions.prompting import selfie_label
 from ray_explain.stages import Result
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,11 @@ def questions_of(table: pa.Table, *, split: str | None = None) -> Iterator[Quest
     for row, own in zip(table.select(columns).to_pylist(), vectors, strict=True):
         if split is None or row["split"] == split:
             yield Question(row["question_id"], row["task"], row["prompt"], row["answer"], own, tuple(row["layers"]))
+
+
+def without_vectors(question: Question) -> Question:
+    """The same words, and nothing where the vectors were: all their numbers are 0."""
+    return question._replace(vectors=np.zeros_like(question.vectors))
 
 
 def _base_folder(folder: str) -> AbstractContextManager[str]:
@@ -44,7 +52,8 @@ class AnswerStage:
     """Lets an explainer answer (records.ANSWERS), greedily.
 
     Config: `explainer` (its name in the answers), `max_new_tokens`, `batch_size`, `max_tokens`, `d_target`, and either
-    `folder` (of a trained one) or `model`, `revision`, `dtype` and `injection` of one that was never trained.
+    `folder` (of a trained one) or `model`, `revision`, `dtype` and `injection` of one that was never trained; with
+    `text_only`, vectors are zero, as they were in its training.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -62,6 +71,9 @@ class AnswerStage:
             self._explainer = untrained(
                 loaded.model, loaded.tokenizer, d_target=config["d_target"], injection=injection
             )
+        context = layout_of(self._explainer.model).max_positions
+        room = config["max_tokens"] if context is None else context - config["max_new_tokens"]
+        self._longest = min(config["max_tokens"], room)
 
     @property
     def schema_in(self) -> pa.Schema:
@@ -76,7 +88,8 @@ class AnswerStage:
     def __call__(self, table: pa.Table) -> Result:
         """One answer per question; to a question that this explainer cannot be asked, the answer is empty."""
         rows, prompts, asked = list[dict[str, Any]](), list[Example](), list[int]()
-        for question, control in zip(questions_of(table), table.column("control").to_pylist(), strict=True):
+        questions = map(without_vectors, questions_of(table)) if self._config.get("text_only") else questions_of(table)
+        for question, control in zip(questions, table.column("control").to_pylist(), strict=True):
             rows.append(
                 {
                     "question_id": question.question_id,
@@ -101,4 +114,53 @@ class AnswerStage:
         return generate(self._explainer, prompts, self._tokenizer, **sizes)
 
     def _prompt(self, question: Question) -> Example:
-        return encode_prompt(question, self._tokenizer, self._explainer.markers, max_tokens=self._config["max_tokens"])
+        return encode_prompt(question, self._tokenizer, self._explainer.markers, max_tokens=self._longest)
+
+
+class SelfieStage:
+    """Lets an untrained model say what a feature's vector means to it (SelfIE), once for each scale: records.ANSWERS.
+
+    Config: `model`, `revision`, `dtype`, `d_target`, `batch_size`, `scales`, and `brief` for models of few words.
+    Questions with several vectors are asked about the first.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        with storage.local_folder(config["model"]) as folder:
+            loaded = load_model(folder, revision=config["revision"], dtype=config["dtype"])
+        self._tokenizer = loaded.tokenizer
+        self._explainer = untrained(loaded.model, loaded.tokenizer, d_target=config["d_target"])
+
+    @property
+    def schema_in(self) -> pa.Schema:
+        """Questions with their controls."""
+        return asked_schema(self._config["d_target"])
+
+    @property
+    def schema_out(self) -> pa.Schema:
+        """Answers."""
+        return records.ANSWERS
+
+    def __call__(self, table: pa.Table) -> Result:
+        """For each question as many answers as there are scales, each by an explainer of its own (`selfie_label`)."""
+        questions = list(questions_of(table))
+        said = selfie(
+            self._explainer,
+            self._tokenizer,
+            np.stack([question.vectors[0] for question in questions]),
+            [question.layers for question in questions],
+            batch_size=self._config["batch_size"],
+            template=SELFIE_BRIEF if self._config["brief"] else None,
+            scales=self._config["scales"],
+        )
+        rows = [
+            {
+                "question_id": question.question_id,
+                "explainer": selfie_label(scale),
+                "control": control,
+                **answer._asdict(),
+            }
+            for question, control, answers in zip(questions, table["control"].to_pylist(), said, strict=True)
+            for scale, answer in zip(self._config["scales"], answers, strict=True)
+        ]
+        return Result(records.rows_table(rows, records.ANSWERS), [])

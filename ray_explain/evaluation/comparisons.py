@@ -12,12 +12,10 @@ from jaxtyping import Float
 
 from ray_explain import records
 from ray_explain.evaluation import intervals
-from ray_explain.evaluation.baselines import BASELINES
 from ray_explain.evaluation.grading import rows_of, series_of
 from ray_explain.evaluation.metrics import Part, Tally, defined, measured, tally
 
 BY = ("all", "changed", "stratum")
-NOT_TRAINED = (*BASELINES, "untrained", "text only")  # names in `explainer` that are no trained explainer
 PERMUTATIONS = 4999
 
 
@@ -52,17 +50,17 @@ def comparisons(
     graded: pa.Table,
     *,
     by: Sequence[str] = BY,
-    not_trained: Sequence[str] = NOT_TRAINED,
+    trained: Sequence[str],
     seed: int,
     resamples: int = 2000,
     permutations: int = PERMUTATIONS,
 ) -> pa.Table:
     """All comparisons that graded answers allow, on each task and target: a table of records.COMPARISONS.
 
-    A target that explains itself (the explainer has its name) is compared with every other explainer, and every
-    explainer with itself under each control and with each of `not_trained` that is there. Both sides answered the same
-    questions. Seeds of training are paired where both sides have them and their mean is compared; one side without
-    training, or with a single seed where `not_trained`, stands against every seed of the other. Intervals hold the
+    A target that explains itself (the explainer has its name) is compared with every other explainer that was
+    `trained`, and each of these with itself under each control and with every baseline: all other names. Both sides
+    answered the same questions. Seeds of training are paired where both sides have them and their mean is compared; a
+    baseline without seeds stands against every seed of the other. Intervals hold the
     draw of the groups, and that of the seeds where there are several (`intervals.spread_over_seeds`). p-values are
     those of `intervals.swap_test`, or of the t test over seeds where that is larger; `p_holm` corrects over
     the matrix: all comparisons of one task, fraction, contrast and metric on the same kind of part.
@@ -74,8 +72,8 @@ def comparisons(
     """
     rows: list[dict[str, Any]] = []
     for (task, target, fraction), sides in _measured(graded, by, resamples, seed).items():
-        for contrast in _contrasts(target, sides, not_trained):
-            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, not_trained)
+        for contrast in _contrasts(target, sides, trained):
+            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target)
             identity = {
                 "task": task,
                 "target": target,
@@ -142,7 +140,7 @@ def pilot(
         if Who(name) not in sides:
             raise ValueError(f"no answers of {name!r} to {task} questions about {target!r}: score some first")
     contrast = Contrast("difference", Who(explainer), Who(against))
-    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, NOT_TRAINED)
+    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target)
     _check_same_questions([side.tally for side in (*one, *other)])
     at = one[0].tally.parts.index(_part(one[0].tally, metric, by))
     part = one[0].tally.parts[at]
@@ -190,23 +188,21 @@ def _measured(
     }
 
 
-def _contrasts(target: str, sides: dict[Who, Seeds], not_trained: Sequence[str]) -> Iterator[Contrast]:
+def _contrasts(target: str, sides: dict[Who, Seeds], trained: Sequence[str]) -> Iterator[Contrast]:
     asked = [who.explainer for who in sides if who.control == "none"]
-    trained = [name for name in asked if name not in not_trained]
-    if target in trained:
-        yield from (Contrast("self_minus_cross", Who(target), Who(name)) for name in trained if name != target)
-    for name in trained:
+    explainers = [name for name in asked if name in trained]
+    if target in explainers:
+        yield from (Contrast("self_minus_cross", Who(target), Who(name)) for name in explainers if name != target)
+    for name in explainers:
         controls = [who for who in sides if who.explainer == name and who.control != "none"]
         yield from (Contrast("uplift", Who(name), who) for who in controls)
-        lookups = [who for who in asked if who in not_trained]
+        lookups = [who for who in asked if who not in trained]
         yield from (Contrast("over_baseline", Who(name), Who(lookup)) for lookup in lookups)
 
 
-def _paired(
-    one: Seeds, other: Seeds, contrast: Contrast, target: str, not_trained: Sequence[str]
-) -> tuple[list[Measured], list[Measured]]:
+def _paired(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> tuple[list[Measured], list[Measured]]:
     """Both sides, one entry per seed."""
-    if contrast.other.explainer in not_trained and len(other) == 1:
+    if contrast.kind == "over_baseline" and len(other) == 1:
         return list(one.values()), list(other.values()) * len(one)
     shared = sorted(set(one) & set(other))
     if not shared:

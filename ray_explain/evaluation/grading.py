@@ -31,6 +31,9 @@ GRADED = pa.schema(
         pa.field("parsed", pa.bool_(), nullable=False),
         pa.field("similarity", pa.float64()),  # words shared with the nearest right description; features only
         pa.field("correlation", pa.float64()),  # of the answered description with the activations; features only
+        pa.field(
+            "embedding", pa.float64()
+        ),  # cosine with the nearest right description (embeddings.compared); features
         pa.field("judged", pa.float64()),  # by a language model (judges.judged), 0 to 1; features only
         pa.field("logprob", pa.float32()),  # of the answer, summed over its tokens
     ]
@@ -67,7 +70,7 @@ def grade(
     asked = {row["question_id"]: row for row in questions.select(_ASKED).to_pylist()}
     _check(asked, answers)
     scores = None if descriptions is None else _description_scores(descriptions)
-    facts = {"target": target, "seed": seed, "fraction": fraction, "judged": None}
+    facts = {"target": target, "seed": seed, "fraction": fraction, "judged": None, "embedding": None}
     rows = [_graded(asked[row["question_id"]], row, scores) | facts for row in answers.to_pylist()]
     return records.rows_table(rows, GRADED)
 
@@ -164,6 +167,21 @@ def _description_grade(
         "similarity": max(word_f1(text, each) for each in right),
         "correlation": None if known is None else known.get(text, 0.0),
     }
+
+
+def best_of(graded: pa.Table, names: Sequence[str], name: str) -> pa.Table:
+    """The best answer to each question among those of the explainers `names`, as one explainer's `name`.
+
+    It is chosen by the scores themselves, exact match first, as the paper does with SelfIE's scales: an advantage that
+    no real answer has.
+    """
+    scored = ("exact", "judged", "correlation", "embedding", "similarity")
+    best: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {}
+    for row in graded.filter(pc.is_in(graded["explainer"], pa.array(names, pa.string()))).to_pylist():
+        value = tuple(-1.0 if row[column] is None else float(row[column]) for column in scored)
+        if row["question_id"] not in best or value > best[row["question_id"]][0]:
+            best[row["question_id"]] = (value, row | {"explainer": name})
+    return records.rows_table([row for _, row in best.values()], graded.schema)
 
 
 def series_of(graded: pa.Table) -> list[dict[str, Any]]:

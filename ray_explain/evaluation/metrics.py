@@ -86,6 +86,7 @@ METRICS = (
     _mean_of("content_match", "content", _EFFECTS),
     _mean_of("similarity", "similarity", ("features",)),
     _mean_of("correlation", "correlation", ("features",)),
+    _mean_of("embedding", "embedding", ("features",)),
     _mean_of("judged", "judged", ("features",)),
 )
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ray_explain.explainer.examples import Example
+from ray_explain.explainer.examples import Example, prompt_ids
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.markers import Markers, make_room, markers_of
@@ -15,6 +15,8 @@ from ray_explain.explainer.projection import Projection
 
 SELFIE_SCALES = (1.0, 5.0, 10.0, 25.0, 50.0)
 SELFIE_PROMPT = "What is the meaning of the word 'X'? The meaning of the word 'X' is"
+SELFIE_CHAT = ("Briefly define the word 'X'.", "The meaning of the word 'X' is")  # user, beginning of the answer
+SELFIE_BRIEF = "what is the word X ? the word X is"  # in words that the small models of the demo know
 SELFIE_TOKENS = 25
 
 
@@ -41,7 +43,7 @@ def selfie(
     layers: Sequence[tuple[int, ...]],
     *,
     batch_size: int,
-    template: str = SELFIE_PROMPT,
+    template: str | tuple[str, str] | None = None,
     scales: Sequence[float] = SELFIE_SCALES,
 ) -> list[list[Generation]]:
     """SelfIE (arXiv 2403.10949) as the paper's baseline: for each vector, one answer for each scale.
@@ -51,13 +53,16 @@ def selfie(
 
     Args:
         explainer: An `untrained` one that injects by "replace" and "raw".
+        template: A text to go on with, or a user's turn and the beginning of the answer; unless given, the paper's for
+            tokenizers with and without a chat template.
 
     Raises:
         ValueError: it injects in another way, or the template has no X.
     """
     if explainer.injection != InjectionConfig():
         raise ValueError(f"SelfIE sets the scale itself: use an explainer that replaces raw, not {explainer.injection}")
-    if "X" not in template:
+    template = template or (SELFIE_CHAT if tokenizer.chat_template else SELFIE_PROMPT)
+    if "X" not in "".join(template):
         raise ValueError(f"template {template!r} has no X to put a vector at")
     units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     prompts = [
@@ -70,10 +75,18 @@ def selfie(
 
 
 def _prompt(
-    template: str, tokenizer: PreTrainedTokenizerBase, markers: Markers, vector: np.ndarray, layers: tuple[int, ...]
+    template: str | tuple[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Markers,
+    vector: np.ndarray,
+    layers: tuple[int, ...],
 ) -> Example:
-    ids = tokenizer.encode(template.replace("X", markers.slot))
-    if ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    if isinstance(template, str):
+        ids = tokenizer.encode(template.replace("X", markers.slot))
+        ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+    else:
+        asked, begun = template
+        ids = prompt_ids(asked.replace("X", markers.slot), tokenizer)
+        ids = [*ids, *tokenizer.encode(begun.replace("X", markers.slot), add_special_tokens=False)]
     vectors = np.repeat(vector[None].astype(np.float32), ids.count(markers.slot_id), axis=0)
     return Example(ids, len(ids), vectors, layers, "selfie", "features")

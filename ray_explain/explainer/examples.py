@@ -99,6 +99,11 @@ def encode_prompt(
     return _checked_length(_example(question, prompt, []), max_tokens)
 
 
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a model reads before it answers `text`: with a chat template, up to the place of the answer."""
+    return _framed(text, tokenizer)[0] if tokenizer.chat_template else _with_begin(text, tokenizer)
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the end token, and the end-of-turn token of the chat template if there is one."""
     ids = {tokenizer.eos_token_id}

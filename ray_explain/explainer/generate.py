@@ -1,6 +1,6 @@
 """Answers: greedy, batched, with a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +29,15 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    over: Callable[[Bool[Tensor, ""]], bool] | None = None,
 ) -> list[Generation]:
     """The likeliest answer, token by token, to each prompt (those of `encode_prompt`), in their order.
 
     Batches hold prompts of about the same length. An answer does not depend on its batch, up to rounding.
+
+    Args:
+        over: Told after each token whether all answers of the batch are at their end, says whether to stop. Under
+            ZeRO-3 the processes have to agree, since all take part in every pass.
     """
     was_training = explainer.training
     explainer.eval()
@@ -42,7 +47,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([prompts[i] for i in chosen], tokenizer.pad_token_id or 0).to(explainer.device)
-        ids, logprobs = _decoded(explainer, batch, stops, max_new_tokens)
+        ids, logprobs = _decoded(explainer, batch, stops, max_new_tokens, over or bool)
         for i, row, row_logprobs in zip(chosen, ids.tolist(), logprobs):
             n = next((n for n, token in enumerate(row, 1) if token in stops), len(row))
             text = str(tokenizer.decode(row[:n], skip_special_tokens=True)).strip()
@@ -52,7 +57,11 @@ def generate(
 
 
 def _decoded(
-    explainer: Explainer, batch: ExplainerBatch, stops: frozenset[int], max_new_tokens: int
+    explainer: Explainer,
+    batch: ExplainerBatch,
+    stops: frozenset[int],
+    max_new_tokens: int,
+    over: Callable[[Bool[Tensor, ""]], bool],
 ) -> tuple[Int[Tensor, "batch n_new"], Float[Tensor, "batch n_new"]]:
     """Tokens and their log-probabilities; what comes after a row's first stop token means nothing."""
     stop = torch.tensor(sorted(stops), device=explainer.device)
@@ -68,7 +77,7 @@ def _decoded(
             logprobs.append(best.values)
             ids.append(best.indices)
             done = done | torch.isin(best.indices, stop)
-            if done.all():
+            if over(done.all()):
                 break
             step = {"input_ids": best.indices[:, None], "position_ids": step["position_ids"][:, -1:] + 1}
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

@@ -105,10 +105,14 @@ def _backward(explainer: Explainer, examples: Sequence[Example], step: Step, pad
 def check_finite(outcome: Outcome, question_ids: Sequence[str]) -> None:
     """Raises: LossNotFinite: the loss of the batch of these questions is NaN or infinite."""
     if not torch.isfinite(outcome.loss):
-        raise LossNotFinite(
-            f"the loss is {outcome.loss.item()} on questions {', '.join(question_ids)}: lower the learning rate, or "
-            "look at their vectors"
-        )
+        raise not_finite(outcome.loss.item(), question_ids)
+
+
+def not_finite(loss: float, question_ids: Sequence[str]) -> LossNotFinite:
+    """The error of a batch of these questions."""
+    return LossNotFinite(
+        f"the loss is {loss} on questions {', '.join(question_ids)}: lower the learning rate, or look at their vectors"
+    )
 
 
 def _report(i: int, n_steps: int, outcomes: Sequence[Outcome], norm: float, rate: float) -> StepReport:

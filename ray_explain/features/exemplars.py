@@ -6,7 +6,7 @@ never a feature x token matrix of the corpus. Each kind is a top-k under a total
 number, so a merge gives the same result however the corpus was split over actors and in whatever order they come.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -42,6 +42,15 @@ class Exemplar:
     window: int
     tokens: Int[np.ndarray, " pos"]  # only those present
     activations: Float[np.ndarray, " pos"]
+
+
+class Kept(NamedTuple):
+    """Windows that were kept, in no order. The higher its key, the better a window of its kind; all keys differ."""
+
+    feature: Int[np.ndarray, " n"]
+    key: Int[np.ndarray, " n"]
+    window: Int[np.ndarray, " n"]
+    activations: Float[np.ndarray, "n pos"]
 
 
 class _Kept:
@@ -92,13 +101,17 @@ class TopWindows:
         near: int = 10,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        """`numbers`: of the features in their dictionary, so that a feature gets the same random windows whatever other
+        features are looked at; by default they are all the dictionary has."""
         self.n_features, self.positions, self.seed = n_features, positions, seed
         self.sizes: dict[Kind, int] = {"top": top, "random": random, "near": near}
         where = torch.device(device)
         self._kept = {kind: _Kept(n_features, size, positions, where) for kind, size in self.sizes.items()}
         self._tokens: dict[int, Int[np.ndarray, " pos"]] = {}
         self._tokens_after_pruning = 0
+        self._numbers = torch.as_tensor(range(n_features) if numbers is None else numbers, device=where)
         self.n_windows = 0  # seen
         self.fired = torch.zeros(n_features, dtype=torch.int64, device=where)  # windows each feature was on in
 
@@ -151,6 +164,18 @@ class TopWindows:
         self._prune()
         return self
 
+    def kept(self, kind: Kind) -> Kept:
+        """All windows of a kind, of all features; for merging with those of other searches, by key."""
+        kept = self._kept[kind]
+        feature, place = (kept.keys != _EMPTY).nonzero(as_tuple=True)
+        keys = kept.keys[feature, place]
+        return Kept(
+            feature.cpu().numpy(),
+            keys.cpu().numpy(),
+            (_ID_BITS - (keys & _ID_BITS)).cpu().numpy(),
+            kept.activations[feature, place].cpu().numpy(),
+        )
+
     def exemplars(self, feature: int) -> list[Exemplar]:
         """The windows of one feature: top first, then random, then near misses; fewer where the corpus has fewer.
 
@@ -178,8 +203,7 @@ class TopWindows:
 
     def _random_keys(self, ids: Int[Tensor, " windows"]) -> Int[Tensor, "windows d_sae"]:
         """A priority for each pair, that no other window or feature has a part in: so a sample without replacement."""
-        features = torch.arange(self.n_features, device=ids.device)
-        mixed = _hash(_hash(ids + (self.seed << 32))[:, None] ^ _hash(features))
+        mixed = _hash(_hash(ids + (self.seed << 32))[:, None] ^ _hash(self._numbers.to(ids.device)))
         return (mixed >> 32 << 32) | (_ID_BITS - ids)[:, None]
 
     def _prune(self) -> None:
@@ -200,8 +224,10 @@ class TopWindows:
 
 
 @torch.no_grad()
-def search(sae: SAE, batches: Iterable[Windows], found: TopWindows) -> TopWindows:
-    """`found`, with the windows of `batches` taken in.
+def search(
+    sae: SAE, batches: Iterable[Windows], found: TopWindows, features: Sequence[int] | None = None
+) -> TopWindows:
+    """`found`, with the windows of `batches` taken in; of all features, or of these only.
 
     To search raw directions (neurons, activations, differences), give them as the encoder of a ReLU SAE without biases;
     see `projecting`.
@@ -209,27 +235,39 @@ def search(sae: SAE, batches: Iterable[Windows], found: TopWindows) -> TopWindow
     Raises:
         ValueError: as `SAE.encode` and `TopWindows.add`.
     """
+    if features is not None and sae.activation != "topk":
+        sae, features = sae.subset(features), None
+    columns_of = None if features is None else torch.as_tensor(features, dtype=torch.long)
     n_windows = max(1, NUMBERS_AT_A_TIME // (found.positions * sae.d_sae))
     buffer = None
     for batch in batches:
         if buffer is None:  # one for all: allocating as much anew takes longer than the product itself
             buffer = torch.empty(n_windows * found.positions, sae.d_sae, device=batch.residual.device)
         for columns in zip(*(column.split(n_windows) for column in batch), strict=True):
-            _take_in(sae, Windows(*columns), found, buffer)
+            _take_in(sae, Windows(*columns), found, buffer, columns_of)
     return found
 
 
-def _take_in(sae: SAE, windows: Windows, found: TopWindows, buffer: Float[Tensor, "tokens d_sae"]) -> None:
+def _take_in(
+    sae: SAE,
+    windows: Windows,
+    found: TopWindows,
+    buffer: Float[Tensor, "tokens d_sae"],
+    features: Int[Tensor, " chosen"] | None,
+) -> None:
     absent = ~windows.present.reshape(-1, 1)
     padded = bool(absent.any())
     x = windows.residual.flatten(0, 1)
     x = x.masked_fill(absent, 0) if padded else x  # padding may hold anything
-    by_window = (len(windows.ids), found.positions, sae.d_sae)
+    by_window = (len(windows.ids), found.positions, found.n_features)
     pre = sae.pre_activations(x, out=buffer[: len(x)])
     nearness = None
     if found.sizes["near"]:
-        nearness = (pre.masked_fill(absent, -torch.inf) if padded else pre).view(by_window).amax(dim=1)
+        own = pre if features is None else pre[:, features.to(pre.device)]
+        nearness = (own.masked_fill(absent, -torch.inf) if padded else own).view(by_window).amax(dim=1)
     activations = sae.activate(pre)
+    if features is not None:
+        activations = activations[:, features.to(pre.device)]
     if padded:
         activations.masked_fill_(absent, 0)
     found.add(windows.ids, windows.tokens.masked_fill(~windows.present, ABSENT), activations.view(by_window), nearness)

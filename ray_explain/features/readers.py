@@ -7,8 +7,9 @@ directions alone, a few thousand features at a time, whatever the size of the fi
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +98,34 @@ def stream_directions(
     yield from _parts(layout, layout.directions, rows)
 
 
+def count_features(folder: str | Path, layer: int | None = None) -> int:
+    """d_sae of the SAE in a folder; no weights are read.
+
+    Raises:
+        as `read_sae`.
+    """
+    layout = layout_of(find_folder(folder, layer))
+    return int(_opened(layout).mapped(layout.directions.name).shape[layout.directions.axis])
+
+
+def read_directions(folder: str | Path, layer: int, chosen: Sequence[int]) -> Float[Tensor, "chosen d_model"]:
+    """Decoder directions of some features, in the order given, at the norm the file gives them, float32.
+
+    Beside them, resident memory is that of one part of `ROWS_AT_A_TIME` features.
+
+    Raises:
+        as `read_sae`, and ValueError: a direction is not finite.
+    """
+    layout = layout_of(find_folder(folder, layer))
+    file, stored = _opened(layout), layout.directions
+    found: dict[int, Tensor] = {}
+    for _, some in groupby(sorted(set(chosen)), key=lambda i: i // ROWS_AT_A_TIME):
+        numbers = list(some)
+        part = _part(layout, file, stored, numbers[0], numbers[-1] + 1)
+        found |= {number: part[number - numbers[0]].clone() for number in numbers}
+    return torch.stack([found[number] for number in chosen])
+
+
 def find_folder(folder: str | Path, layer: int | None = None) -> Path:
     """The folder of one SAE: `folder` itself, or the one below it that is of `layer`.
 
@@ -171,21 +200,29 @@ def _refuse_not_finite(sae: SAE, layout: Layout) -> None:
 
 
 def _parts(layout: Layout, stored: Stored, rows: int) -> Iterator[tuple[int, Float[Tensor, "rows d_model"]]]:
-    file = open_weights(layout.weights)
-    if stored.name not in file.names():
-        raise ValueError(f"{layout.weights} lacks {stored.name!r}; it has {sorted(file.names())}")
+    file = _opened(layout)
     d_sae = file.mapped(stored.name).shape[stored.axis]
     for start in range(0, d_sae, rows):
-        part = file.rows(stored.name, start, min(start + rows, d_sae), stored.axis)
-        part = (part if stored.axis == 0 else part.T).float().contiguous()
-        bad = (~torch.isfinite(part)).any(dim=1)
-        if bad.any():
-            first = start + int(bad.nonzero()[0])
-            raise ValueError(
-                f"{layout.weights}: {int(bad.sum())} rows of {stored.name!r} between features {start} and "
-                f"{start + len(part) - 1} are NaN or infinite, the first is feature {first}; the file is not usable"
-            )
-        yield start, part
+        yield start, _part(layout, file, stored, start, min(start + rows, d_sae))
+
+
+def _opened(layout: Layout) -> WeightsFile:
+    file = open_weights(layout.weights)
+    _refuse_missing(layout, file)
+    return file
+
+
+def _part(layout: Layout, file: WeightsFile, stored: Stored, start: int, stop: int) -> Float[Tensor, "rows d_model"]:
+    part = file.rows(stored.name, start, stop, stored.axis)
+    part = (part if stored.axis == 0 else part.T).float().contiguous()
+    bad = (~torch.isfinite(part)).any(dim=1)
+    if bad.any():
+        first = start + int(bad.nonzero()[0])
+        raise ValueError(
+            f"{layout.weights}: {int(bad.sum())} rows of {stored.name!r} between features {start} and "
+            f"{stop - 1} are NaN or infinite, the first is feature {first}; the file is not usable"
+        )
+    return part
 
 
 # The formats. Each function turns a configuration into a layout, and refuses what the in-memory form cannot say.

@@ -6,6 +6,7 @@ that a token's features never depend on the other tokens of its batch.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -93,6 +94,23 @@ class SAE:
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
         moved: dict[str, Any] = {name: old.to(device, dtype).contiguous() for name, old in tensors.items()}
         return replace(self, **moved)
+
+    def subset(self, features: Sequence[int]) -> "SAE":
+        """These features alone, whose activations stay what they are; for exemplars, not for decoding.
+
+        Raises:
+            ValueError: a top-k SAE: which of its features are on depends on all of them.
+        """
+        if self.activation == "topk":
+            raise ValueError("a top-k SAE has no subset: which features are on depends on all of them")
+        rows = torch.as_tensor(features, dtype=torch.long)
+        return replace(
+            self,
+            encoder=self.encoder[rows],
+            encoder_bias=self.encoder_bias[rows],
+            directions=self.directions[rows],
+            threshold=None if self.threshold is None else self.threshold[rows],
+        )
 
     def normalise(self, x: Float[Tensor, "tokens d_model"]) -> tuple[Float[Tensor, "tokens d_model"], Restore]:
         """`x` as the encoder was trained to see it, and what undoes it."""
@@ -188,6 +206,8 @@ class SAE:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        if self.directions is self.encoder:
+            tensors["directions"] = self.directions.clone()  # the file may not hold one tensor twice
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _TENSORS}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n")

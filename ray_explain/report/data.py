@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_explain.artifacts import Manifest
+from ray_explain.evaluation.calibration import Calibration
 from ray_explain.records import COMPARISONS, SCORES, TASKS, conform
 
 RUN_PARTS = ("versions", "machine", "sizes", "seconds")
@@ -43,6 +44,7 @@ class ReportData:
     explainers: Mapping[str, str]  # trained ones: name in the tables -> model it started from, named as targets are
     examples: Sequence[WorkedExample] = ()
     advantages: Sequence[Mapping[str, Any]] = ()  # evaluation.comparisons.self_advantage, on exact match
+    calibrations: Sequence[Calibration] = ()  # of the trained explainers
     targets: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
     )  # target -> label -> value; fractions in 0..1
@@ -63,11 +65,16 @@ class ReportData:
             raise ValueError(f"run has {sorted(unknown)}: its parts are {', '.join(RUN_PARTS)}")
 
     @cached_property
+    def every_score(self) -> list[dict[str, Any]]:
+        """The scores at all fractions as mappings, undefined numbers as None."""
+        return [_finite(row) for row in self.scores.to_pylist()]
+
+    @cached_property
     def score_rows(self) -> list[dict[str, Any]]:
         """The scores as mappings, undefined numbers as None, in the order of the table: those of explainers that
         know the largest fraction of the training data, and of what knows none.
         """
-        return [_finite(row) for row in self.scores.to_pylist() if row["fraction"] in (0, self.fractions[-1])]
+        return [row for row in self.every_score if row["fraction"] in (0, self.fractions[-1])]
 
     @cached_property
     def comparison_rows(self) -> list[dict[str, Any]]:

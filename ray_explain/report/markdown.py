@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from ray_explain.report import numbers
+from ray_explain.report import curves, numbers
 from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData
 from ray_explain.report.estimates import Row, Scores
@@ -19,7 +19,9 @@ def tables(data: ReportData, scores: Scores) -> str:
     for task in data.tasks:
         parts.append(f"## {numbers.task_label(task).capitalize()}")
         parts += [_scores(task, target, data, scores) for target in data.targets_of(task)]
+        parts += [_curve(task, data, scores)]
         parts += [_parts(task, kind, scores, data) for kind in scores.part_kinds(task)]
+        parts += [_calibration(task, data)]
     parts += [_comparisons(data), _targets(data), _artifacts(data), _run(data)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -77,6 +79,26 @@ def _parts(task: str, kind: str, scores: Scores, data: ReportData) -> str:
     return (
         title + table([escaped(kind), "target", "explainer", numbers.metric_label(metric), "n"], lines) if lines else ""
     )
+
+
+def _curve(task: str, data: ReportData, scores: Scores) -> str:
+    plots = curves.learning_curves(task, data, scores)
+    lines = [
+        [plot.target, f"{one.row.label}{' (self)' if one.row.is_self else ''}", *[it.text for it in one.estimates]]
+        for plot in plots
+        for one in plot.series
+    ]
+    head = ["target", "explainer", *[text for _, text in plots[0].places]] if plots else []
+    return f"### By share of the training data, {plots[0].title}\n\n{table(head, lines)}" if plots else ""
+
+
+def _calibration(task: str, data: ReportData) -> str:
+    told = [
+        f"- Target {escaped(target)}, {escaped(sentence)}"
+        for target in data.targets_of(task)
+        for sentence in curves.calibration_text(task, target, data)
+    ]
+    return "### Calibration\n\n" + "\n".join(told) if told else ""
 
 
 def _comparisons(data: ReportData) -> str:

@@ -14,12 +14,18 @@ _METRICS = {
     "changed_f1": "has-changed F1",
     "correlation": "correlation",
     "similarity": "word overlap",
+    "judged": "judge's score",
+    "embedding": "embedding similarity",
+    "simulated": "simulator correlation",
 }
 _MEANINGS = {
     "exact_match": "the whole answer is right",
     "content_match": "the outcome it names is right, whatever the verdict",
     "changed_f1": "macro F1 of saying whether the answer changes",
     "correlation": "of the answered description with the feature's activations",
+    "judged": "a language model's mark of the description, 0 (unrelated) to 1 (the same)",
+    "embedding": "cosine of the sentence embeddings of the answer and the nearest right description",
+    "simulated": "of activations that a simulator foretells from the description with the real ones",
     "similarity": "F1 of the words shared with the nearest right description",
 }
 _ASKED = {
@@ -38,7 +44,10 @@ _CONTROLS = {
 _BASELINES = {
     "majority": "majority class",
     "majority layer x role": "majority of layer and role",
-    "untrained": "untrained explainer",
+    "untrained": "untrained, the bare question",
+    "zero-shot": "untrained, zero-shot",
+    "text only": "trained without vectors",
+    "SelfIE best scale": "SelfIE, best scale by the truth",
 }
 
 
@@ -69,6 +78,8 @@ def control_label(control: str) -> str:
 
 def baseline_label(baseline: str) -> str:
     """`majority` -> `majority class`."""
+    if re.fullmatch(r"\d+-shot", baseline):
+        return f"untrained, {baseline}"
     return _BASELINES.get(baseline, plain(baseline))
 
 

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from ray_explain import report, storage
-from ray_explain.report import figures, markdown, numbers
+from ray_explain.report import curves, figures, markdown, numbers
 from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.estimates import Scores
@@ -23,6 +23,7 @@ from ray_explain.report.findings import Finding, Findings
 MOST_EXAMPLES = 120
 MOST_CHARACTERS = 1_500  # of a text of an example
 MOST_CONFIG = 6_000  # characters of an artifact's config
+MOST_COMPARISONS = 400  # rows; the others stand in tables.md
 MOST_FINDINGS = 6  # of explainers of other models; more are folded away
 VECTOR = "<vector>"
 _CONTENT = re.compile(r"(<<<.*?>>>)", re.DOTALL)
@@ -57,6 +58,7 @@ def page(data: ReportData, scores: Scores) -> str:
         examples=_examples(data),
         n_examples=len(data.examples),
         target_labels=list(dict.fromkeys(label for values in data.targets.values() for label in values)),
+        comparisons=_comparisons(data, scores),
         stages=_stages(data),
         configs=[(it, _config_text(it.config)) for it in data.provenance],
     )  # fmt: skip
@@ -156,8 +158,22 @@ def _task(task: str, data: ReportData, scores: Scores) -> dict[str, Any]:
         "matrices": figures.matrices(task, data, scores),
         "panels": figures.panels(task, data, scores),
         "breakdowns": [(kind, drawn) for kind, drawn in kinds if drawn],
+        "curves": curves.learning_curves(task, data, scores),
+        "reliability": [
+            (plot, curves.calibration_text(task, plot.target, data)) for plot in curves.reliability(task, data)
+        ],
         "rates": {target: scores.changed_rate(task, target) for target in data.targets_of(task)},
     }
+
+
+def _comparisons(data: ReportData, scores: Scores) -> list[dict[str, Any]]:
+    """As many as there is room for: those on the headlines first, then those over all questions."""
+
+    def rank(row: dict[str, Any]) -> int:
+        return 0 if (row["metric"], row["by"]) in scores.headline(row["task"]) else 1 + (row["by"] != "all")
+
+    chosen = sorted(range(len(data.comparison_rows)), key=lambda i: (rank(data.comparison_rows[i]), i))
+    return [data.comparison_rows[i] for i in sorted(chosen[:MOST_COMPARISONS])]
 
 
 def _examples(data: ReportData) -> list[tuple[WorkedExample, str, bool]]:
@@ -189,9 +205,10 @@ def as_json(data: ReportData, scores: Scores) -> dict[str, Any]:
         "sentences": [{"verdict": it.verdict, "text": it.text} for it in sentences],
         "caveats": [asdict(it) for it in caveats(data, scores)],
         "explainers": dict(data.explainers),
-        "scores": data.score_rows,
+        "scores": data.every_score,
         "comparisons": data.comparison_rows,
         "advantages": [_plain_json(dict(it)) for it in data.advantages],
+        "calibrations": [_plain_json(asdict(it)) for it in data.calibrations],
         "targets": _plain_json(data.targets),
         "run": _plain_json(data.run),
         "provenance": [_plain_json(asdict(it)) for it in data.provenance],

@@ -1,36 +1,61 @@
-"""What an experiment consists of, known before anything is made."""
-
-from pathlib import Path
+"""Which artifacts an experiment consists of: no Ray is needed to know."""
 
 import pytest
-import yaml
 
-from ray_explain.config import read_experiment
+from ray_explain.config import Experiment
 from ray_explain.distributed.plan import Plan
-from tests.test_config import SMALL
+from tests.tiny import EXPERIMENT
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "storage": str(tmp_path / "run")}))
-    return str(path)
+def plan(**changes):
+    return Plan(Experiment.model_validate({**EXPERIMENT, "storage": "runs/tiny", **changes}))
 
 
-def test_every_explainer_is_trained_on_every_fraction_the_whole_first(config: str) -> None:
-    runs = Plan(read_experiment(config, ["fractions=[0.1, 1.0]", "seeds=[0, 1]"])).runs()
-    assert len(runs) == 2 * 2 * 2 * 2 * 2  # explainers, targets, mixtures, seeds, fractions
-    of_one = [run.fraction for run in runs if run.name.startswith("llama-of-llama-patching-s0")]
-    assert of_one == [1.0, 0.1]
-    assert len({run.name for run in runs}) == len(runs)
+def train(**changes):
+    return {"train": {**EXPERIMENT["train"], **changes}}
 
 
-def test_a_fraction_makes_its_own_explainers_and_leaves_the_others_and_the_questions(config: str) -> None:
-    whole, parts = (Plan(read_experiment(config, [f"fractions={f}"])) for f in ("[1.0]", "[0.5, 1.0]"))
-    assert [whole.explainer(run) for run in whole.runs()] == [
-        parts.explainer(run) for run in parts.runs() if run.fraction == 1
-    ]
-    half = [parts.explainer(run) for run in parts.runs() if run.fraction == 0.5]
-    assert not set(half) & set(map(whole.explainer, whole.runs()))
-    assert whole.questions("patching", "llama") == parts.questions("patching", "llama")
-    assert whole.scores() != parts.scores()
+def test_explainers_without_vectors_are_the_targets_own_at_all_of_the_data():
+    runs = plan(targets=["llama", "qwen3"], fractions=[0.5, 1.0], **train(text_only=True)).runs()
+    blind = [(run.explainer, run.target, run.fraction, run.asked) for run in runs if run.text_only]
+    asked = ("patching", "features")
+    assert blind == [(name, name, 1.0, asked) for name in ("llama", "qwen3")]
+    assert {run.speaker for run in runs} == {"llama", "qwen3", "text only"}
+    assert len(set(run.name for run in runs)) == len(runs)
+
+
+def test_a_task_that_has_no_vector_needs_no_explainer_without():
+    ground_truth = {"ablation": EXPERIMENT["ground_truth"]["ablation"]}
+    assert not any(run.text_only for run in plan(ground_truth=ground_truth, **train(text_only=True)).runs())
+
+
+def test_explainers_with_and_without_vectors_are_different_artifacts_and_the_first_stay_where_they_are():
+    without, both = plan(), plan(**train(text_only=True))
+    one, other = (
+        next(run for run in both.runs() if run.explainer == "llama" and run.text_only is kind) for kind in (False, True)
+    )
+    assert both.explainer(one) != both.explainer(other)
+    assert both.explainer(one) == without.explainer(one)
+    assert both.answers(one, "patching").parents[-1].config["controls"]
+    assert not both.answers(other, "patching").parents[-1].config["controls"]
+
+
+@pytest.mark.parametrize(
+    "evaluate, ways",
+    [
+        ({"untrained": False, "shots": [], "selfie": []}, set()),
+        ({}, {"untrained", "zero-shot", "4-shot", "SelfIE"}),
+        ({"shots": [1, 8], "selfie": []}, {"untrained", "1-shot", "8-shot"}),
+    ],
+)
+def test_untrained_targets_are_asked_in_the_ways_that_are_wanted(evaluate, ways):
+    lookups = plan(evaluate=evaluate).untrained()
+    assert {one.way for one in lookups} == ways
+    assert all(one.task == "features" for one in lookups if one.way == "SelfIE")
+
+
+def test_each_way_of_asking_is_an_artifact_of_its_own():
+    made = plan(evaluate={"shots": [0, 4]})
+    answers = [made.untrained_answers(one) for one in made.untrained()]
+    assert len({artifact.fingerprint for artifact in answers}) == len(answers)
+    assert all(artifact in made.scores().parents for artifact in answers)

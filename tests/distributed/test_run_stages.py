@@ -51,7 +51,7 @@ def effects(of: Any, root: Path) -> list[dict[str, Any]]:
 def test_rows_do_not_depend_on_actors_nor_on_a_killed_one(
     running_ray: None, cases: pa.Table, world_target: Path, tmp_path: Path
 ) -> None:
-    from ray_explain.distributed.run_stages import run_stages
+    from ray_explain.distributed.run_stages import make_here, run_stages
 
     quiet, noisy = job(cases, world_target, tmp_path / "a"), job(cases, world_target, tmp_path / "b")
     run_stages([quiet], str(tmp_path / "a"), ClusterConfig(actors=1, rows_per_slice=N))
@@ -60,6 +60,9 @@ def test_rows_do_not_depend_on_actors_nor_on_a_killed_one(
     assert killed(), "the run ended before an actor could be killed"
     assert manifest.rows == N
     assert effects(noisy, tmp_path / "b") == effects(quiet, tmp_path / "a")
+    alone = job(cases, world_target, tmp_path / "c")
+    make_here([alone], str(tmp_path / "c"), ClusterConfig(rows_per_slice=50))
+    assert effects(alone, tmp_path / "c") == effects(quiet, tmp_path / "a")
 
 
 def _kill_an_actor_after_the_first_part(folder: str) -> Any:

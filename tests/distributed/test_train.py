@@ -1,27 +1,25 @@
 """Training on Ray Train and DeepSpeed gives what plain PyTorch gives, also after a worker was killed."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-import torch
 
 from ray_explain import storage
-from ray_explain.artifacts import Artifact, finished
+from ray_explain.artifacts import finished
 from ray_explain.config import ClusterConfig, InjectionConfig, TrainConfig
-from ray_explain.ground_truth.ablation import AblationStage
-from ray_explain.ground_truth.patching import PatchingStage
-from ray_explain.ground_truth.world_cases import ablation_cases, patching_cases
-from ray_explain.questions.ablation import ablation_questions
-from ray_explain.questions.patching import patching_questions
-from ray_explain.world.facts import World
-from ray_explain.world.tokenizer import world_tokenizer
+from tests.distributed.training_runs import plain_losses, run_of
 
 pytestmark = pytest.mark.ray
 TRAIN = TrainConfig(
@@ -34,59 +32,13 @@ TRAIN = TrainConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def questions(world_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Directories of 64 questions about patching and 32 about ablation."""
-    folder, world = tmp_path_factory.mktemp("questions"), World()
-    tokenizer = world_tokenizer(world)
-    config = {"model": str(world_target), "revision": None, "dtype": "float32"}
-    effects = PatchingStage(config)(patching_cases(world, tokenizer, n={"train": 64}, layers=[(0, 0), (1, 1)], seed=0))
-    asked = patching_questions(
-        effects.table, lambda text: [tokenizer.decode([t]) for t in tokenizer.encode(text)], wording="brief", seed=0
-    )
-    storage.write_table(asked.table, f"{folder}/patching/table.parquet")
-    ablated = AblationStage(config)(ablation_cases(world, n={"train": 32}, seed=0))
-    asked = ablation_questions(ablated.table, d_model=32, wording="brief", seed=0)
-    storage.write_table(asked.table, f"{folder}/ablation/table.parquet")
-    return f"{folder}/patching", f"{folder}/ablation"
-
-
-def run_of(train: TrainConfig, label: str, questions: tuple[str, str], target: Path) -> Any:
-    from ray_explain.distributed.train import TrainRun
-
-    return TrainRun(
-        artifact=Artifact(kind="explainers", label=label, config=train.model_dump(mode="json")),
-        model={"model": str(target), "revision": None, "dtype": "float32"},
-        target={"name": "target", "revision": None},
-        questions=questions,
-        replay=(("fonan was born in", "sunmouth"),) * 8,
-        train=train,
-        seed=0,
-        wording="brief",
-    )
-
-
-def plain_losses(run: Any) -> list[float]:
-    """The same training in one process without Ray and DeepSpeed."""
-    from ray_explain.distributed.training_loop import examples_of, new_explainer
-    from ray_explain.explainer.markers import markers_of
-    from ray_explain.explainer.training import PlainTraining, train_plain
-    from ray_explain.models import load_model
-
-    loaded = load_model(run.model["model"])
-    markers = markers_of(loaded.tokenizer)
-    examples, dropped = examples_of(run, loaded.tokenizer, markers)
-    assert not dropped
-    torch.manual_seed(run.seed)
-    explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)
-    names = ("epochs", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "clip")
-    plain = PlainTraining(**{name: getattr(run.train, name) for name in names}, seed=run.seed)
-    return train_plain(explainer, examples, plain, pad_id=loaded.pad_id)
+def lines(run: Any, root: str) -> list[dict[str, Any]]:
+    text = Path(run.artifact.path(root), "training.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def curve(run: Any, root: str) -> dict[int, float]:
-    lines = Path(run.artifact.path(root), "training.jsonl").read_text().splitlines()
-    return {row["steps"]: row["loss"] for row in map(json.loads, lines)}
+    return {row["steps"]: row["loss"] for row in lines(run, root) if "loss" in row}
 
 
 def test_two_workers_with_zero_2_and_a_killed_one_learn_as_plain_pytorch(
@@ -95,7 +47,8 @@ def test_two_workers_with_zero_2_and_a_killed_one_learn_as_plain_pytorch(
     from ray_explain.distributed.train import train_all
 
     steady = TRAIN.model_copy(update={"workers": 2, "zero_stage": 2, "micro_batch_size": 2})
-    disturbed = steady.model_copy(update={"checkpoint_every": 5, "zero_stage": 1})
+    watched = {"validate_every": 20, "validation_questions": 12, "keep": "best"}
+    disturbed = steady.model_copy(update={"checkpoint_every": 5, "zero_stage": 1, **watched})
     runs = [run_of(steady, "steady", questions, world_target), run_of(disturbed, "disturbed", questions, world_target)]
     killed = _kill_a_worker_after_a_checkpoint(tmp_path / "ray_train" / runs[1].name)
     train_all(runs, str(tmp_path), ClusterConfig(concurrent_trainings=1))
@@ -104,20 +57,53 @@ def test_two_workers_with_zero_2_and_a_killed_one_learn_as_plain_pytorch(
     assert len(expected) == 39
     for run in runs:
         found = curve(run, str(tmp_path))
-        assert found[39] == pytest.approx(expected[38], abs=1e-4)
+        assert list(found) == [10, 20, 30, 39], "a restart neither loses nor repeats lines"
         assert all(loss == pytest.approx(expected[step - 1], abs=1e-4) for step, loss in found.items())
         manifest = finished(run.artifact, str(tmp_path))
         assert manifest is not None and manifest.measured["workers"] == 2
-    assert not (tmp_path / "ray_train" / runs[1].name).exists()
+    told = [row for row in lines(runs[1], str(tmp_path)) if "validation_exact" in row]
+    assert [row["steps"] for row in told] == [20, 39]
+    assert all(0 <= row["validation_exact"] <= 1 and -1 <= row["validation_uplift"] <= 1 for row in told)
+    assert manifest.measured["kept_validation_exact"] == max(row["validation_exact"] for row in told)
+    assert manifest.measured["gradient_norm"] > 0 and manifest.measured["memory_gib"] > 0
+    assert list((tmp_path / "tensorboard" / runs[1].name).glob("events.*"))
+    assert not list((tmp_path / "ray_train").glob(f"{runs[1].name}*")), "nothing is left of a finished training"
 
 
-def _kill_a_worker_after_a_checkpoint(folder: Path) -> Any:
+def test_a_stopped_training_goes_on_with_fewer_workers_and_passes_over_a_checkpoint_that_was_cut(
+    running_ray: None, questions: tuple[str, str], world_target: Path, tmp_path: Path
+) -> None:
+    from ray_explain.distributed.train import train_all
+    from ray_explain.errors import JobFailed
+
+    root, fragile = str(tmp_path), {"workers": 2, "checkpoint_every": 3, "keep_checkpoints": 3, "max_failures": 0}
+    run = run_of(TRAIN.model_copy(update=fragile), "stopped", questions, world_target)
+    killed = _kill_a_worker_after_a_checkpoint(tmp_path / "ray_train" / run.name, n=3)
+    with pytest.raises(JobFailed, match="stopped: "):
+        train_all([run], root, ClusterConfig())
+    assert killed()
+    known = json.loads((tmp_path / "ray_train" / run.name / "checkpoint_manager_snapshot.json").read_text())
+    latest = tmp_path / "ray_train" / run.name / known["latest_checkpoint_result"]["checkpoint_dir_name"]
+    share = next(latest.glob("engine/*optim_states.pt"))
+    share.write_bytes(share.read_bytes()[:1000])
+    alone = dataclasses.replace(run, train=run.train.model_copy(update={"workers": 1}))
+    train_all([alone], root, ClusterConfig())
+    expected = plain_losses(run)
+    found = curve(run, root)
+    assert list(found) == [10, 20, 30, 39]
+    assert all(loss == pytest.approx(expected[step - 1], abs=1e-4) for step, loss in found.items())
+    manifest = finished(run.artifact, root)
+    assert manifest is not None and manifest.measured["workers"] == 1
+
+
+def _kill_a_worker_after_a_checkpoint(folder: Path, n: int = 1) -> Any:
+    """Kills one once `n` checkpoints are there."""
     killed: list[int] = []
 
     def watch() -> None:
         deadline = time.monotonic() + 300
         while not killed and time.monotonic() < deadline:
-            if list(folder.glob("checkpoint_*/engine/*")):
+            if len(list(folder.glob("checkpoint_*/engine"))) >= n:
                 workers = [
                     process.pid
                     for process in psutil.process_iter(["cmdline"])
@@ -138,18 +124,46 @@ def _kill_a_worker_after_a_checkpoint(folder: Path) -> Any:
     return was_killed
 
 
-def test_a_failed_run_does_not_stop_the_others_and_says_why(
+def test_failed_runs_do_not_stop_others_and_say_why(
     running_ray: None, questions: tuple[str, str], world_target: Path, tmp_path: Path
 ) -> None:
     from ray_explain.distributed.train import train_all
     from ray_explain.errors import JobFailed
 
     fine = run_of(TRAIN.model_copy(update={"epochs": 1}), "fine", questions, world_target)
-    tight = TRAIN.model_copy(update={"max_tokens": 2, "max_failures": 0})
-    with pytest.raises(JobFailed, match=r"tight: .*no question of the training split"):
-        train_all(
-            [run_of(tight, "tight", questions, world_target), fine],
-            str(tmp_path),
-            ClusterConfig(concurrent_trainings=2),
-        )
+    tight = run_of(TRAIN.model_copy(update={"max_tokens": 2}), "tight", questions, world_target)
+    raw = TRAIN.model_copy(update={"injection": InjectionConfig(), "checkpoint_every": 1})
+    [bad, name] = _with_a_vector_beyond_float32(questions[0], tmp_path)
+    wild = run_of(raw, "wild", (bad,), world_target)
+    with pytest.raises(JobFailed) as failure:
+        train_all([tight, wild, fine], str(tmp_path), ClusterConfig(concurrent_trainings=2))
+    assert re.search(r"tight: .*no question of the training split", str(failure.value))
+    assert re.search(rf"wild: the loss is nan on questions .*{name}.*: lower the learning rate", str(failure.value))
     assert finished(fine.artifact, str(tmp_path)) is not None
+    assert list((tmp_path / "ray_train" / wild.name).glob("checkpoint_*/state.json")), "the last good checkpoint stays"
+
+
+def _with_a_vector_beyond_float32(folder: str, tmp_path: Path) -> tuple[str, str]:
+    """A copy of the questions in which the squares of one vector are infinite; it comes in the fifth step."""
+    table = storage.read_table(folder)
+    rows = table.filter(pc.equal(table["split"], "train")).to_pylist()
+    rows[0]["vectors"] = [[3e38 for _ in vector] for vector in rows[0]["vectors"]]
+    storage.write_table(pa.Table.from_pylist(rows, schema=table.schema), f"{tmp_path}/questions/table.parquet")
+    return f"{tmp_path}/questions", rows[0]["question_id"]
+
+
+def test_an_explainer_without_vectors_is_trained_on_the_same_words_and_zeros(
+    questions: tuple[str, str], world_target: Path
+) -> None:
+    from ray_explain.distributed.training_setup import examples_of
+    from ray_explain.explainer.markers import markers_of
+    from ray_explain.models import load_model
+
+    tokenizer = load_model(str(world_target)).tokenizer
+    run = run_of(TRAIN, "text", questions, world_target)
+    (own, _), (blind, _) = (
+        examples_of(each, tokenizer, markers_of(tokenizer)) for each in (run, replace(run, text_only=True))
+    )
+    assert [example.input_ids for example in own] == [example.input_ids for example in blind]
+    assert all(example.vectors.any() for example in own if len(example.vectors))
+    assert not any(example.vectors.any() for example in blind) and any(len(example.vectors) for example in blind)

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,7 @@ from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
 from ray_explain.distributed.plan import Plan
+from ray_explain.evaluation.receipts import Witness
 from tests.tiny import config_in, plan_of
 
 pytestmark = pytest.mark.ray
@@ -27,7 +29,17 @@ def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:
     report = Path(plan_of(config).root, "report")
     page = html.unescape((report / "index.html").read_text())
     assert "nan" not in page.lower().split()
-    for word in ("llama", "qwen3", "majority", "nearest neighbour", "untrained", "shuffled"):
+    for word in (
+        "llama",
+        "qwen3",
+        "majority",
+        "nearest neighbour",
+        "untrained",
+        "shuffled",
+        "text only",
+        "2-shot",
+        "SelfIE",
+    ):
         assert word in page, word
     assert (report / "tables.md").exists() and (report / "scores.json").exists()
 
@@ -139,3 +151,24 @@ def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str,
     assert sum(before.values()) == 120
     for split in ("train", "test"):
         assert len({n for cell, n in after.items() if split in cell}) == 1
+
+
+def test_live_receipts_confirm_as_many_answers_as_were_right_offline(config: str) -> None:
+    """Each test case is run on the target anew and asked anew: the same sentences, the same verdicts."""
+    plan = plan_of(config)
+    run = next(run for run in plan.runs() if run.explainer == run.target and not run.text_only)
+    asking = {"explainer": "llama", "folder": plan.path(plan.explainer(run)), "d_target": 32, "batch_size": 64}
+    sizes = {"max_new_tokens": 8, "max_tokens": plan.experiment.train.max_tokens}
+    witness = Witness(asking | sizes, plan.model_place("llama"), wording="brief", seed=plan.experiment.seed)
+    graded = storage.read_table(f"{plan.path(plan.scores())}/graded")
+    tokenizer = AutoTokenizer.from_pretrained(plan.path(plan.model("llama")))
+    for task in ("patching", "ablation"):
+        cases = storage.read_table(plan.path(plan.cases(task, "llama")))
+        cases = cases.filter(pc.equal(cases["split"], "test"))
+        receipts = witness.patches(cases, tokenizer) if task == "patching" else witness.ablations(cases)
+        rows = graded.filter((pc.field("task") == task) & (pc.field("explainer") == "llama"))
+        offline = rows.filter(pc.field("control") == "none")["exact"].to_pylist()
+        answers = storage.read_table(plan.path(plan.answers(run, task)))
+        said = answers.filter(pc.equal(answers["control"], "none"))["text"].to_pylist()
+        assert sum(receipt.confirmed for receipt in receipts) == sum(offline)
+        assert [receipt.answer for receipt in receipts] == said and len(said) >= 30

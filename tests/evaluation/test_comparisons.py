@@ -42,7 +42,9 @@ def find(table, **wanted):
 
 
 def compare(*graded, **changes):
-    return comparisons(pa.concat_tables(graded), **{"seed": 0, "resamples": 300, "permutations": 499, **changes})
+    return comparisons(
+        pa.concat_tables(graded), **{"trained": "abc", "seed": 0, "resamples": 300, "permutations": 499, **changes}
+    )
 
 
 def test_an_explainer_that_ignores_vectors_has_no_uplift_over_any_control(world):

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
-from ray_explain.evaluation.grading import grade, layer_label, rows_of, series_of, word_f1
+from ray_explain.evaluation.grading import best_of, grade, layer_label, rows_of, series_of, word_f1
 
 
 def feature(i, *right):
@@ -125,3 +125,13 @@ def test_series_come_apart_in_one_order_whatever_the_order_of_rows(questions, an
     for series in series_of(graded):
         assert rows_of(mixed, series).equals(rows_of(graded, series))
         assert rows_of(graded, series)["question_id"].to_pylist() == ["q0", "q1", "q2"]
+
+
+def test_the_best_of_several_answers_is_chosen_question_by_question(questions, answers):
+    asked = questions(feature(0, "the word rome"), feature(1, "the word oslo"))
+    said = [answers(asked, texts, name) for name, texts in (("x1", ["a word", "b"]), ("x5", ["rome", "the word oslo"]))]
+    graded = grade(asked, pa.concat_tables(said), target="a", seed=0)
+    best = best_of(graded, ["x1", "x5"], "best")
+    assert [row["exact"] for row in best.to_pylist()] == [False, True]
+    assert best["similarity"].to_pylist() == pytest.approx([2 / 4, 1])  # of "rome" and "a word": 2/4 and 2/5
+    assert set(best["explainer"].to_pylist()) == {"best"} and best_of(graded, ["x9"], "best").num_rows == 0

@@ -46,6 +46,21 @@ def test_selfie_puts_the_unit_vector_times_each_scale_at_every_x(new_model, new_
         assert found[i][j].n_tokens <= 25
 
 
+def test_selfie_asks_a_chat_model_in_a_chat_and_begins_its_answer(new_model, new_tokenizer, monkeypatch):
+    tokenizer = new_tokenizer("llama_chat")
+    explainer = untrained(new_model("llama"), tokenizer, d_target=32)
+    asked = []
+    monkeypatch.setattr(
+        "ray_explain.explainer.baselines.generate", lambda e, prompts, *a, **k: asked.extend(prompts) or []
+    )
+    selfie(explainer, tokenizer, np.ones((1, 32), np.float32), [(0,)], batch_size=1, scales=(1.0,))
+    text = tokenizer.decode(asked[0].input_ids)
+    user, answer = text.split("assistant")
+    slot = "<|reserved_special_token_12|>"
+    assert "user" in user and slot in user and answer.count(slot) == 1
+    assert "<|eot_id|>" not in answer and len(asked[0].vectors) == 2
+
+
 def test_selfie_refuses_what_would_make_it_something_else(new_model, new_tokenizer):
     tokenizer, vectors = new_tokenizer("llama_base"), np.ones((1, 32), np.float32)
     scaled = untrained(new_model("llama"), tokenizer, d_target=32, injection=InjectionConfig(scale="unit"))

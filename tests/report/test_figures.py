@@ -60,7 +60,7 @@ def test_a_baseline_under_a_control_is_no_row_of_a_panel(report, score_row) -> N
     data = report(scores=[score_row("patching", "llama", "llama"), *rows])
     assert [row.label for row, _ in figures.panels("patching", data, Scores(data))[0].rows] == [
         "llama",
-        "untrained explainer",
+        "untrained, the bare question",
     ]
 
 

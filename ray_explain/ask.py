@@ -1,0 +1,306 @@
+"""One question to a trained explainer, and the real intervention on its target beside it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ray_explain import storage
+from ray_explain.config import Experiment, read_experiment
+from ray_explain.errors import BadInput
+from ray_explain.report.numbers import clip
+
+USAGE = """
+Asks a trained explainer one question, runs the real intervention on its target, and says whether that confirms it.
+
+  patching  --prompt TEXT --source TEXT --layer 2 --position subject_last
+  a hint    --prompt TEXT --hint TEXT          (the part of the prompt to be removed)
+  a vector  --vector FILE.npy --layer 2        (or --feature 2/17: feature 17 of layer 2 of the experiment)
+"""
+
+
+class Known(NamedTuple):
+    """Which explainer is asked about which target, and how it was trained."""
+
+    folder: str  # of the explainer
+    target: str  # its name
+    place: dict[str, Any]  # config of `ground_truth.target.Target`
+    experiment: Experiment | None  # that it is from, where that is known
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """What `jobs/ask.py` does; returns the exit code."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        kind = _kind(arguments)
+        known = _known(arguments, kind)
+        print(_told(_receipt(arguments, kind, known), known))
+    except BadInput as error:
+        print(f"bad input: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whom = parser.add_argument_group("whom to ask")
+    whom.add_argument("--explainer", metavar="FOLDER", help="of a trained explainer")
+    whom.add_argument("--config", metavar="FILE", help="instead: YAML file of the experiment, for its first explainer")
+    whom.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
+    whom.add_argument("--target", help="name of the target (with --config), or the folder or hub id of the target")
+    whom.add_argument(
+        "--by", metavar="MODEL", help="with --config: the model that explains; the target itself unless given"
+    )
+    what = parser.add_argument_group("what to ask")
+    what.add_argument("--prompt", help="that the target reads")
+    what.add_argument("--source", help="prompt that the patched vector is taken from")
+    what.add_argument("--layer", metavar="2 | 0-3", help="layer, or block of layers, counted from 0")
+    what.add_argument("--position", help="a role such as subject_last, the number of a token, or a piece of the prompt")
+    what.add_argument("--source-position", metavar="POSITION", help="the same as --position unless given")
+    what.add_argument("--subject", help="of the prompt; what prompt and source do not share unless given")
+    what.add_argument("--source-subject", metavar="SUBJECT")
+    what.add_argument("--hint", help="part of the prompt to be removed")
+    what.add_argument("--vector", metavar="FILE", help=".npy file of one vector")
+    what.add_argument("--feature", metavar="LAYER/NUMBER", help="feature of the experiment")
+    return parser
+
+
+def _kind(arguments: argparse.Namespace) -> str:
+    """Raises: BadInput: what is given is no question, or more than one."""
+    given = {
+        "patching": arguments.source is not None,
+        "ablation": arguments.hint is not None,
+        "features": arguments.vector is not None or arguments.feature is not None,
+    }
+    kinds = [kind for kind, is_given in given.items() if is_given]
+    if len(kinds) != 1:
+        raise BadInput(
+            "give one of --source (a patch), --hint (a removed hint), --vector or --feature (a vector), "
+            f"not {'several of them' if kinds else 'none of them'}"
+        )
+    needed = {"patching": ("prompt", "layer", "position"), "ablation": ("prompt",), "features": ()}[kinds[0]]
+    if missing := [name for name in needed if getattr(arguments, name) is None]:
+        raise BadInput(f"a question about {kinds[0]} needs {', '.join(f'--{name}' for name in missing)}")
+    if arguments.vector is not None and arguments.layer is None:
+        raise BadInput("a vector belongs to a layer: give --layer")
+    return kinds[0]
+
+
+# -- which explainer, which target ------------------------------------------------------------------------------------
+
+
+def _known(arguments: argparse.Namespace, task: str) -> Known:
+    """Raises: BadInput: there is no such explainer, or its target is not known."""
+    if (arguments.explainer is None) == (arguments.config is None):
+        raise BadInput("give either --explainer (its folder) or --config (the experiment it is from)")
+    return _of_config(arguments, task) if arguments.config is not None else _of_folder(arguments)
+
+
+def _of_config(arguments: argparse.Namespace, task: str) -> Known:
+    from ray_explain.artifacts import finished
+    from ray_explain.distributed.plan import Plan
+
+    plan = Plan(read_experiment(arguments.config, arguments.overrides))
+    runs = [run for run in plan.runs() if task in run.tasks and not run.text_only]
+    target = arguments.target or plan.experiment.targets[0]
+    by = arguments.by or target
+    chosen = [run for run in runs if (run.target, run.explainer) == (target, by)]
+    if not chosen:
+        there = sorted({f"{run.explainer} of {run.target}" for run in runs})
+        raise BadInput(f"no explainer {by!r} of {target!r} for {task}: there is {', '.join(there) or 'none'}")
+    artifact = plan.explainer(chosen[0])
+    if finished(artifact, plan.root) is None:
+        raise BadInput(f"{artifact.label} is not trained yet: run jobs/train.py with this config first")
+    return Known(plan.path(artifact), target, plan.model_place(target), plan.experiment)
+
+
+def _of_folder(arguments: argparse.Namespace) -> Known:
+    """An explainer by its folder: below the storage of the experiment it is from, or anywhere with --target."""
+    from ray_explain.distributed.plan import Plan
+    from ray_explain.explainer.sidecar import Mismatch, read_sidecar
+
+    folder = Path(arguments.explainer).resolve()
+    try:
+        sidecar = read_sidecar(folder)
+    except Mismatch as error:
+        raise BadInput(str(error)) from error
+    root = folder.parent.parent
+    config = root / "config.yaml"
+    experiment = read_experiment(str(config), [f"storage={root}"]) if config.exists() else None
+    if arguments.target is not None and (experiment is None or arguments.target not in experiment.models):
+        place = {"model": arguments.target, "revision": sidecar.target_revision, "dtype": "float32"}
+        return Known(str(folder), sidecar.target, place, experiment)
+    if experiment is None or sidecar.target not in experiment.models:
+        raise BadInput(
+            f"{folder} explains {sidecar.target!r}, and no experiment beside it ({config}) says where that is: give "
+            "--target, its folder or hub id"
+        )
+    return Known(str(folder), sidecar.target, Plan(experiment).model_place(sidecar.target), experiment)
+
+
+# -- the question -----------------------------------------------------------------------------------------------------
+
+
+def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
+    """Raises: BadInput: there is no such layer, position, role, span or feature."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from ray_explain.evaluation import receipts
+    from ray_explain.explainer.sidecar import read_sidecar
+
+    disable_progress_bar()
+    place = {"revision": known.place["revision"]}
+    with storage.local_folder(known.place["model"]) as folder:
+        n_layers = (
+            AutoConfig.from_pretrained(folder, **place, trust_remote_code=False).get_text_config().num_hidden_layers
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **place, trust_remote_code=False)
+        sidecar = read_sidecar(known.folder)
+        try:
+            witness = receipts.Witness(
+                _asking(known, sidecar.d_target),
+                known.place | {"model": str(folder)},
+                wording=_wording(sidecar),
+                seed=known.experiment.seed if known.experiment else 0,
+            )
+            if kind == "ablation":
+                return witness.ablations(receipts.ablation_of(arguments.prompt, arguments.hint))[0]
+            if kind == "features":
+                return _about_vector(arguments, known, witness, n_layers, sidecar.d_target)
+            block = _block(arguments.layer, n_layers, known.target)
+            cases = receipts.patch_of(
+                tokenizer,
+                arguments.prompt,
+                arguments.source,
+                block=block,
+                position=arguments.position,
+                source_position=arguments.source_position,
+                subjects=(arguments.subject, arguments.source_subject),
+            )
+            return witness.patches(cases, tokenizer)[0]
+        except receipts.Unusable as error:
+            raise BadInput(f"this cannot be measured: {error}") from error
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+
+
+def _asking(known: Known, d_target: int) -> dict[str, Any]:
+    """Config of `AnswerStage`: as the experiment's evaluation asks."""
+    experiment = known.experiment
+    sizes = {
+        "max_new_tokens": experiment.evaluate.max_new_tokens if experiment else 50,
+        "max_tokens": experiment.train.max_tokens if experiment else 500,
+    }
+    return {"explainer": "asked", "folder": known.folder, "d_target": d_target, "batch_size": 64, **sizes}
+
+
+def _wording(sidecar: Any) -> str:
+    """The set of wordings that an explainer was trained on.
+
+    Raises:
+        Mismatch: its words have changed since.
+    """
+    from ray_explain.questions import wordings
+
+    name = next(iter(sidecar.wordings))
+    sidecar.check(wordings={name: wordings.version(name)})
+    return name
+
+
+def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and (last or first).isdigit()):
+        raise BadInput(f"--layer {text!r}: it is a number such as 2, or a block such as 0-3")
+    block = int(first), int(last or first)
+    if not block[0] <= block[1] < n_layers:
+        raise BadInput(f"--layer {text}: {target} has {n_layers} layers, numbered from 0")
+    return block
+
+
+def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, n_layers: int, d_model: int) -> Any:
+    from ray_explain.evaluation import receipts
+    from ray_explain.world.facts import World
+
+    right: Sequence[str]
+    if arguments.feature is not None:
+        layer, vector, right = _feature(arguments.feature, known)
+    else:
+        layer, last = _block(arguments.layer, n_layers, known.target)
+        if layer != last:
+            raise BadInput(f"--layer {arguments.layer}: a vector belongs to one layer")
+        vector, right = _vector(arguments.vector, d_model), ()
+    world = known.experiment.world.world() if known.experiment else World()
+    found = receipts.responses(known.place, world, vector, layer)
+    receipt = witness.feature(vector, layer, right or [found.best])
+    said = {text.lower(): value for text, value in found.correlations.items()}.get(receipt.answer.lower())
+    details = [
+        f"correlates with “{found.best}” most ({found.correlations[found.best]:.2f})",
+        "with the explainer's answer: " + ("none is known" if said is None else f"{said:.2f}"),
+        *[f"responds to {token!r} in: {clip(text, 90)}" for token, text in found.strongest],
+    ]
+    return receipt._replace(details=tuple(details))
+
+
+def _vector(path: str, d_model: int) -> np.ndarray:
+    try:
+        vector = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--vector {path}: no array can be read there ({error})") from error
+    vector = np.asarray(vector, np.float32).squeeze()
+    if vector.shape != (d_model,) or not np.isfinite(vector).all():
+        raise BadInput(f"--vector {path}: shape {list(vector.shape)}; one finite vector of width {d_model} is needed")
+    return vector
+
+
+def _feature(name: str, known: Known) -> tuple[int, np.ndarray, list[str]]:
+    """Layer, direction and right descriptions of a feature of the experiment."""
+    import pyarrow.compute as pc
+
+    from ray_explain import records
+    from ray_explain.artifacts import finished
+    from ray_explain.distributed.plan import Plan
+
+    layer, _, number = name.partition("/")
+    if not (layer.isdigit() and number.isdigit()):
+        raise BadInput(f"--feature {name!r}: it is LAYER/NUMBER, such as 2/17")
+    if known.experiment is None or known.experiment.ground_truth.features is None:
+        raise BadInput("--feature: the experiment of this explainer has no features; give a --vector")
+    plan = Plan(known.experiment)
+    tables = [plan.effects("features", known.target), plan.questions("features", known.target)]
+    if any(finished(table, plan.root) is None for table in tables):
+        raise BadInput("--feature: the features of this experiment are not made yet: run jobs/ground_truth.py first")
+    effects, questions = (storage.read_table(plan.path(table)) for table in tables)
+    described = effects.filter(pc.is_in(effects["case_id"], questions["case_id"].combine_chunks()))
+    here = pc.and_(pc.equal(described["layer"], int(layer)), pc.equal(described["feature_id"], int(number)))
+    found = described.filter(here)["case_id"]
+    if not len(found):
+        of_layer = described.filter(pc.equal(described["layer"], int(layer)))["feature_id"].to_pylist()
+        there = (
+            f"layer {layer} has {', '.join(map(str, of_layer[:8]))}, ..." if of_layer else "no feature of that layer"
+        )
+        raise BadInput(f"--feature {name}: no such feature of {known.target} was described; {there}")
+    row = questions.filter(pc.equal(questions["case_id"], found[0]))
+    return int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py()
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def _told(receipt: Any, known: Known) -> str:
+    sure = "" if receipt.confidence is None else f"  (probability {receipt.confidence:.2f})"
+    verdict = "confirmed" if receipt.confirmed else "refuted"
+    if not receipt.readable:
+        verdict += ": the answer cannot be read"
+    lines = [
+        ("asked", receipt.question),
+        ("explanation", (receipt.answer or "(nothing)") + sure),
+        ("measured", receipt.measured),
+        *[("", detail) for detail in receipt.details],
+        ("", f"on the target {known.target}, {known.place['model']}"),
+        ("verdict", verdict),
+    ]
+    return "\n".join(f"{name:<12} {text}" for name, text in lines)

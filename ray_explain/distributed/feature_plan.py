@@ -1,0 +1,164 @@
+"""The artifacts on the way to described features, where it is not the synthetic world that describes them."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_explain import storage
+from ray_explain.artifacts import Artifact
+from ray_explain.config import FeaturesConfig, NeuronpediaConfig, Section
+from ray_explain.errors import BadInput
+
+if TYPE_CHECKING:
+    from ray_explain.distributed.plan import Plan
+
+# Of a language model's section, what changes how the work is done and not what comes out.
+_HOW_NOT_WHAT = {"key_variable", "tries", "timeout", "threads", "input_price", "output_price", "batch_size"}
+_EDGE_BYTES = 2**16
+
+
+class FeaturePlan:
+    """For one target: windows of the corpus -> features -> exemplars -> descriptions -> effects."""
+
+    def __init__(self, plan: "Plan", target: str) -> None:
+        section = plan.experiment.ground_truth.features
+        assert section is not None
+        self.plan, self.target, self.section = plan, target, section
+
+    def windows(self) -> Artifact:
+        """The corpus in tokens of the target."""
+        corpus = self.section.corpus
+        world = None if corpus.path else self.plan.experiment.world.model_dump()
+        config = corpus.model_dump(exclude={"path"}) | {"content": identity(corpus.path), "world": world}
+        return self._artifact("corpus_windows", config, self.plan.model(self.target))
+
+    def labels(self) -> Artifact | None:
+        """The descriptions of an export, where the experiment has one."""
+        describer = self.section.describer
+        if not isinstance(describer, NeuronpediaConfig):
+            return None
+        config = {"content": identity(self._own(describer.path)), "layers": self.section.layers}
+        return self._artifact("features_labels", config, self.plan.model(self.target))
+
+    def places(self) -> Artifact | None:
+        """Where vectors are taken from, for activations and differences."""
+        if self.section.source not in ("activations", "differences"):
+            return None
+        config = {
+            "source": self.section.source,
+            "layers": self.section.layers,
+            "per_layer": self.section.per_layer,
+            "pairs": identity(self.section.pairs),
+            "world": self.plan.experiment.world.model_dump(),
+            "seed": self.plan.experiment.seed,
+        }
+        return self._artifact("features_places", config, self.windows())
+
+    def vectors(self) -> Artifact | None:
+        """The vectors taken there."""
+        places = self.places()
+        return None if places is None else self._artifact("features_vectors", {}, places)
+
+    def features(self) -> Artifact:
+        """Which features are asked about, with the figures of their SAEs."""
+        section = self.section
+        config: dict[str, Any] = section.model_dump(include={"source", "per_layer"}) | {
+            "seed": self.plan.experiment.seed
+        }
+        if section.sae:
+            place = self._own(section.sae.path)
+            config["sae"] = {"revision": section.sae.revision, "check": section.sae.check, "content": identity(place)}
+        elif section.source == "sae":
+            config |= section.model_dump(include={"d_sae", "k", "steps"})
+        parents = (self.plan.cases("features", self.target), self.windows(), self.labels(), self.vectors())
+        return self._artifact("features", config, *parents)
+
+    def shards(self) -> Artifact:
+        """The parts of the corpus that are searched one by one."""
+        return self._artifact("features_shards", {"exemplars": self.section.exemplars.model_dump()}, self.features())
+
+    def found(self) -> Artifact:
+        """The best windows of each feature in each shard."""
+        return self._artifact("features_found", {}, self.shards())
+
+    def exemplars(self) -> Artifact:
+        """The best windows of each feature."""
+        return self._artifact("features_exemplars", {}, self.found())
+
+    def descriptions(self) -> Artifact:
+        """What describers say of them."""
+        config = {"describer": _what(self.section.describer), "candidates": self.section.candidates}
+        return self._artifact("features_descriptions", config, self.exemplars(), self.labels())
+
+    def effects(self) -> Artifact:
+        """The features' vectors with scored descriptions."""
+        section = self.section
+        config = {
+            "simulator": _what(section.simulator),
+            "detector": _what(section.detector),
+            "gold_from": section.gold_from,
+        }
+        return self._artifact("features_effects", config, self.descriptions())
+
+    def sae(self) -> dict[str, Any] | None:
+        """Where published SAEs lie, as `dictionaries.dictionary` wants it."""
+        if self.section.sae is None:
+            return None
+        return {"path": self._own(self.section.sae.path), "revision": self.section.sae.revision}
+
+    def export(self) -> str:
+        """The folder of Neuronpedia's export."""
+        assert isinstance(self.section.describer, NeuronpediaConfig)
+        return self._own(self.section.describer.path)
+
+    def _own(self, path: str | Mapping[str, str]) -> str:
+        if isinstance(path, str):
+            return path
+        if self.target not in path:
+            raise BadInput(f"`ground_truth.features`: no path for the target {self.target!r} among {sorted(path)}")
+        return path[self.target]
+
+    def _artifact(self, kind: str, config: Mapping[str, Any], *parents: Artifact | None) -> Artifact:
+        known = tuple(parent for parent in parents if parent is not None)
+        return Artifact(kind=kind, label=self.target, config=config, parents=known)
+
+
+def _what(section: Section | None) -> dict[str, Any] | None:
+    """What defines a language model, or an import, of which the content is known already."""
+    if section is None:
+        return None
+    hidden = _HOW_NOT_WHAT | ({"path"} if isinstance(section, NeuronpediaConfig) else set())
+    return section.model_dump(mode="json", exclude=hidden)
+
+
+def identity(path: str | None) -> Any:
+    """What tells the files at a path from others: the sizes and edges of local ones; a remote place by its name."""
+    if path is None or storage.is_remote(path):
+        return path
+    place = Path(path).expanduser()
+    if place.is_file():
+        return edges(place)
+    if place.is_dir():
+        return {str(file.relative_to(place)): edges(file) for file in sorted(place.rglob("*")) if file.is_file()}
+    return path
+
+
+def edges(path: Path) -> str:
+    """A digest of a file's size, first and last 64 KiB: whole weights of large models would take minutes."""
+    return _edges(str(path), path.stat().st_size)
+
+
+@cache
+def _edges(path: str, size: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(str(size).encode() + file.read(_EDGE_BYTES))
+        file.seek(max(0, size - _EDGE_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def describes(section: FeaturesConfig | None) -> bool:
+    """Whether features go this way."""
+    return section is not None and section.describer.kind != "world"

@@ -1,0 +1,232 @@
+"""The steps from a corpus and a dictionary to described and scored features."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ray_explain.artifacts import Artifact, finished
+from ray_explain.config import LocalConfig, SimulatorConfig
+from ray_explain.distributed.feature_plan import FeaturePlan
+from ray_explain.errors import BadInput
+from ray_explain.ground_truth import cases, corpora, neuronpedia
+from ray_explain.ground_truth.activations import difference_cases, text_cases
+from ray_explain.ground_truth.exemplars import shards
+from ray_explain.stages import Result
+from ray_explain.world.corpus import documents
+
+if TYPE_CHECKING:
+    from ray_explain.distributed.experiment import Session
+
+TARGET_SLICE = 1  # rows of layers and shards: each is much work
+
+
+def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> None:
+    """The effects of the task `features` for these targets, at these layers of each.
+
+    Raises:
+        BadInput: a corpus, an SAE, or an export cannot be used.
+        JobFailed: too much was dropped, or a describer does not answer.
+    """
+    steps = [_Steps(session, target, layers) for target, layers in layers_of.items()]
+    if not session.missing([step.plan.effects() for step in steps]):
+        return
+    session.say("Features: corpus, exemplars, descriptions, scores")
+    for step in steps:
+        step.make_inputs()
+    _run(session, [job for step in steps for job in step.vector_jobs()])
+    _run(session, [step.feature_job() for step in steps])
+    for step in steps:
+        session.make_table(step.plan.shards(), step.shards)
+    _run(session, [step.search_job() for step in steps])
+    _run(session, [step.merge_job() for step in steps])
+    for step in steps:
+        step.check_alignment()
+    _run(session, [step.describe_job() for step in steps])
+    _run(session, [step.score_job() for step in steps])
+
+
+def _run(session: "Session", jobs: Sequence[Any]) -> None:
+    if jobs and session.missing([job.artifact for job in jobs]):
+        from ray_explain.distributed.run_stages import run_stages
+
+        session.start_ray()
+        run_stages(jobs, session.plan.root, session.plan.experiment.cluster)
+
+
+class _Steps:
+    """The steps for one target."""
+
+    def __init__(self, session: "Session", target: str, layers: Sequence[int]) -> None:
+        self.session, self.target, self.layers = session, target, list(layers)
+        self.plan = FeaturePlan(session.plan, target)
+        self.section, self.place = self.plan.section, session.plan.model_place(target)
+
+    def make_inputs(self) -> None:
+        """Raises: BadInput: the corpus, the export or the pairs cannot be read."""
+        try:
+            self.session.make_table(self.plan.windows(), self._windows)
+            if labels := self.plan.labels():
+                self.session.make_table(labels, self._labels)
+            if places := self.plan.places():
+                self.session.make_table(places, self._places)
+        except (ValueError, OSError) as error:
+            raise BadInput(f"`ground_truth.features`: {error}") from error
+
+    def vector_jobs(self) -> list[Any]:
+        from ray_explain.ground_truth.activations import ActivationStage
+
+        places, vectors = self.plan.places(), self.plan.vectors()
+        return [] if places is None or vectors is None else [self._job(ActivationStage, self.place, places, vectors)]
+
+    def feature_job(self) -> Any:
+        from ray_explain.ground_truth.dictionaries import DictionaryStage
+
+        source, made = self.session.plan.cases("features", self.target), self.plan.features()
+        return self._job(DictionaryStage, self._dictionary(), source, made, rows=TARGET_SLICE, expands=True)
+
+    def shards(self) -> pa.Table:
+        sizes = self.section.exemplars.model_dump()
+        features = self.session.table(self.plan.features())
+        n, positions = self._n_windows(), self.section.corpus.tokens
+        return shards(features, n, positions=positions, kept=sum(sizes.values()))
+
+    def search_job(self) -> Any:
+        from ray_explain.ground_truth.exemplars import SearchStage
+
+        config = self._dictionary() | self._exemplars() | {"features": self._path(self.plan.features())}
+        shards, found = self.plan.shards(), self.plan.found()
+        return self._job(SearchStage, config, shards, found, rows=TARGET_SLICE, expands=True)
+
+    def merge_job(self) -> Any:
+        from ray_explain.ground_truth.exemplars import MergeStage
+
+        config = self.place | self._exemplars() | {"found": self._path(self.plan.found())} | self._corpus()
+        return self._job(MergeStage, config, self.plan.features(), self.plan.exemplars(), expands=True)
+
+    def check_alignment(self) -> None:
+        """Raises: BadInput: the export is of other features."""
+        labels = self.plan.labels()
+        if labels is not None and self.session.missing([self.plan.descriptions()]):
+            exemplars = self.session.table(self.plan.exemplars())
+            measured = neuronpedia.check_alignment(exemplars, self._path(labels))
+            told = ", ".join(f"{name} {value:g}" for name, value in measured.items())
+            self.session.say(f"Neuronpedia's export and {self.target}: {told}")
+
+    def describe_job(self) -> Any:
+        from ray_explain.ground_truth.describers import DescribeStage, ImportStage
+
+        labels = self.plan.labels()
+        stage: Any = DescribeStage if labels is None else ImportStage
+        config: dict[str, Any] = {"labels": self._path(labels)} if labels else {
+            "describer": self._model(self.section.describer), "candidates": self.section.candidates
+        }  # fmt: skip
+        return self._job(stage, config, self.plan.exemplars(), self.plan.descriptions(), expands=True)
+
+    def score_job(self) -> Any:
+        from ray_explain.distributed.experiment import d_model
+        from ray_explain.ground_truth.description_scores import ScoreStage
+
+        config = self._dictionary() | {
+            "d_model": d_model(self.session.plan, self.target),
+            "simulator": self._model(self.section.simulator),
+            "detector": self._model(self.section.detector),
+            "gold_from": self.section.gold_from,
+        }
+        return self._job(ScoreStage, config, self.plan.descriptions(), self.plan.effects())
+
+    # -- what the steps are made from ---------------------------------------------------------------------------------
+
+    def _job(
+        self,
+        stage: Any,
+        config: dict[str, Any],
+        source: Artifact,
+        made: Artifact,
+        *,
+        rows: int | None = None,
+        expands: bool = False,
+    ) -> Any:
+        from ray_explain.distributed.run_stages import StageJob
+
+        path = self._path(source)
+        return StageJob(stage=stage, config=config, source=path, artifact=made, rows_per_slice=rows, expands=expands)
+
+    def _path(self, artifact: Artifact) -> str:
+        return self.session.plan.path(artifact)
+
+    def _corpus(self) -> dict[str, Any]:
+        return {"windows": self._path(self.plan.windows()), "n_windows": self._n_windows()}
+
+    def _n_windows(self) -> int:
+        manifest = finished(self.plan.windows(), self.session.plan.root)
+        assert manifest is not None
+        return manifest.rows
+
+    def _exemplars(self) -> dict[str, Any]:
+        return {"exemplars": self.section.exemplars.model_dump(), "positions": self.section.corpus.tokens}
+
+    def _dictionary(self) -> dict[str, Any]:
+        labels, vectors = self.plan.labels(), self.plan.vectors()
+        return {
+            **self.place,
+            **self._corpus(),
+            **self.section.model_dump(include={"source", "per_layer", "d_sae", "k", "steps"}),
+            "sae": self.plan.sae(),
+            "check": self.section.sae.check if self.section.sae else False,
+            "folder": f"{self._path(self.plan.features())}/dictionaries",
+            "seed": self.session.plan.experiment.seed,
+            "labels": self._path(labels) if labels else None,
+            "vectors": self._path(vectors) if vectors else None,
+        }
+
+    def _model(self, section: Any) -> dict[str, Any] | None:
+        if section is None or isinstance(section, LocalConfig | SimulatorConfig):
+            return None if section is None else section.model_dump()
+        return section.model_dump() | {"cache": f"{self.session.plan.root}/endpoint_replies"}
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        with storage.local_folder(self.place["model"], weights=False) as folder:
+            return AutoTokenizer.from_pretrained(folder, revision=self.place["revision"], trust_remote_code=False)
+
+    def _windows(self) -> pa.Table | Result:
+        corpus = self.section.corpus
+        sizes = {"n": corpus.windows, "tokens": corpus.tokens}
+        if corpus.path is not None:
+            return corpora.windows(corpus.path, corpus.field, self._tokenizer(), **sizes)
+        return corpora.windows_of_texts(self._world_texts(corpus.windows), self._tokenizer(), **sizes)
+
+    def _world_texts(self, n: int) -> Iterator[str]:
+        stream = documents(self.session.plan.experiment.world.world(), "corpus of features", 1)
+        return (document.text for document, _ in zip(stream, range(n), strict=False))
+
+    def _labels(self) -> Result:
+        from ray_explain.distributed.experiment import n_layers
+
+        return neuronpedia.labels(self.plan.export(), self.layers, n_layers(self.session.plan, self.target))
+
+    def _places(self) -> pa.Table | Result:
+        """Activations are of other windows than the last ones, differences of pairs of prompts."""
+        tokenizer, n, seed = self._tokenizer(), self.section.per_layer, self.session.plan.experiment.seed
+        assert n is not None
+        if self.section.source == "activations":
+            ids = corpora.read_windows(self._path(self.plan.windows()), range(min(n, self._n_windows())))
+            texts = [str(tokenizer.decode(own)) for own in ids.values()]
+            return text_cases(texts, tokenizer, layers=self.layers, seed=seed)
+        source = self.section.pairs or self.session.plan.experiment.world.world()
+        made = cases.patching_cases(
+            source,
+            tokenizer,
+            format="counterfact",
+            n={"train": n, "test": max(1, n // 3)},
+            blocks=[(layer, layer) for layer in self.layers],
+            seed=seed,
+        )
+        return Result(_some_of_each_layer(difference_cases(made.table), n), made.dropped)
+
+
+def _some_of_each_layer(table: pa.Table, n: int) -> pa.Table:
+    layers = pc.unique(table["layer"]).to_pylist()
+    return pa.concat_tables(table.filter(pc.field("layer") == layer).slice(0, n) for layer in layers)

@@ -1,0 +1,461 @@
+"""Sweeps: every explainer, target, seed, share of the data and training setting as a trial of Ray Tune.
+
+A trial is a training as `train` does it, then the explainer's answers and their scores. What trials share (targets,
+ground truth, questions) is made once before. Everything lies at its fingerprint, so a sweep that was interrupted runs
+only the trials that have not ended; Tune's own state is not needed for that, and never read.
+"""
+
+import itertools
+import json
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.train
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from rich.table import Table
+
+from ray_explain import records, storage
+from ray_explain.artifacts import Artifact, Manifest, finish, finished
+from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
+from ray_explain.distributed.capacity import check_capacity, places
+from ray_explain.distributed.experiment import (
+    TABLE,
+    Session,
+    align,
+    answer_jobs,
+    make_asked,
+    make_ground_truth,
+    train_run,
+)
+from ray_explain.distributed.halting import Verdicts
+from ray_explain.distributed.pipeline import make_report
+from ray_explain.distributed.plan import Plan, Run
+from ray_explain.distributed.progress import watching
+from ray_explain.distributed.run_stages import StageJob, make_here
+from ray_explain.distributed.train import TrainRun, fit
+from ray_explain.errors import JobFailed
+from ray_explain.evaluation.grading import grade
+from ray_explain.evaluation.metrics import scores
+
+logger = logging.getLogger(__name__)
+TRIALS = "trials"
+_RESTARTS = 3  # of a trial whose process died with its machine
+_MEMORY = 2**20  # bytes that a trial's own process reserves: without any resource Tune refuses it
+
+TRIALS_SCHEMA = pa.schema(
+    [
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("explainer", pa.string(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),
+        pa.field("tasks", pa.string(), nullable=False),  # joined by "+"
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("fraction", pa.float64(), nullable=False),
+        pa.field("parameters", pa.string(), nullable=False),  # JSON
+        pa.field("status", pa.string(), nullable=False),  # done | stopped (by ASHA) | failed
+        pa.field("error", pa.string()),  # why it failed
+        pa.field("chosen", pa.bool_(), nullable=False),  # whether it is in the report
+        pa.field("steps", pa.int32()),
+        pa.field("loss", pa.float64()),  # of training, the last that is known
+        pa.field("exact_match", pa.float64()),  # on the held-out questions of all its tasks
+        pa.field("seconds", pa.float64()),  # of training
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One explainer with one choice of settings. All in it is plain, so that it can travel."""
+
+    run: Run
+    parameters: Mapping[str, Any]  # fields of `train`
+    train: TrainRun
+    answers: tuple[StageJob, ...]
+    scores: Artifact  # the last thing that is made
+    stopped: Artifact  # stands in for all of it when ASHA has stopped the training
+    resamples: int
+
+    @property
+    def name(self) -> str:
+        """Unique in the sweep."""
+        return self.train.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What TensorBoard shows beside its metrics."""
+        shown = {**self.run._asdict(), "tasks": "+".join(self.run.tasks), **self.parameters}
+        return {"name": self.name, **shown}
+
+
+def sweep(session: Session) -> None:
+    """Every trial, then one report of the settings that did best, and a table of all trials.
+
+    Raises:
+        JobFailed: some trials failed; the others are done, and in the report.
+    """
+    make_ground_truth(session)
+    make_asked(session)
+    trials, root = trials_of(session), session.plan.root
+    todo = [trial for trial in trials if ended(trial, root) is None]
+    failures: dict[str, str] = {}
+    if todo:
+        session.start_ray()
+        n = concurrent(todo, session.plan.experiment.cluster)
+        _align(session, todo)
+        session.say(f"Sweep: {len(todo)} of {len(trials)} trials to do, {n} at a time")
+        failures = _run(todo, session.plan, n)
+    best = best_settings(trials, root, session.plan.experiment.sweep)
+    _tell(session, trials, failures, best)
+    without = {trial.run for trial in _with(trials, best) if _status(trial, root, failures) != "done"}
+    if len(without) < len(session.plan.runs()):
+        chosen = Plan(session.plan.experiment.trained_with(best), without=without)
+        session.say(f"The report: {make_report(replace(session, plan=chosen))}")
+    if failures:
+        told = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        raise JobFailed(f"{len(failures)} of {len(trials)} trials failed: {told}")
+
+
+def _align(session: Session, todo: Sequence[Trial]) -> None:
+    experiment, runs = session.plan.experiment, defaultdict[str, list[Run]](list)
+    for trial in todo:
+        runs[json.dumps(trial.parameters)].append(trial.run)
+    pairs = list(itertools.product(experiment.explainers, experiment.targets))
+    for parameters, some in runs.items():
+        plan = Plan(experiment.trained_with({pair: json.loads(parameters) for pair in pairs}))
+        align(replace(session, plan=plan), some)
+
+
+# -- what there is to do ----------------------------------------------------------------------------------------------
+
+
+def trials_of(session: Session) -> list[Trial]:
+    """All trials of the experiment; those that would make the same explainer are one. Questions must be there."""
+    experiment = session.plan.experiment
+    pairs = list(itertools.product(experiment.explainers, experiment.targets))
+    found: dict[str, Trial] = {}
+    for parameters in experiment.sweep.combinations:
+        plan = Plan(experiment.trained_with({pair: parameters for pair in pairs}))
+        jobs = answer_jobs(plan)
+        for run in plan.runs():
+            explainer = plan.explainer(run)
+            if explainer.fingerprint not in found:
+                own = tuple(job for job in jobs if explainer in job.artifact.parents)
+                found[explainer.fingerprint] = _trial_of(replace(session, plan=plan), run, parameters, own)
+    return list(found.values())
+
+
+def _trial_of(session: Session, run: Run, parameters: Mapping[str, Any], answers: tuple[StageJob, ...]) -> Trial:
+    plan = session.plan
+    evaluate, rules = plan.experiment.evaluate, plan.experiment.sweep
+    config = {"resamples": evaluate.resamples, "seed": plan.experiment.seed, "split": evaluate.split}
+    halted = {"metric": rules.metric, "asha": rules.asha and rules.asha.model_dump()}
+    parents = tuple(job.artifact for job in answers)
+    return Trial(
+        run=run,
+        parameters=dict(parameters),
+        train=train_run(session, run),
+        answers=answers,
+        scores=Artifact(kind="trial_scores", label=run.name, config=config, parents=parents),
+        stopped=Artifact(kind="stopped_trials", label=run.name, config=halted, parents=(plan.explainer(run),)),
+        resamples=evaluate.resamples,
+    )
+
+
+def ended(trial: Trial, root: str) -> Manifest | None:
+    """What says that nothing is left to do; None for a trial to be run."""
+    return finished(trial.scores, root) or finished(trial.stopped, root)
+
+
+def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
+    """How many of the trials fit into the cluster side by side. Ray must be running.
+
+    A trial takes its workers' CPUs and GPUs, and after its training one CPU for its answers: it never waits for more
+    than it has while others wait for it. Nodes that an autoscaler may add count. On one machine no more CPUs count
+    than it really has.
+
+    Raises:
+        JobFailed: the workers of a trial fit into no cluster that there will be.
+    """
+    workers = max(trial.train.train.workers for trial in trials)
+    gpus = max(cluster.gpus_per_worker, cluster.gpus_per_actor)
+    check_capacity(workers, gpus_per_worker=gpus)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    now = sum(places(node, gpus) for node in nodes)
+    if len(nodes) == 1 and not gpus:
+        now = min(now, os.cpu_count() or 1)
+    later = ray._private.state.state.get_max_resources_from_cluster_config()  # None without an autoscaler
+    return max(1, max(now, places(later or {}, gpus)) // workers)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
+    """Run the trials, `n` at a time; returns why some failed, by name."""
+    rules, outcomes = plan.experiment.sweep, _Outcomes()
+    system, logs = storage.filesystem(f"{plan.root}/tensorboard")
+    verdicts = Verdicts.remote()  # type: ignore[attr-defined]
+    with watching() as board:
+        known = {"trials": {trial.name: trial for trial in trials}, "root": plan.root, "verdicts": verdicts}
+        trainable = tune.with_parameters(_trial, **known, board=board, cluster=plan.experiment.cluster)
+        tune.Tuner(
+            tune.with_resources(trainable, {"CPU": 0, "memory": _MEMORY}),
+            param_space={"trial": tune.grid_search([trial.config for trial in trials])},
+            tune_config=tune.TuneConfig(
+                scheduler=None if rules.asha is None else PerCell(rules, rules.asha, verdicts, _cells(trials)),
+                max_concurrent_trials=n,
+                trial_name_creator=_name_of,
+                trial_dirname_creator=_name_of,
+            ),
+            run_config=tune.RunConfig(
+                name=f"sweep-{time.strftime('%Y%m%d-%H%M%S')}",
+                storage_path=logs,
+                storage_filesystem=system,
+                callbacks=[outcomes],
+                failure_config=tune.FailureConfig(max_failures=_RESTARTS),
+                verbose=0,
+            ),
+        ).fit()
+    ray.kill(verdicts)
+    lost = {trial.name for trial in trials if ended(trial, plan.root) is None} - set(outcomes.failures)
+    return outcomes.failures | {name: "its process died, more often than it is started again" for name in lost}
+
+
+def _name_of(trial: Any) -> str:
+    return trial.config["trial"]["name"]
+
+
+def _cells(trials: Sequence[Trial]) -> dict[str, int]:
+    """Trial -> number of its cell: of the run, which trials of one cell have in common."""
+    numbers = {run: number for number, run in enumerate(dict.fromkeys(trial.run for trial in trials))}
+    return {trial.name: numbers[trial.run] for trial in trials}
+
+
+def _trial(
+    config: dict[str, Any],
+    *,
+    trials: Mapping[str, Trial],
+    root: str,
+    verdicts: Any,
+    board: Any,
+    cluster: ClusterConfig,
+) -> None:
+    """One trial, in its own process. A failure is reported, not raised: Tune starts again what a machine lost."""
+    trial = trials[config["trial"]["name"]]
+    train = trial.train
+    if finished(train.artifact, root) is None:
+        failure = fit(train, root, cluster, board, verdicts=verdicts, callbacks=[TuneReportCallback()])
+        if failure is not None:
+            tune.report({"failure": failure})
+            return
+    trained = finished(train.artifact, root)
+    if trained is None:
+        seen = ray.get(verdicts.end_of.remote(trial.name))
+        finish(trial.stopped, root, measured=seen)
+        tune.report({"stopped": True, **seen})
+        return
+    # Not in the trial's own placement group, which has no CPU.
+    evaluation = _evaluate.options(num_gpus=cluster.gpus_per_actor, scheduling_strategy="DEFAULT")
+    try:
+        scored = ray.get(evaluation.remote(trial, root, cluster))
+    except ray.exceptions.RayTaskError as error:
+        logger.exception("evaluation of %s failed", trial.name)
+        tune.report({"failure": str(error).strip().splitlines()[-1]})
+        return
+    tune.report({"progress": 100, **trained.measured, **scored})
+
+
+@ray.remote(num_cpus=1, max_retries=_RESTARTS)
+def _evaluate(trial: Trial, root: str, cluster: ClusterConfig) -> dict[str, float]:
+    """The answers of a trial's explainer and their scores; returns the exact match of each task."""
+    started = time.monotonic()
+    make_here(trial.answers, root, cluster)
+    made = trial_scores(trial, root)
+    storage.write_table(made, f"{trial.scores.path(root)}/{TABLE}")
+    finish(trial.scores, root, rows=made.num_rows, seconds=time.monotonic() - started)
+    return {f"{row['task']}_exact_match": row["value"] for row in _headline(made)}
+
+
+def trial_scores(trial: Trial, root: str) -> pa.Table:
+    """Scores (records.SCORES) of the answers of a trial, over all questions and by what changed."""
+    graded = []
+    for job in trial.answers:
+        asked = storage.read_table(job.source)
+        held_out = asked.filter(pc.equal(asked["control"], "none"))
+        answers, run = storage.read_table(job.artifact.path(root)), trial.run
+        graded.append(grade(held_out, answers, target=run.target, seed=run.seed, fraction=run.fraction))
+    seed = trial.scores.config["seed"]
+    return scores(pa.concat_tables(graded), by=("all", "changed"), seed=seed, resamples=trial.resamples)
+
+
+def _headline(table: pa.Table) -> list[dict[str, Any]]:
+    wanted = {"metric": "exact_match", "by": "all", "control": "none"}
+    return [row for row in table.to_pylist() if all(row[key] == value for key, value in wanted.items())]
+
+
+class PerCell(FIFOScheduler):
+    """ASHA among the trials of one cell, which differ in their settings alone. One that shall stop is told so, and ends
+    by itself: Tune would kill it, with its workers' resources still taken.
+    """
+
+    def __init__(self, rules: SweepConfig, asha: AshaConfig, verdicts: Any, cells: Mapping[str, int]) -> None:
+        super().__init__()
+        self._verdicts, self._cells = verdicts, cells
+        new = partial(
+            AsyncHyperBandScheduler,
+            time_attr="progress",
+            metric=rules.metric,
+            mode="min" if rules.metric == "loss" else "max",
+            max_t=100,
+            grace_period=max(1, round(100 * asha.grace)),
+            reduction_factor=asha.reduction,
+            stop_last_trials=False,
+        )
+        self._halving: dict[int, AsyncHyperBandScheduler] = defaultdict(new)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Enters its cell."""
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Always goes on; where ASHA says stop, the workers hear it at their next report."""
+        name = _name_of(trial)
+        action = self._of(trial).on_trial_result(tune_controller, trial, result)
+        if action == TrialScheduler.STOP and result["progress"] < 100:
+            self._verdicts.stop.remote(name)
+        return TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Leaves its cell."""
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def _of(self, trial: Any) -> AsyncHyperBandScheduler:
+        return self._halving[self._cells[_name_of(trial)]]
+
+
+class _Outcomes(tune.Callback):
+    """Why trials failed, as they told it."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A failed trial says so with its last result."""
+        if "failure" in result:
+            self.failures[_name_of(trial)] = result["failure"]
+
+
+# -- what came out ----------------------------------------------------------------------------------------------------
+
+
+def best_settings(trials: Sequence[Trial], root: str, rules: SweepConfig) -> dict[tuple[str, str], dict[str, Any]]:
+    """(explainer, target) -> the settings that did best, by the mean of `rules.metric` over its runs.
+
+    Judged are runs on the largest fraction of the data, and settings whose runs all came to their end before those
+    of which some did not. Held-out questions that are scored play no part in it.
+    """
+    largest = max(trial.run.fraction for trial in trials)
+    seen: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for trial in trials:
+        done = finished(trial.train.artifact, root)
+        if done is not None and trial.run.fraction == largest:
+            value = _metric(done, rules.metric)
+            seen[trial.run.explainer, trial.run.target][json.dumps(trial.parameters, sort_keys=True)].append(value)
+    sign = 1 if rules.metric == "loss" else -1
+
+    def rank(values: list[float]) -> tuple[int, float]:
+        return -len(values), sign * sum(values) / len(values)
+
+    return {pair: json.loads(min(tried, key=lambda key: rank(tried[key]))) for pair, tried in seen.items()}
+
+
+def _metric(done: Manifest, name: str) -> float:
+    """Raises: JobFailed: the training did not measure it."""
+    if name not in done.measured:
+        raise JobFailed(
+            f"`sweep.metric` = {name!r}: the training of {done.label} did not measure it, only "
+            f"{', '.join(sorted(done.measured))}; choose one of these"
+        )
+    return done.measured[name]
+
+
+def _with(trials: Sequence[Trial], best: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[Trial]:
+    """The trials with the best settings of their pairing; one trial of each run where none came to its end."""
+    chosen: dict[Run, Trial] = {}
+    for trial in trials:
+        pair = (trial.run.explainer, trial.run.target)
+        if trial.run not in chosen or trial.parameters == best.get(pair):
+            chosen[trial.run] = trial
+    return list(chosen.values())
+
+
+def _status(trial: Trial, root: str, failures: Mapping[str, str]) -> str:
+    if trial.name in failures:
+        return "failed"
+    return "done" if finished(trial.scores, root) is not None else "stopped"
+
+
+def _tell(
+    session: Session,
+    trials: Sequence[Trial],
+    failures: Mapping[str, str],
+    best: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> None:
+    """Tables `trials` and `scores` below `sweep`, of all trials, and a summary for the person who watches."""
+    root = session.plan.root
+    chosen = {trial.name for trial in _with(trials, best)}
+    rows = [_row(trial, root, failures) | {"chosen": trial.name in chosen} for trial in trials]
+    storage.write_table(records.rows_table(rows, TRIALS_SCHEMA), f"{root}/sweep/{TRIALS}/{TABLE}")
+    scored = [_scores_of(trial, root) for trial in trials if finished(trial.scores, root) is not None]
+    if scored:
+        storage.write_table(pa.concat_tables(scored), f"{root}/sweep/scores/{TABLE}")
+    session.console.print(_summary(rows))
+
+
+def _scores_of(trial: Trial, root: str) -> pa.Table:
+    table = storage.read_table(trial.scores.path(root))
+    names = {"trial": trial.name, "parameters": json.dumps(trial.parameters, sort_keys=True)}
+    for name, value in names.items():
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    return table
+
+
+def _row(trial: Trial, root: str, failures: Mapping[str, str]) -> dict[str, Any]:
+    status = _status(trial, root, failures)
+    made = finished(trial.train.artifact, root) or finished(trial.stopped, root)
+    measured = {} if made is None else made.measured
+    headline = _headline(storage.read_table(trial.scores.path(root))) if status == "done" else []
+    return {
+        **trial.run._asdict(),
+        "trial": trial.name,
+        "tasks": "+".join(trial.run.tasks),
+        "parameters": json.dumps(trial.parameters, sort_keys=True),
+        "status": status,
+        "error": failures.get(trial.name),
+        "steps": measured.get("steps"),
+        "loss": measured.get("loss"),
+        "exact_match": sum(row["value"] for row in headline) / len(headline) if headline else None,
+        "seconds": None if made is None else made.seconds,
+    }
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="trials", title_justify="left")
+    for name in ("explainer", "target", "tasks", "seed", "fraction", "parameters", "loss", "exact_match", "status"):
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        cells = [row[column.header.replace(" ", "_")] for column in table.columns[:-1]]  # type: ignore[union-attr]
+        texts = [f"{cell:.3g}" if isinstance(cell, float) else str("" if cell is None else cell) for cell in cells]
+        told = f"failed: {row['error']}" if row["error"] else row["status"] + (", chosen" if row["chosen"] else "")
+        table.add_row(*texts, told)
+    return table

@@ -1,0 +1,255 @@
+"""How far a description can be trusted: what a simulator, and a model that tells windows apart, make of it.
+
+Scored on windows that its describer did not see (`describers.held_out`): top ones, random ones in which the feature is
+off, and near misses.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from ray_explain import records
+from ray_explain.endpoints import Ask
+from ray_explain.features.readers import read_directions
+from ray_explain.features.simulate import UNSCORED, Score, Simulator, detection_score, simulator_score
+from ray_explain.ground_truth.describers import DESCRIBED, Replies, held_out, language_model
+from ray_explain.ground_truth.dictionaries import dictionary
+from ray_explain.models import load_model
+from ray_explain.stages import Result
+
+Texts = Sequence[Sequence[str]]  # windows as the texts of their tokens
+Values = Float[np.ndarray, " pos"]
+Windows = Sequence[dict[str, Any]]  # of exemplars.EXEMPLARS
+LEVEL = 10  # activations are foretold on a scale from 0 to this
+_SCORE_FIELDS = [
+    pa.field(name, pa.int32() if name.endswith("_n") else pa.float32())
+    for name in ("score_low", "score_high", "score_n", "detection", "detection_low", "detection_high", "detection_n")
+]
+_TOLD = pa.list_(
+    pa.struct(
+        [
+            *(records.DESCRIPTIONS.field(name) for name in ("description", "origin", "score", "gold")),
+            *_SCORE_FIELDS,  # null where there is no such score; intervals are of 95 %, n counts windows
+        ]
+    )
+)
+
+SIMULATE = """\
+A feature of a language model responds to: {description}
+
+Below is a text as numbered tokens. For each token, foretell how active the feature is on it, as a whole number from 0 \
+(not at all) to {level} (most). Most tokens of most texts are 0. Reply with a JSON list of {n} numbers and nothing else.
+
+{tokens}"""
+DETECT = """\
+A feature of a language model responds to: {description}
+
+For each of the texts below, tell whether the feature is active somewhere in it. Reply with a JSON list of {n} \
+numbers, 1 for active and 0 for not, and nothing else.
+
+{texts}"""
+
+
+class Foretelling(Protocol):
+    """What simulates a feature from its description."""
+
+    def of_texts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
+        """Of each description and its windows, a value for each token; None where one could not be had."""
+        ...
+
+    def usage_so_far(self) -> Mapping[str, float]: ...
+
+
+class TrainedSimulator:
+    """A model trained to foretell activations, in the paper's format."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+
+    def of_texts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
+        return [self._simulator.of_texts(description, windows) for description, windows in asked]
+
+    def usage_so_far(self) -> Mapping[str, float]:
+        return {}
+
+
+class AskedSimulator:
+    """Any language model, asked for a number for each token."""
+
+    def __init__(self, model: Replies) -> None:
+        self._model = model
+
+    def of_texts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
+        asks = [(_simulation(description, window), len(window)) for description, own in asked for window in own]
+        found = iter(lists_of_numbers(self._model, asks, LEVEL))
+        values: list[list[Values] | None] = []
+        for _, own in asked:
+            replies = [next(found) for _ in own]
+            whole = [np.array(reply, dtype=np.float32) for reply in replies if reply is not None]
+            values.append(whole if len(whole) == len(own) else None)
+        return values
+
+    def usage_so_far(self) -> Mapping[str, float]:
+        return self._model.usage_so_far()
+
+
+class Detector:
+    """A language model that tells from a description in which windows a feature is active."""
+
+    def __init__(self, model: Replies) -> None:
+        self._model = model
+
+    def verdicts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[bool] | None]:
+        """Of each description, a verdict on each of its windows; None where they could not be had."""
+        asks = [(_detection(description, own), len(own)) for description, own in asked]
+        found = lists_of_numbers(self._model, asks, 1)
+        return [None if reply is None else [number == 1 for number in reply] for reply in found]
+
+    def usage_so_far(self) -> Mapping[str, float]:
+        return self._model.usage_so_far()
+
+
+def lists_of_numbers(model: Replies, asks: Sequence[tuple[Ask, int]], top: int) -> list[list[float] | None]:
+    """The replies to requests for JSON lists of so many numbers, from 0 to `top`; None for any other."""
+    found: dict[tuple[Ask, int], list[float] | None] = {}
+    for length in sorted({length for _, length in asks}):
+        some = [ask for ask, own in asks if own == length]
+        replies = model.replies(some, partial(numbers_in, length=length, top=top))
+        found |= {(ask, length): reply for ask, reply in zip(some, replies, strict=True)}
+    return [found[one] for one in asks]
+
+
+def numbers_in(reply: str, *, length: int, top: int) -> list[float] | None:
+    """The JSON list of so many numbers from 0 to `top` in a reply; None if there is none, or one of another kind."""
+    found = re.search(r"\[[^\[\]]*\]", reply)
+    try:
+        numbers = json.loads(found.group()) if found else None
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(numbers, list) or len(numbers) != length:
+        return None
+    if not all(type(number) in (int, float) and 0 <= number <= top for number in numbers):
+        return None
+    return [float(number) for number in numbers]
+
+
+class ScoreStage:
+    """Directions with their descriptions and what those are worth: the effects of the task `features`.
+
+    A description that cannot be scored keeps a null. Gold are those that are unscored or score at least `gold_from`.
+
+    Config: that of `DictionaryStage` for the directions, `d_model`, `simulator`, `detector` (or None), `gold_from`,
+    `seed`.
+    """
+
+    schema_in: ClassVar[pa.Schema] = DESCRIBED
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._simulator = _simulator(config["simulator"])
+        self._detector = Detector(language_model(config["detector"])) if config["detector"] else None
+
+    @property
+    def schema_out(self) -> pa.Schema:
+        own = records.features(self._config["d_model"])
+        return pa.schema([*own, pa.field("descriptions", _TOLD, nullable=False)])
+
+    def __call__(self, table: pa.Table) -> Result:
+        features = table.to_pylist()
+        asked = [
+            (told["description"], held_out(feature["windows"]))
+            for feature in features
+            for told in feature["descriptions"]
+        ]
+        simulated, detected = iter(self._simulated(asked)), iter(self._detected(asked))
+        for feature in features:
+            for told in feature["descriptions"]:
+                told |= _columns(next(simulated), ("score", "score_low", "score_high", "score_n"))
+                names = ("detection", "detection_low", "detection_high", "detection_n")
+                told |= _columns(next(detected), names)
+                told["gold"] = told["score"] is None or told["score"] >= self._config["gold_from"]
+        return Result(self._rows(table, features), [], self._usage())
+
+    def _simulated(self, asked: Sequence[tuple[str, Windows]]) -> list[Score]:
+        if self._simulator is None:
+            return [UNSCORED] * len(asked)
+        found = self._simulator.of_texts([(text, [w["tokens"] for w in windows]) for text, windows in asked])
+        return [
+            UNSCORED
+            if values is None
+            else simulator_score(
+                values,
+                [np.array(window["activations"], dtype=np.float32) for window in windows],
+                [window["kind"] for window in windows],
+                self._config["seed"],
+            )
+            for values, (_, windows) in zip(found, asked, strict=True)
+        ]
+
+    def _detected(self, asked: Sequence[tuple[str, Windows]]) -> list[Score]:
+        if self._detector is None:
+            return [UNSCORED] * len(asked)
+        mixed = [(text, _mixed(windows)) for text, windows in asked]
+        found = self._detector.verdicts([(text, [w["tokens"] for w in windows]) for text, windows in mixed])
+        return [
+            UNSCORED if said is None else detection_score(said, [window["kind"] == "top" for window in windows])
+            for said, (_, windows) in zip(found, mixed, strict=True)
+        ]
+
+    def _rows(self, table: pa.Table, features: Sequence[dict[str, Any]]) -> pa.Table:
+        d_model = self._config["d_model"]
+        vectors = np.empty((len(features), d_model), dtype=np.float32)
+        for layer in {feature["layer"] for feature in features}:
+            at = [i for i, feature in enumerate(features) if feature["layer"] == layer]
+            with dictionary(self._config, layer) as folder:
+                vectors[at] = read_directions(folder, layer, [features[i]["feature_id"] for i in at]).numpy()
+        columns = [table.column(name).combine_chunks() for name in self.schema_out.names[:-2]]
+        columns.append(records.vectors_array([vector[None] for vector in vectors], d_model))
+        columns.append(pa.array([feature["descriptions"] for feature in features], type=_TOLD))
+        return pa.table(columns, schema=self.schema_out)
+
+    def _usage(self) -> dict[str, float]:
+        parts = {"simulator": self._simulator, "detector": self._detector}
+        return {
+            f"{name}: {what}": number
+            for name, part in parts.items()
+            if part is not None
+            for what, number in part.usage_so_far().items()
+        }
+
+
+def _simulator(config: dict[str, Any] | None) -> Foretelling | None:
+    if config is None:
+        return None
+    if config["kind"] == "endpoint":
+        return AskedSimulator(language_model(config))
+    loaded = load_model(config["path"], revision=config["revision"], dtype=config["dtype"])
+    return TrainedSimulator(Simulator(loaded.model, loaded.tokenizer, config["batch_size"]))
+
+
+def _columns(score: Score, names: tuple[str, str, str, str]) -> dict[str, float | int | None]:
+    known = not math.isnan(score.value)
+    return dict(zip(names, (*score[:3], score.n) if known else (None,) * 4, strict=True))
+
+
+def _mixed(windows: Windows) -> list[dict[str, Any]]:
+    """In an order that tells nothing of their kinds."""
+    return sorted(windows, key=lambda window: records.content_id("".join(window["tokens"])))
+
+
+def _simulation(description: str, window: Sequence[str]) -> Ask:
+    tokens = "\n".join(f"{i}: {json.dumps(token, ensure_ascii=False)}" for i, token in enumerate(window, start=1))
+    prompt = SIMULATE.format(description=description, level=LEVEL, n=len(window), tokens=tokens)
+    return Ask(prompt, max_tokens=4 * len(window) + 20)
+
+
+def _detection(description: str, windows: Texts) -> Ask:
+    texts = "\n".join(f"{i}. {' '.join(''.join(window).split())}" for i, window in enumerate(windows, start=1))
+    return Ask(DETECT.format(description=description, n=len(windows), texts=texts), max_tokens=4 * len(windows) + 20)

@@ -1,0 +1,151 @@
+"""Two kinds of curves: score against the share of the training data, and right answers against confidence."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_explain.report import numbers
+from ray_explain.report.data import ReportData
+from ray_explain.report.estimates import Estimate, Row, Scores, pooled
+from ray_explain.report.figures import Axis, axis_for
+
+HEIGHT = 190  # pixels of a plot's inside
+MARGIN = 4.0  # percent of its width left and right of the outermost points
+LOOKUPS = ("nearest neighbour per layer", "nearest neighbour", "majority layer x role")  # the first that was scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A place on a plot: `x` in percent of the width, `y`, `low` and `high` in pixels from the top."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """What one explainer, or a baseline, has at each place where it is defined."""
+
+    row: Row
+    points: Sequence[Point]
+    estimates: Sequence[Estimate]  # one for each place of the plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Lines over the same places."""
+
+    target: str
+    title: str
+    places: Sequence[tuple[float, str]]  # (percent, text)
+    levels: Sequence[tuple[float, str]]  # (pixels, text)
+    series: Sequence[Series]
+    diagonal: bool = False
+
+
+def learning_curves(task: str, data: ReportData, scores: Scores) -> list[Plot]:
+    """For each target the headline metric at each share of the training data; none where there is one share only."""
+    if len(data.fractions) < 2:
+        return []
+    metric, by = scores.headline(task)[0]
+    grouped: dict[tuple[str, Row, float], list[dict[str, Any]]] = defaultdict(list)
+    for score in data.every_score:
+        if (score["task"], score["metric"], score["by"], score["control"]) == (task, metric, by, "none"):
+            name, target = score["explainer"], score["target"]
+            row = Row(data.model_of(name), "none", name in data.explainers, data.is_self(name, target))
+            grouped[target, row, score["fraction"]].append(score)
+    found = {key: pooled(rows) for key, rows in grouped.items()}
+    places = list(zip(_places(data.fractions), [f"{100 * f:.3g}{numbers.THIN}%" for f in data.fractions]))
+    title = f"{numbers.metric_label(metric)}, {numbers.by_label(by)}"
+    plots = []
+    for target in data.targets_of(task):
+        rows = [*scores.explainers(task, target), *_lookup(task, target, scores)]
+        at = {row: [found.get((target, row, f), Estimate()) for f in data.fractions] for row in rows}
+        axis = axis_for(it for estimates in at.values() for it in estimates)
+        series = [_series(row, [x for x, _ in places], estimates, axis) for row, estimates in at.items()]
+        plots.append(Plot(target=target, title=title, places=places, levels=_levels(axis), series=series))
+    return plots
+
+
+def _lookup(task: str, target: str, scores: Scores) -> list[Row]:
+    known = {row.name: row for row in scores.rows(task, target) if not row.trained}
+    return [known[name] for name in LOOKUPS if name in known][:1]
+
+
+def _places(fractions: Sequence[float]) -> list[float]:
+    """Shares on a logarithmic axis."""
+    low, high = math.log(fractions[0]), math.log(fractions[-1])
+    return [round(MARGIN + (100 - 2 * MARGIN) * (math.log(f) - low) / (high - low), 2) for f in fractions]
+
+
+def reliability(task: str, data: ReportData) -> list[Plot]:
+    """For each target, of answers of about the same confidence how many were right."""
+    axis = Axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0))
+    plots = []
+    for target in data.targets_of(task):
+        series = []
+        for it in data.calibrations:
+            if (it.task, it.target) == (task, target):
+                row = Row(data.model_of(it.explainer), "none", True, data.is_self(it.explainer, target))
+                estimates = [Estimate(value=b.right, low=b.low, high=b.high, n=b.n, seeds=1) for b in it.bins]
+                series.append(_series(row, [100 * b.confidence for b in it.bins], estimates, axis))
+        if series:
+            series.sort(key=lambda one: (not one.row.is_self, numbers.natural(one.row.name)))
+            title = "share of right answers against the probability that the explainer gives them"
+            plots.append(
+                Plot(target=target, title=title, places=axis.labels, levels=_levels(axis), series=series, diagonal=True)
+            )
+    return plots
+
+
+def _levels(axis: Axis) -> list[tuple[float, str]]:
+    return [(_y(place), text) for place, text in axis.labels]
+
+
+def _y(percent: float) -> float:
+    return round(HEIGHT * (1 - percent / 100), 1)
+
+
+def _series(row: Row, places: Sequence[float], estimates: Sequence[Estimate], axis: Axis) -> Series:
+    points = [
+        Point(
+            x=round(x, 2),
+            y=_y(axis.at(it.value)),
+            low=None if it.low is None else _y(axis.at(it.low)),
+            high=None if it.high is None else _y(axis.at(it.high)),
+            text=f"{row.label}: {it.text}, n {numbers.count(it.n)}",
+        )
+        for x, it in zip(places, estimates)
+        if it.value is not None
+    ]
+    return Series(row=row, points=points, estimates=estimates)
+
+
+def calibration_text(task: str, target: str, data: ReportData) -> list[str]:
+    """A sentence for each explainer: how far its confidence is from its accuracy."""
+    told = []
+    for it in data.calibrations:
+        if (it.task, it.target) != (task, target):
+            continue
+        value, low, high = it.overconfidence
+        if low is None or high is None:
+            how = "too few groups to say whether it is"
+        elif low <= 0 <= high:
+            how = "not shown to be over- or underconfident"
+        else:
+            how = "overconfident" if value > 0 else "underconfident"
+        bounds = (
+            ""
+            if low is None or high is None
+            else f" (95{numbers.THIN}% interval {numbers.signed(low)} to {numbers.signed(high)})"
+        )
+        told.append(
+            f"{data.model_of(it.explainer)}: {how}; mean confidence minus accuracy {numbers.signed(value)}{bounds}, "
+            f"expected calibration error {numbers.decimal(it.error)}, {numbers.plural(it.n, 'answer')}."
+        )
+    return told

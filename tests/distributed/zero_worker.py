@@ -1,0 +1,134 @@
+"""Trains explainers with DeepSpeed on the workers of one torchrun, for test_zero. Usage: session folder target question
+folders. Session "two" trains `CASES` and leaves checkpoints of `RESUMED`, "one" goes on from them and leaves its own,
+"again" goes on from those. Each writes what it saw to <session>.json.
+"""
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import ray_explain.distributed  # noqa: F401 - sets what DeepSpeed reads
+from ray_explain import storage
+from ray_explain.config import TrainConfig
+from ray_explain.distributed import training_setup, zero
+from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_share, state_of
+from ray_explain.distributed.training_loop import Taken, train_steps, write_explainer
+from ray_explain.distributed.validation import Sample, answers, sample_of, validate
+from ray_explain.explainer.sidecar import load_explainer
+from tests.distributed.training_runs import CASES, CUT, RESUMED, VALIDATED, run_of
+
+_config = zero.zero_config
+
+
+def nothing_stays_whole(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """In models as small as these, ZeRO-3 would otherwise partition nothing."""
+    config = _config(*args, **kwargs)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+
+
+training_setup.zero_config = nothing_stays_whole
+
+
+class Place(NamedTuple):
+    folder: Path
+    target: Path
+    questions: tuple[str, ...]
+
+    def run(self, train: TrainConfig, name: str) -> Any:
+        return run_of(train, name, self.questions, self.target)
+
+    def sample(self, start: training_setup.Start) -> Sample:
+        tables = [storage.read_table(folder) for folder in self.questions]
+        markers = start.explainer.markers
+        return sample_of(tables, start.tokenizer, markers, n=6, seed=0, max_tokens=100)
+
+
+def whole_run(name: str, place: Place) -> dict[str, Any]:
+    """All steps, with a validation in between, and what the saved explainer is like."""
+    run, told = place.run(CASES[name], name), dict[str, Any](losses=[], norms=[])
+    start = training_setup.start_of(run, dist.get_world_size())
+    engine = training_setup.new_engine(start.explainer, run.train, dist.get_world_size())
+    sample, stage = place.sample(start), run.train.zero_stage
+
+    def after(taken: Taken) -> None:
+        add(told, taken)
+        if taken.number == CUT and name in VALIDATED:
+            told["validation"] = validate(engine.module, sample, start.tokenizer, zero_stage=stage)
+
+    train_steps(engine, start.examples, start.steps, run, pad_id=start.pad_id, after=after)
+    prompts = [asked.prompt for asked in sample.asked[:3]]  # one worker has less to do than the other
+    told["answers"] = answers(engine.module, prompts, start.tokenizer, max_new_tokens=5, zero_stage=stage)
+    state = zero.whole_state(engine.module, stage)
+    if dist.get_rank() == 0:
+        write_explainer(engine.module, run, start.tokenizer, state, str(place.folder / name))
+    dist.barrier()
+    engine.destroy()
+    reloaded, _ = load_explainer(place.folder / name)
+    told["reloaded"] = answers(reloaded, prompts, start.tokenizer, max_new_tokens=5, zero_stage=0)
+    return told
+
+
+def part_of_run(name: str, place: Place, *, first: Path | None = None, leave: Path | None = None) -> dict[str, Any]:
+    """The steps up to `CUT`, and a checkpoint at `leave`; or those after the checkpoint in `first`."""
+    run, told = place.run(CASES[name], name), dict[str, Any](losses=[], norms=[])
+    start = training_setup.start_of(run, dist.get_world_size())
+    state = state_of(str(first)) if first else None
+    cut = first is not None and must_be_cut(str(first), dist.get_world_size())
+    engine = training_setup.new_engine(start.explainer, run.train, dist.get_world_size(), cut=cut)
+    if state:
+        assert state["workers"] != dist.get_world_size()
+        load_shares(engine, str(first))
+
+    def after(taken: Taken) -> None:
+        add(told, taken)
+        if leave and taken.number == CUT:
+            raise Enough
+
+    with suppress(Enough):
+        first_step = state["step"] if state else 0
+        train_steps(engine, start.examples, start.steps, run, pad_id=start.pad_id, first=first_step, after=after)
+    if leave:
+        leave.mkdir(exist_ok=True)
+        save_share(engine, str(leave), {"step": CUT})
+        dist.barrier()
+    engine.destroy()
+    return told
+
+
+class Enough(Exception):
+    """The checkpoint can be made."""
+
+
+def add(told: dict[str, Any], taken: Taken) -> None:
+    dist.all_reduce(taken.sums)
+    told["losses"].append((taken.sums[0] / taken.sums[2]).item())
+    told["norms"].append(taken.gradient_norm)
+
+
+def main(session: str, place: Place) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    of_two, of_one = ({name: place.folder / f"{name}-{n}" for name in RESUMED} for n in (2, 1))
+    if session == "two":
+        told = {name: whole_run(name, place) for name in CASES}
+        for name in RESUMED:
+            part_of_run(name, place, leave=of_two[name])
+    elif session == "one":
+        told = {name: part_of_run(name, place, first=of_two[name]) for name in RESUMED}
+        for name in RESUMED:
+            part_of_run(name, place, leave=of_one[name])
+    else:
+        told = {name: part_of_run(name, place, first=of_one[name]) for name in RESUMED}
+    if dist.get_rank() == 0:
+        (place.folder / f"{session}.json").write_text(json.dumps(told))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Place(Path(sys.argv[2]), Path(sys.argv[3]), tuple(sys.argv[4:])))

@@ -1,0 +1,229 @@
+"""From a target and SAEs that others made to described, scored features and questions, through the jobs' own `main`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from jobs import ground_truth
+from ray_explain import storage
+from ray_explain.artifacts import finished
+from ray_explain.config import read_experiment
+from ray_explain.distributed.feature_plan import FeaturePlan
+from ray_explain.distributed.plan import Plan
+from ray_explain.features.sae import SAE
+from ray_explain.features.training import train_sae
+from ray_explain.ground_truth.target import Target
+from ray_explain.interventions.extraction import residuals
+from ray_explain.world.corpus import documents
+from ray_explain.world.facts import World
+
+pytestmark = pytest.mark.ray
+D_SAE, K = 48, 4
+EXEMPLARS = {"top": 6, "random": 4, "near": 2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    stream = documents(World(), "some corpus", 1)
+    path.write_text("".join(json.dumps({"text": doc.text}) + "\n" for doc, _ in zip(stream, range(400), strict=False)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def saes(world_target: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A top-k SAE for each layer of the target, in SAELens' layout."""
+    target = Target({"model": str(world_target), "dtype": "float32"})
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    read = target.read(texts)
+    layers = residuals(target.model, [read(text).ids for text in texts], [0, 1])
+    folder = tmp_path_factory.mktemp("saes")
+    for layer in range(2):
+        activations = torch.cat([own[layer, 1:] for own in layers]).float()
+        sae = train_sae(activations, d_sae=D_SAE, k=K, steps=150, batch_tokens=512, seed=0, layer=layer)
+        write_sae_lens(folder / f"blocks.{layer}.hook_resid_post", sae)
+    return folder
+
+
+def write_sae_lens(folder: Path, sae: SAE) -> None:
+    """As SAELens does: the scale of inputs folded into the weights."""
+    folder.mkdir()
+    tensors = {
+        "W_enc": (sae.encoder * sae.scale).T.contiguous(),
+        "b_enc": sae.encoder_bias,
+        "W_dec": sae.directions / sae.scale,
+        "b_dec": sae.decoder_bias / sae.scale,
+    }
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {
+        "architecture": "topk",
+        "k": sae.k,
+        "d_in": sae.d_model,
+        "d_sae": sae.d_sae,
+        "normalize_activations": "none",
+        "apply_b_dec_to_input": True,
+        "metadata": {"hook_name": f"blocks.{sae.layer}.hook_resid_post"},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def config_in(folder: Path, target: Path, features: dict[str, Any], **cluster: Any) -> str:
+    path = folder / "features.yaml"
+    experiment = {
+        "name": "features",
+        "storage": str(folder / "run"),
+        "models": {"small": {"path": str(target)}},
+        "targets": ["small"],
+        "explainers": ["small"],
+        "ground_truth": {"features": features},
+        "cluster": {"actors": 1, "rows_per_slice": 40, **cluster},
+    }
+    path.write_text(yaml.safe_dump(experiment))
+    return str(path)
+
+
+def replies(prompt: str, n: int) -> str | int:
+    """A describer that says which tokens are marked, a simulator and a detector that look for the word it said."""
+    if "Description:" in prompt:
+        return 429 if n % 5 == 0 else f"Description: {marked_word(prompt)}"
+    word = prompt.split("responds to: ")[1].split("\n")[0]
+    if "numbered tokens" in prompt:
+        tokens = [json.loads(line.split(": ", 1)[1]) for line in prompt.splitlines() if line[:1].isdigit()]
+        return json.dumps([10 if token.strip() == word else 0 for token in tokens])
+    texts = [line.split(". ", 1)[1] for line in prompt.splitlines() if line[:1].isdigit()]
+    return json.dumps([int(word in text.split()) for text in texts])
+
+
+def marked_word(prompt: str) -> str:
+    words = [part.split(">>")[0].strip() for part in prompt.split("<<")[1:]]
+    words = [word for word in words if word.isalnum()]
+    return max(set(words), key=words.count) if words else "and"
+
+
+def test_published_saes_become_described_and_scored_features_and_questions(
+    running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
+) -> None:
+    endpoint.script = replies
+    model = {"kind": "endpoint", "model": "m", "address": endpoint.address, "timeout": 5}
+    features = {
+        "sae": {"path": str(saes)},
+        "corpus": {"path": str(corpus), "windows": 300, "tokens": 16},
+        "exemplars": EXEMPLARS,
+        "describer": model | {"input_price": 1.0},
+        "simulator": model,
+        "detector": model,
+        "group": "feature",
+    }
+    config = config_in(tmp_path, world_target, features)
+    assert ground_truth.main(["--config", config]) == 0
+    plan = Plan(read_experiment(config))
+    steps = FeaturePlan(plan, "small")
+    made = {name: finished(getattr(steps, name)(), plan.root) for name in ("features", "exemplars", "descriptions")}
+    assert made["features"].rows == 2 * D_SAE
+    assert made["exemplars"].rows + sum(made["exemplars"].dropped.values()) == 2 * D_SAE
+    usage = made["descriptions"].measured
+    assert 80 < usage["asked"] <= made["exemplars"].rows and usage["failed: 429"] > 0 and usage["cost"] > 0
+    effects = storage.read_table(plan.path(plan.effects("features", "small")))
+    assert effects.num_rows == made["descriptions"].rows == made["exemplars"].rows > D_SAE
+    told = [row[0] for row in effects["descriptions"].to_pylist()]
+    scored = [one for one in told if one["score"] is not None]
+    assert len(scored) > 20
+    assert all(one["score_low"] <= one["score"] <= one["score_high"] and one["score_n"] for one in scored)
+    assert sum(one["score"] for one in scored) / len(scored) > 0.3
+    assert sum(one["detection"] for one in told if one["detection"] is not None) / len(told) > 0.6
+    questions = storage.read_table(plan.path(plan.questions("features", "small")))
+    assert set(questions["answer"].to_pylist()) <= {one["description"] for one in told}
+    assert {"train", "test"} <= set(questions["split"].to_pylist())
+    layer = read_layer(saes, 1)
+    row = effects.filter(pc.field("layer") == 1).slice(3, 1).to_pylist()[0]
+    torch.testing.assert_close(torch.tensor(row["vectors"][0]), layer[row["feature_id"]])
+
+
+def read_layer(saes: Path, layer: int) -> torch.Tensor:
+    from ray_explain.features.readers import read_sae
+
+    return read_sae(saes, layer).directions.float()
+
+
+def test_an_sae_that_does_not_fit_is_one_sentence_and_exit_code_2(
+    running_ray: None, world_target: Path, saes: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tmp_path / "saes" / "blocks.0.hook_resid_post"
+    wrong.parent.mkdir()
+    sae = train_sae(torch.randn(600, 16), d_sae=8, k=2, steps=5, batch_tokens=64, seed=0, layer=0)
+    write_sae_lens(wrong, sae)
+    features = {
+        "layers": [0],
+        "sae": {"path": str(wrong.parent)},
+        "corpus": {"path": str(corpus), "windows": 20, "tokens": 16},
+        "describer": {"kind": "endpoint", "model": "m"},
+    }
+    config = config_in(tmp_path, world_target, features)
+    capsys.readouterr()
+    overrides = ["evaluate.controls=[shuffled]"]  # there is no other layer
+    assert ground_truth.main(["--config", config, *overrides]) == 2
+    told = capsys.readouterr().err
+    assert "is 16 wide, the target 32: not its SAE" in told and "Traceback" not in told
+
+
+def test_a_neuronpedia_export_gives_the_papers_questions_and_one_off_by_one_is_refused(
+    running_ray: None, world_target: Path, saes: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = peaks(world_target, saes, corpus)
+    rows = [line(layer, i + off, f"mentions of {word}") for off in (0,) for (layer, i), word in told.items()]
+    rows += [line(1, D_SAE + 5, "a feature that is not there"), "garbage"]
+    write_export(tmp_path / "right", rows)
+    write_export(tmp_path / "shifted", [line(layer, i + 1, f"mentions of {word}") for (layer, i), word in told.items()])
+    features = {
+        "sae": {"path": str(saes)},
+        "corpus": {"path": str(corpus), "windows": 300, "tokens": 16},
+        "exemplars": EXEMPLARS,
+        "describer": {"kind": "neuronpedia", "path": str(tmp_path / "shifted")},
+    }
+    config = config_in(tmp_path, world_target, features)
+    assert ground_truth.main(["--config", config]) == 2
+    assert "the export's ids are off by 1" in capsys.readouterr().err
+    assert ground_truth.main(["--config", config, f"ground_truth.features.describer.path={tmp_path}/right"]) == 0
+    plan = Plan(read_experiment(config, [f"ground_truth.features.describer.path={tmp_path}/right"]))
+    steps = FeaturePlan(plan, "small")
+    labels, chosen = steps.labels(), finished(steps.features(), plan.root)
+    assert labels is not None and chosen is not None
+    imported = finished(labels, plan.root)
+    assert imported is not None and imported.dropped == {"a line that is not a JSON object": 1}
+    assert chosen.dropped == {"an id that the SAE does not have": 1} and chosen.rows == len(told)
+    questions = storage.read_table(plan.path(plan.questions("features", "small")))
+    assert all(answer.startswith("mentions of ") for answer in questions["answer"].to_pylist())
+
+
+def peaks(target_folder: Path, saes: Path, corpus: Path) -> dict[tuple[int, int], str]:
+    """Of each feature, the word on which it is highest in the corpus."""
+    from ray_explain.features.readers import read_sae
+
+    target = Target({"model": str(target_folder), "dtype": "float32"})
+    texts = [json.loads(each)["text"] for each in corpus.read_text().splitlines()]
+    read = target.read(texts)
+    ids = [read(text).ids for text in texts]
+    stream = residuals(target.model, ids, [0, 1])
+    tokens = [token for own in ids for token in own[1:]]
+    found = {}
+    for layer in range(2):
+        active = read_sae(saes, layer).encode(torch.cat([own[layer, 1:] for own in stream]))
+        for i, at in enumerate(active.argmax(dim=0).tolist()):
+            found[layer, i] = str(target.tokenizer.decode([tokens[at]])).strip()
+    return found
+
+
+def line(layer: int, number: int, text: str) -> dict[str, str]:
+    return {"layer": f"{layer}-small-res-48", "index": str(number), "description": text, "explanationModelName": "x"}
+
+
+def write_export(folder: Path, rows: list[Any]) -> None:
+    path = folder / "explanations" / "batch-0.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))

@@ -1,0 +1,166 @@
+"""Jobs submitted to a running cluster: a head node of its own, its dashboard on loopback, behind a token."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from ray_explain.artifacts import MANIFEST
+from tests.end_to_end.test_sweep import SWEEP
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIN = Path(sys.executable).parent
+TINY: dict[str, Any] = {key: value for key, value in SWEEP.items() if key != "sweep"}
+MAX_UPLOAD = 10**6  # bytes
+
+
+class Head(NamedTuple):
+    """A running head node."""
+
+    home: Path
+    url: str
+    environment: dict[str, str]
+
+    def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ray words...`, as a user of this cluster would type it."""
+        return subprocess.run(
+            [str(BIN / "ray"), *words], env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    def submit(self, *entrypoint: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir . -- entrypoint...`"""
+        return self.ray("job", "submit", "--address", self.url, "--working-dir", ".", *options, "--", *entrypoint)
+
+    def get(self, path: str, *, token: bool = True) -> Any:
+        """JSON that the dashboard answers."""
+        headers = {"Authorization": f"Bearer {self.token}"} if token else {}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=30) as answer:
+            return json.loads(answer.read())
+
+    @property
+    def token(self) -> str:
+        """What the dashboard asks for."""
+        return (self.home / ".ray" / "auth_token").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    home = tmp_path_factory.mktemp("home")
+    ports = _free_ports(5)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    environment |= {
+        "HOME": str(home),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    made = Head(home, f"http://127.0.0.1:{ports[1]}", environment)
+    assert made.ray("get-auth-token", "--generate").returncode == 0
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    places = [f"--{name}={port}" for name, port in zip((*names, "ray-client-server-port"), ports)]
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:  # sockets have short names
+        limits = [
+            "--num-cpus=4",
+            "--object-store-memory=200000000",
+            "--dashboard-host=127.0.0.1",
+            f"--temp-dir={short}",
+        ]
+        node = subprocess.Popen(
+            [str(BIN / "ray"), "start", "--head", "--block", *places, *limits],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            _wait_for_jobs(made)
+            yield made
+        finally:
+            node.send_signal(signal.SIGTERM)
+            node.wait(timeout=60)
+
+
+def _free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _wait_for_jobs(head: Head) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        try:
+            head.get("/api/jobs/")
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError("the head node did not come up")
+
+
+def config_in(folder: Path, **changes: Any) -> str:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"storage": "runs/tiny"} | changes))
+    return str(path)
+
+
+def test_the_pipeline_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
+    ended = head.submit("python", "jobs/pipeline.py", "--config", config_in(tmp_path))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    root = head.home / "ray_explain" / "runs" / "tiny"  # a relative path would be thrown away with the upload
+    assert f"storage: {root}" in ended.stdout
+    assert (root / "report" / "index.html").exists()
+    assert [made for made in root.glob("explainers/*") if (made / MANIFEST).exists()]
+    [run] = head.get("/api/train/v2/runs/v1")["train_runs"]  # the Train page of the dashboard
+    assert run["name"].startswith("llama-of-llama-ablation-s0") and run["status"] == "FINISHED"
+
+
+def test_the_dashboard_asks_for_the_token(head: Head) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        head.get("/api/jobs/", token=False)
+
+
+def test_exit_code_and_last_error_reach_the_submitter(head: Head, tmp_path: Path) -> None:
+    ended = head.submit("python", "jobs/sweep.py", "--config", config_in(tmp_path), "train.learning_rat=1")
+    assert ended.returncode == 1
+    told = ended.stdout + ended.stderr
+    assert "no such key; the nearest is `learning_rate`" in told and "exit code 2" in told
+
+
+def test_a_stopped_job_leaves_whole_artifacts(head: Head, tmp_path: Path) -> None:
+    root = tmp_path / "stopped"
+    entrypoint = ("python", "jobs/pipeline.py", "--config", config_in(tmp_path, storage=str(root)))
+    assert head.submit(*entrypoint, options=("--no-wait", "--submission-id", "stopped")).returncode == 0
+    deadline = time.monotonic() + 240
+    while not list(root.glob("ablation_cases/*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert head.ray("job", "stop", "--address", head.url, "stopped").returncode == 0
+    assert head.get("/api/jobs/stopped")["status"] == "STOPPED"
+    assert "go on" in head.ray("job", "logs", "--address", head.url, "stopped").stdout.replace("goes on", "go on")
+    manifests = [json.loads(path.read_text()) for path in root.glob("*/*/manifest.json")]
+    assert {"models", "ablation_cases"} <= {made["kind"] for made in manifests}
+    assert not [made for made in manifests if made["kind"] == "scores"]
+    assert not list(root.rglob("*.draft"))
+
+
+def test_the_upload_stays_below_a_megabyte(tmp_path: Path) -> None:
+    from ray._private.runtime_env import packaging
+
+    package = tmp_path / "package.zip"
+    packaging.create_package(str(ROOT), package, include_gitignore=True, include_parent_dir=False, excludes=[])
+    assert package.stat().st_size < MAX_UPLOAD

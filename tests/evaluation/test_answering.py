@@ -1,0 +1,66 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_explain import records
+from ray_explain.evaluation.answering import AnswerStage, SelfieStage, asked_schema
+
+D = 32
+SIZES = {"max_new_tokens": 6, "batch_size": 4, "max_tokens": 60, "d_target": D}
+
+
+@pytest.fixture
+def place(world_target):
+    return {"model": str(world_target), "revision": None, "dtype": "float32"}
+
+
+@pytest.fixture
+def asked():
+    """Six questions in the same words about different vectors."""
+    rng = np.random.default_rng(0)
+    prompt = "what does <vector> at layer 0 encode ?"
+    rows = [
+        {
+            **{name: f"{name} {i}" for name in ("question_id", "case_id", "group")},
+            **{"split": "test", "task": "features", "prompt": prompt, "answer": "a", "answers": ["a"], "layers": [0]},
+            **{"role": "", "stratum": "sae", "changed": None, "wording": "brief/features/1", "control": "none"},
+        }
+        for i in range(6)
+    ]
+    vectors = [3 * rng.standard_normal((1, D)).astype(np.float32) for _ in rows]
+    columns = {
+        field.name: records.vectors_array(vectors, D)
+        if field.name == "vectors"
+        else pa.array([row[field.name] for row in rows], field.type)
+        for field in asked_schema(D)
+    }
+    return records.conform(pa.table(columns), asked_schema(D))
+
+
+def stage(place, **config):
+    return AnswerStage(SIZES | place | {"explainer": "x", "injection": {"scale": "mean_embedding"}} | config)
+
+
+def logprobs(stage, table):
+    return [row["logprob"] for row in stage(table).table.to_pylist()]
+
+
+def test_answers_hang_on_the_vectors_and_without_vectors_on_the_words_alone(place, asked):
+    assert len(set(np.round(logprobs(stage(place), asked), 4))) == 6
+    assert len(set(np.round(logprobs(stage(place, text_only=True), asked), 4))) == 1
+
+
+def test_a_question_longer_than_the_models_context_is_not_asked(place, asked):
+    with_room = stage(place, max_tokens=10_000)
+    at = asked.column_names.index("prompt")
+    long = pa.array(["the " * 520 + "<vector>", *asked["prompt"].to_pylist()[1:]])
+    answers = with_room(asked.set_column(at, asked.schema.field("prompt"), long)).table.to_pylist()
+    assert answers[0]["logprob"] is None and all(answer["n_tokens"] for answer in answers[1:])
+
+
+def test_selfie_answers_each_question_once_at_each_scale(place, asked):
+    made = SelfieStage(place | {"d_target": D, "batch_size": 4, "scales": [1.0, 10.0], "brief": True})
+    answers = made(asked).table
+    assert answers.num_rows == 12 and not made(asked).dropped
+    names = set(zip(answers["question_id"].to_pylist(), answers["explainer"].to_pylist()))
+    assert names == {(f"question_id {i}", name) for i in range(6) for name in ("SelfIE x1", "SelfIE x10")}

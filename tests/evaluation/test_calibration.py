@@ -1,0 +1,62 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_explain.evaluation.calibration import calibrations
+from ray_explain.evaluation.grading import GRADED
+from ray_explain.records import rows_table
+
+
+def graded(confidence, right, explainer="a", groups=None):
+    rows = [
+        {field.name: None for field in GRADED}
+        | {name: "" for name in ("layer", "role", "stratum")}
+        | {"question_id": f"q{i:05}", "group": f"g{i if groups is None else i % groups}", "task": "patching"}
+        | {"target": "t", "explainer": explainer, "control": "none", "seed": 0, "exact": bool(hit), "parsed": True}
+        | {"logprob": None if p is None else float(np.log(p))}
+        for i, (p, hit) in enumerate(zip(confidence, right))
+    ]
+    if "fraction" in GRADED.names:
+        rows = [row | {"fraction": 1.0} for row in rows]
+    return rows_table(rows, GRADED)
+
+
+def one(table, **changes):
+    (found,) = calibrations(table, ["a"], **{"seed": 0, "resamples": 400, **changes})
+    return found
+
+
+def test_an_explainer_that_is_right_as_often_as_it_says_is_calibrated():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.05, 1, 4000)
+    found = one(graded(confidence, rng.random(4000) < confidence))
+    assert len(found.bins) == 8 and {bin.n for bin in found.bins} == {500}
+    assert all(bin.low < bin.confidence + 0.02 and bin.high > bin.confidence - 0.02 for bin in found.bins)
+    over, low, high = found.overconfidence
+    assert low < over < high and low < 0 < high
+    assert found.error < 0.04
+
+
+def test_an_explainer_that_is_always_sure_and_half_right_is_overconfident_by_half():
+    found = one(graded([0.98] * 400, [True, False] * 200))
+    over, low, high = found.overconfidence
+    assert over == pytest.approx(0.48) and low > 0.4 and high < 0.56
+    assert found.error == pytest.approx(0.48)
+
+
+def test_intervals_resample_groups_and_few_answers_make_few_bins():
+    rng = np.random.default_rng(1)
+    hits = np.tile(rng.random(10) < 0.5, 40)  # all answers of a group are right, or none is
+    clustered, free = (one(graded([0.5] * 400, hits, groups=g)).overconfidence for g in (10, 400))
+    assert clustered[2] - clustered[1] > 3 * (free[2] - free[1])
+    few = one(graded([0.5, 0.6, 0.7], [True, True, False]))
+    assert [bin.n for bin in few.bins] == [3]
+
+
+def test_answers_without_a_confidence_and_baselines_are_left_out_and_nothing_is_nan():
+    table = pa.concat_tables([graded([0.5, None, 0.7], [True, False, True]), graded([0.5], [True], "majority")])
+    found = one(table)
+    assert found.n == 2 and found.explainer == "a"
+    alone = one(graded([0.5], [True]))
+    assert alone.overconfidence[1:] == (None, None) and alone.bins[0].low is None
+    assert calibrations(table.slice(0, 0), ["a"], seed=0) == []

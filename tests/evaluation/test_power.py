@@ -1,0 +1,57 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_explain.evaluation.intervals import Pilot, questions_needed
+from ray_explain.evaluation.metrics import grade
+from ray_explain.evaluation.power import WANTED, detectable, sizes
+
+N = 240
+
+
+@pytest.fixture
+def graded(questions, answers, say):
+    """Two explainers of target "a" with the seeds given, right on about the shares given."""
+    rng = np.random.default_rng(0)
+    table = questions(*[{"group": f"g{i // 4}", "changed": bool(rng.random() < 0.4)} for i in range(N)])
+    truths = table["answer"].to_pylist()
+
+    def make(**shares):
+        parts = []
+        for name, by_seed in shares.items():
+            for seed, share in enumerate(by_seed):
+                right = np.random.default_rng([seed, len(name), ord(name[0])]).random(N) < share
+                said = [truth if hit else say(True, "nonsense") for truth, hit in zip(truths, right)]
+                parts.append(grade(table, answers(table, said, name), target="a", seed=seed))
+        return pa.concat_tables(parts)
+
+    return make
+
+
+def test_what_a_study_finds_is_what_needs_a_study_of_its_size():
+    for pilot, seeds in ((Pilot(0.3, 4.0), 1), (Pilot(0.3, 4.0, 0.0004), 3)):
+        difference = detectable(pilot, 600, seeds)
+        assert questions_needed(difference, pilot, seeds=seeds) == pytest.approx(600, abs=1)
+
+
+def test_each_other_explainer_of_a_target_that_explains_itself_is_planned_for(graded):
+    (plan,) = sizes(graded(a=[0.7], b=[0.5]), ["a", "b"], seed=0, resamples=300)
+    assert (plan.task, plan.target, plan.against, plan.questions, plan.seeds) == ("patching", "a", "b", N, 1)
+    assert plan.seed_variance is None and 0.05 < plan.detectable < 0.2
+    assert [need.wanted for need in plan.needs] == list(WANTED)
+    needed = [need.questions for need in plan.needs]
+    assert needed == sorted(needed, reverse=True) and needed[0] == pytest.approx(25 * needed[2], rel=0.02)
+    assert not list(sizes(graded(b=[0.5], c=[0.5]), ["b", "c"], seed=0, resamples=300))
+    assert not list(sizes(graded(a=[0.7], majority=[0.5]), ["a"], seed=0, resamples=300))
+
+
+def test_seeds_that_differ_much_are_told_to_be_the_thing_that_is_missing(graded):
+    (plan,) = sizes(graded(a=[0.4, 0.6, 0.8], b=[0.5, 0.5, 0.5]), ["a", "b"], seed=0, resamples=300)
+    assert plan.seeds == 3 and plan.seed_variance == pytest.approx(0.04, rel=0.5)
+    small = plan.needs[0]
+    assert small.questions is None and small.seeds is None
+
+
+def test_two_that_are_right_on_the_same_questions_say_nothing_of_what_it_takes(graded):
+    (plan,) = sizes(graded(a=[1.0], b=[1.0]), ["a", "b"], seed=0, resamples=300)
+    assert plan.detectable is None and not plan.needs

@@ -1,0 +1,213 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ray_explain import records
+from ray_explain.ask import main
+from ray_explain.evaluation.receipts import Witness, ablation_of, patch_of, responses
+from ray_explain.explainer.baselines import untrained
+from ray_explain.explainer.sidecar import save_explainer, sidecar_of
+from ray_explain.models import load_model
+from ray_explain.questions import wordings
+from ray_explain.world.facts import World
+from ray_explain.world.tokenizer import world_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return world_tokenizer(World())
+
+
+@pytest.fixture(scope="module")
+def explainer(world_target, tmp_path_factory):
+    """Folder of an explainer that was never trained."""
+    folder = tmp_path_factory.mktemp("explainer")
+    loaded = load_model(str(world_target))
+    model = untrained(loaded.model, loaded.tokenizer, d_target=32)
+    versions = {"brief": wordings.version("brief")}
+    sidecar = sidecar_of(model, loaded.tokenizer, target="llama", base=str(world_target), wordings=versions)
+    save_explainer(model, folder, sidecar, loaded.tokenizer)
+    return folder
+
+
+def place(world_target):
+    return {"model": str(world_target), "revision": None, "dtype": "float32"}
+
+
+def witness(explainer, world_target):
+    asking = {"explainer": "x", "folder": str(explainer), "d_target": 32}
+    sizes = {"batch_size": 8, "max_tokens": 100, "max_new_tokens": 4}
+    return Witness(asking | sizes, place(world_target), wording="brief", seed=0)
+
+
+def names():
+    return [fact.subject for fact in World().told_facts if fact.relation == "instrument"][:2]
+
+
+def prompts():
+    one, other = names()
+    return f"the instrument of {one} is the", f"the instrument of {other} is the"
+
+
+@pytest.mark.parametrize(
+    "position, source_position, expected",
+    [
+        ("subject_last", None, (4, 4)),
+        ("final", None, (6, 6)),
+        ("relation", None, (5, 5)),
+        ("2", None, (2, 2)),
+        ("4", "6", (4, 6)),
+        ("instrument of", None, (3, 3)),
+        ("is", "instrument", (5, 2)),
+    ],
+)
+def test_a_position_is_a_role_a_number_or_a_piece_of_the_prompt(tokenizer, position, source_position, expected):
+    prompt, source = prompts()
+    case = patch_of(
+        tokenizer, prompt, source, block=(1, 1), position=position, source_position=source_position
+    ).to_pylist()[0]
+    assert (case["base_positions"], case["source_positions"]) == ([expected[0]], [expected[1]])
+
+
+@pytest.mark.parametrize(
+    "position, said",
+    [
+        ("subject_first", "share subject_last, relation, final"),
+        ("40", "has 7 tokens, numbered from 0 .*6 'the'"),
+        ("the", "is 2 times in the prompt"),
+        ("saxophone", "is not in the prompt"),
+    ],
+)
+def test_a_position_that_is_not_there_is_refused_with_those_that_are(tokenizer, position, said):
+    with pytest.raises(ValueError, match=said):
+        patch_of(tokenizer, *prompts(), block=(0, 0), position=position)
+
+
+def test_prompts_without_a_common_frame_need_their_subjects_named(tokenizer):
+    one, other = names()
+    texts = f"{one} is a", f"the home of {other}"
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        patch_of(tokenizer, *texts, block=(0, 0), position="subject_last")
+    case = patch_of(tokenizer, *texts, block=(0, 0), position="subject_last", subjects=(one, other)).to_pylist()[0]
+    assert (case["base_positions"], case["source_positions"]) == ([1], [4])
+    with pytest.raises(ValueError, match="are the same"):
+        patch_of(tokenizer, texts[0], texts[0], block=(0, 0), position="subject_last")
+
+
+def test_a_hint_is_taken_out_with_the_space_after_it():
+    case = ablation_of("say a . hint : b . answer :", "hint : b .").to_pylist()[0]
+    left = case["prompt"][: case["span_start"]] + case["prompt"][case["span_end"] :]
+    assert left == "say a . answer :"
+    with pytest.raises(ValueError, match="is not in the prompt"):
+        ablation_of("say a", "hint : b .")
+    with pytest.raises(ValueError, match="nothing would be left"):
+        ablation_of("hint : b .", "hint : b .")
+
+
+def test_what_is_measured_is_what_the_target_does(explainer, world_target, tokenizer):
+    """At the last layer and position, the patched run says what the source run says."""
+    prompt, source = prompts()
+    cases = [
+        patch_of(tokenizer, a, b, block=(1, 1), position="final").to_pylist()[0]
+        for a, b in [(prompt, source), (source, prompt)]
+    ]
+    there, back = witness(explainer, world_target).patches(records.rows_table(cases, records.PATCHING_CASES), tokenizer)
+    told = [detail.split("'")[1] for detail in (*there.details[:2], *back.details[:2])]
+    assert told[1] == told[2] and told[3] == told[0]
+    assert not there.confirmed and 0 <= there.confidence <= 1
+
+
+def test_an_explanation_is_confirmed_exactly_where_it_is_what_was_measured(
+    explainer, world_target, tokenizer, monkeypatch
+):
+    """An explainer that gives the right answer to one question, with other spaces, and the wrong one to another."""
+    asked = witness(explainer, world_target)
+    cases = [patch_of(tokenizer, *prompts(), block=(0, 0), position=position).to_pylist()[0] for position in ("2", "4")]
+    original = asked._answering.__call__
+
+    def telling(table):
+        result = original(table)
+        right = table["answer"].to_pylist()
+        texts = [right[0].upper().replace("<<<", "<<< "), "The most likely output would change to <<<nonsense>>>."]
+        at = result.table.column_names.index("text")
+        return result._replace(table=result.table.set_column(at, result.table.schema.field("text"), [texts]))
+
+    monkeypatch.setattr(asked, "_answering", telling)
+    receipts = asked.patches(records.rows_table(cases, records.PATCHING_CASES), tokenizer)
+    assert [receipt.confirmed for receipt in receipts] == [True, False]
+    assert all(receipt.readable for receipt in receipts)
+
+
+def test_a_vector_responds_to_the_words_it_was_read_at(world_target):
+    """The mean activation at one frequent word, away from the mean of all, is told by that word."""
+    loaded = load_model(str(world_target))
+    embedding = loaded.model.get_input_embeddings().weight.detach()
+    token = loaded.tokenizer.encode(".")[-1]
+    vector = (embedding[token] - embedding.mean(0)).numpy()
+    found = responses(place(world_target), World(), vector, 0)
+    assert found.best == "the sign ."
+    assert {word for word, _ in found.strongest} == {"."}
+    assert all(-1 <= value <= 1 and not math.isnan(value) for value in found.correlations.values())
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_job_prints_explanation_outcome_and_verdict(explainer, world_target, capsys, tmp_path):
+    whom = ("--explainer", explainer, "--target", world_target)
+    prompt, source = prompts()
+    assert run(*whom, "--prompt", prompt, "--source", source, "--layer", 1, "--position", "subject_last") == 0
+    told = capsys.readouterr().out
+    for word in ("asked", "explanation", "measured", "patched:", "verdict      refuted"):
+        assert word in told
+    assert run(*whom, "--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .") == 0
+    assert "without it:" in capsys.readouterr().out
+    np.save(tmp_path / "v.npy", np.ones(32, np.float32))
+    assert run(*whom, "--vector", tmp_path / "v.npy", "--layer", 0) == 0
+    assert "correlates with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        (("--layer", 2, "--position", "final"), "llama has 2 layers, numbered from 0"),
+        (("--layer", "x", "--position", "final"), "it is a number such as 2, or a block"),
+        (("--layer", 1, "--position", "option"), "'option' is not in the prompt"),
+        (("--layer", 1), "needs --position"),
+        (("--hint", "the"), "not several of them"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_told(explainer, world_target, capsys, what, said):
+    prompt, source = prompts()
+    whom = ("--explainer", explainer, "--target", world_target, "--prompt", prompt, "--source", source)
+    assert run(*whom, *what) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_word_that_the_target_does_not_know_is_told(explainer, world_target, capsys):
+    assert run("--explainer", explainer, "--target", world_target, "--prompt", "xyzzy the", "--hint", "the") == 2
+    assert "cannot be measured: an unknown token" in capsys.readouterr().err
+
+
+def test_an_explainer_whose_target_or_words_are_not_known_is_told(explainer, capsys, tmp_path):
+    question = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
+    assert run("--explainer", tmp_path, *question) == 2
+    assert "it is not an explainer" in capsys.readouterr().err
+    assert run("--explainer", explainer, *question) == 2
+    assert "explains 'llama', and no experiment beside it" in capsys.readouterr().err
+    assert run(*question) == 2
+    assert "give either --explainer" in capsys.readouterr().err
+
+
+def test_an_explainer_trained_on_other_words_is_refused(explainer, world_target, capsys):
+    sidecar = explainer / "explainer.json"
+    before = sidecar.read_text()
+    sidecar.write_text(json.dumps({**json.loads(before), "wordings": {"brief": "0" * 16}}))
+    try:
+        assert run("--explainer", explainer, "--target", world_target, "--prompt", "the pet", "--hint", "pet") == 2
+        assert "was trained on wordings" in capsys.readouterr().err
+    finally:
+        sidecar.write_text(before)

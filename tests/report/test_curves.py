@@ -1,0 +1,81 @@
+import pytest
+
+from ray_explain.evaluation.calibration import Bin, Calibration
+from ray_explain.report.curves import HEIGHT, calibration_text, learning_curves, reliability
+from ray_explain.report.estimates import Scores
+from ray_explain.report.page import as_json, page
+
+
+def calibration(target="llama", explainer="llama", over=(0.1, 0.05, 0.15)):
+    bins = [
+        Bin(confidence=c, right=r, low=r - 0.1, high=r + 0.1, n=50) for c, r in ((0.2, 0.2), (0.6, 0.5), (0.9, 0.7))
+    ]
+    return Calibration(
+        task="patching", target=target, explainer=explainer, n=150, overconfidence=over, error=0.1, bins=bins
+    )
+
+
+def at_fractions(score_row, *values):
+    names = ("llama", "qwen3", "nearest neighbour")
+    return [
+        score_row("patching", "llama", name, value=value / (1 + i), fraction=fraction)
+        for fraction, value in values
+        for i, name in enumerate(names)
+    ]
+
+
+def test_one_amount_of_data_makes_no_curve(report):
+    data = report()
+    assert learning_curves("patching", data, Scores(data)) == []
+
+
+def test_a_curve_has_a_point_for_each_share_on_a_logarithmic_axis(report, score_row):
+    data = report(scores=at_fractions(score_row, (0.01, 0.2), (0.1, 0.4), (1.0, 0.8)), comparisons=[])
+    (plot,) = learning_curves("patching", data, Scores(data))
+    assert [series.row.label for series in plot.series] == ["llama", "qwen3", "nearest neighbour"]
+    assert [series.row.kind for series in plot.series] == ["self", "cross", "baseline"]
+    (left, middle, right), _ = [[point.x for point in series.points] for series in plot.series][:2]
+    assert middle - left == pytest.approx(right - middle, abs=0.02)
+    assert [point.y for point in plot.series[0].points] == pytest.approx([HEIGHT * (1 - v) for v in (0.2, 0.4, 0.8)])
+
+
+def test_a_share_that_nobody_was_trained_on_is_left_out_of_a_line(report, score_row):
+    rows = at_fractions(score_row, (0.1, 0.4), (1.0, 0.8))
+    rows = [row for row in rows if (row["explainer"], row["fraction"]) != ("qwen3", 0.1)]
+    data = report(scores=rows, comparisons=[])
+    (plot,) = learning_curves("patching", data, Scores(data))
+    assert [len(series.points) for series in plot.series] == [2, 1, 2]
+
+
+def test_calibration_is_drawn_at_the_mean_confidence_self_first(report):
+    data = report(calibrations=[calibration(explainer="qwen3"), calibration()])
+    (plot,) = reliability("patching", data)
+    assert plot.diagonal and [series.row.kind for series in plot.series] == ["self", "cross"]
+    assert [point.x for point in plot.series[0].points] == [20, 60, 90]
+    assert [point.y for point in plot.series[0].points] == pytest.approx([HEIGHT * (1 - v) for v in (0.2, 0.5, 0.7)])
+
+
+@pytest.mark.parametrize(
+    "over, said",
+    [
+        ((0.1, 0.05, 0.15), "llama: overconfident; mean confidence minus accuracy +.10"),
+        ((-0.1, -0.15, -0.05), "llama: underconfident"),
+        ((0.1, -0.05, 0.25), "llama: not shown to be over- or underconfident"),
+        ((0.1, None, None), "llama: too few groups to say whether it is"),
+    ],
+)
+def test_confidence_is_judged_by_its_interval(report, over, said):
+    (text,) = calibration_text("patching", "llama", report(calibrations=[calibration(over=over)]))
+    assert text.startswith(said)
+
+
+def test_the_page_and_the_json_hold_curves_and_calibration(report, score_row):
+    rows = at_fractions(score_row, (0.1, 0.4), (1.0, 0.8))
+    data = report(scores=rows, comparisons=[], examples=[], calibrations=[calibration()])
+    html = page(data, Scores(data))
+    assert "More data" in html and "share of the training data" in html
+    assert "Does the explainer know when it is right?" in html
+    assert "nan" not in html.lower().split()
+    told = as_json(data, Scores(data))
+    assert told["calibrations"][0]["bins"][0]["confidence"] == 0.2
+    assert len(told["scores"]) == 6
