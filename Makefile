@@ -24,7 +24,7 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos dashboard
+.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test dashboard
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -75,7 +75,7 @@ ifeq ($(CLUSTER),)
 	$(BIN)/ray status --address=127.0.0.1:6379
 	$(BIN)/ray job list
 else
-	$(BIN)/ray exec "$$CLUSTER" "ray status"
+	$(BIN)/ray exec "$$CLUSTER" "RAY_AUTH_MODE=token ray status"
 endif
 
 submit: setup  ## run JOB=jobs/pipeline.py with CONFIG=... there; more arguments in ARGS
@@ -88,13 +88,16 @@ check: setup  ## ruff and mypy
 
 test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
-	$(BIN)/python -m pytest -m "(ray or slow) and not gpu and not network"
+	$(BIN)/python -m pytest -m "(ray or slow) and not gpu and not network and not machines"
 
 test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 
 chaos: setup  ## the pipeline on several nodes and S3, while parts of it are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seeds $(SEEDS)
+
+cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines made of namespaces (needs root)
+	$(BIN)/python -m pytest -m machines tests/distributed/test_machines.py
 
 bench: setup  ## measured speed, against what one would use otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
