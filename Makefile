@@ -101,6 +101,7 @@ cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines 
 
 bench: setup  ## measured speed, against what one would use otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
+	$(BIN)/python tests/benchmarks/bench_stages.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py exemplars
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py directions
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_evaluation.py

@@ -85,18 +85,29 @@ class Splits(Section):
     test: Positive
 
 
-class PatchingConfig(Section):
-    """Activation patching: cases, and the blocks of layers that are patched.
+class PatchingBalance(Section):
+    """Of each split, equally many cases of each combination of these columns that there is."""
 
-    `balance` keeps, of each split, equally many cases of each combination of these columns, as far as there are any.
-    """
+    by: Annotated[list[Literal["first_layer", "role", "stratum", "changed"]], Field(min_length=1)]
+    at_most: Positive | None = None  # cases of a combination; unless given, as many as the rarest one has
+
+
+class AblationBalance(Section):
+    """As `PatchingBalance`."""
+
+    by: Annotated[list[Literal["kind", "stratum", "changed"]], Field(min_length=1)]
+    at_most: Positive | None = None
+
+
+class PatchingConfig(Section):
+    """Activation patching: cases, and the blocks of layers that are patched."""
 
     source: Literal["world", "counterfact", "jsonl", "released"] = "world"
     path: str | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
-    balance: list[Literal["first_layer", "role", "stratum", "changed"]] = []
+    balance: PatchingBalance | None = None
 
 
 class AblationConfig(Section):
@@ -107,7 +118,7 @@ class AblationConfig(Section):
     form: Literal["completion", "chat"] = "completion"  # of MMLU's prompts
     hint: Literal["random", "right", "sentence"] = "random"  # in MMLU's prompts
     cases: Splits
-    balance: list[Literal["kind", "stratum", "changed"]] = []  # as in `patching`
+    balance: AblationBalance | None = None
 
 
 class EndpointConfig(Section):

@@ -340,9 +340,9 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     plan = session.plan
     wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
     effects, counts = session.table(plan.effects(task, target)), dict[str, Any]()
-    by = getattr(getattr(plan.experiment.ground_truth, task), "balance", [])
-    if by:
-        effects, before, after = balanced(effects, by, seed=seed)
+    balance = plan.balance(task)
+    if balance is not None:
+        effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
         counts = {"cases before balancing": before, "cases after balancing": after}
     if task == "features":
         features, descriptions = split_features(effects)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
-from ray_explain.config import Experiment, ModelConfig, Task, TrainConfig
+from ray_explain.config import AblationBalance, Experiment, ModelConfig, PatchingBalance, Task, TrainConfig
 from ray_explain.distributed.feature_plan import FeaturePlan, describes, edges
 from ray_explain.errors import BadInput
 from ray_explain.questions.prompting import shots_label
@@ -112,6 +112,10 @@ class Plan:
         }
         return Artifact(kind=f"{task}_cases", label=target, config=config, parents=(self.model(target),))
 
+    def balance(self, task: Task) -> PatchingBalance | AblationBalance | None:
+        """How the questions are to be balanced, if at all."""
+        return getattr(getattr(self.experiment.ground_truth, task), "balance", None)
+
     def released_folder(self, task: Task, target: str) -> str:
         """Where the released data set of a target lies."""
         return getattr(self.experiment.ground_truth, task).path.replace("{target}", target)
@@ -133,7 +137,7 @@ class Plan:
         config: dict[str, Any] = {
             "wording": self.experiment.ground_truth.wording,
             "seed": self.experiment.seed,
-            "balance": getattr(getattr(self.experiment.ground_truth, task), "balance", []),
+            "balance": None if (balance := self.balance(task)) is None else balance.model_dump(),
         }
         if task == "features" and self.groups_features == "feature":
             config["group"] = "feature"

@@ -133,7 +133,11 @@ def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str,
     """Neither writing nor reading measures anything anew."""
     plan = plan_of(config)
     assert export.main(["--config", config]) == 0
-    section = {"source": "released", "path": f"{plan.root}/released/{{target}}/patching", "balance": ["changed"]}
+    section = {
+        "source": "released",
+        "path": f"{plan.root}/released/{{target}}/patching",
+        "balance": {"by": ["changed"]},
+    }
     again = config_in(
         tmp_path,
         models={"llama": {"path": plan.path(plan.model("llama"))}},
