@@ -119,7 +119,10 @@ def sweep(session: Session) -> None:
     without = {trial.run for trial in _with(trials, best) if _status(trial, root, failures) != "done"}
     if len(without) < len(session.plan.runs()):
         chosen = Plan(session.plan.experiment.trained_with(best), without=without)
-        session.say(f"The report: {make_report(replace(session, plan=chosen))}")
+        try:
+            session.say(f"The report: {make_report(replace(session, plan=chosen))}")
+        except ValueError as error:  # of the trials that failed, so many are missing that pairs cannot be compared
+            session.say(f"No report: {error}")
     if failures:
         told = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise JobFailed(f"{len(failures)} of {len(trials)} trials failed: {told}")

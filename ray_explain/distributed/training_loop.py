@@ -14,6 +14,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from pyarrow.fs import FileSelector, FileType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -178,10 +179,11 @@ def _report(engine: Any, state: dict[str, Any], metrics: dict[str, float]) -> No
 def _last_checkpoint() -> Iterator[tuple[str | None, dict[str, Any] | None]]:
     """Folder and state of the last checkpoint that is whole, here and on all other workers; None where there is none.
 
-    Ray knows a checkpoint only once all of it was taken up; one that was damaged afterwards is passed over.
+    Ray knows a checkpoint only once all of it was taken up; one that was damaged afterwards is passed over, for any
+    other that lies beside it.
     """
     latest = ray.train.get_checkpoint()
-    for checkpoint in () if latest is None else _latest_and_earlier(latest):
+    for checkpoint in () if latest is None else _latest_and_others(latest):
         with checkpoint.as_directory() as folder:
             state = state_of(folder)
             whole = torch.tensor(int(state is not None), device=ray.train.torch.get_device())
@@ -194,10 +196,19 @@ def _last_checkpoint() -> Iterator[tuple[str | None, dict[str, Any] | None]]:
     yield None, None
 
 
-def _latest_and_earlier(latest: ray.train.Checkpoint) -> Iterator[ray.train.Checkpoint]:
+def _latest_and_others(latest: ray.train.Checkpoint) -> Iterator[ray.train.Checkpoint]:
+    """The latest one, then the others from young to old, in the same order on all workers: a run that was started again
+    is told of the latest alone."""
     yield latest
-    known = ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
-    yield from (one.checkpoint for one in reversed(known) if one.checkpoint.path != latest.path)
+    folder, _, own = latest.path.rpartition("/")
+    told: list[list[str]] = [[]]
+    if dist.get_rank() == 0:
+        assert latest.filesystem is not None  # Ray Train's have one
+        found = latest.filesystem.get_file_info(FileSelector(folder))
+        names = (info.base_name for info in found if info.type == FileType.Directory)
+        told = [sorted((name for name in names if name.startswith("checkpoint_") and name != own), reverse=True)]
+    dist.broadcast_object_list(told)
+    yield from (ray.train.Checkpoint(f"{folder}/{name}", latest.filesystem) for name in told[0])
 
 
 class _Best:
