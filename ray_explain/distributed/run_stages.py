@@ -22,13 +22,14 @@ from ray_explain import storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import ClusterConfig
 from ray_explain.distributed.progress import Teller, watching
-from ray_explain.errors import JobFailed
+from ray_explain.errors import BadInput, JobFailed
 from ray_explain.records import conform
 from ray_explain.stages import Stage
 
 _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
 _MEASURED = b"measured"  # and another: JSON object of numbers
 _EXAMPLES_SHOWN = 3
+_TOLD: dict[str, type[BadInput] | type[JobFailed]] = {"BadInput": BadInput, "JobFailed": JobFailed}
 _ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
 
@@ -52,10 +53,16 @@ class _Worker:
         self._stage: tuple[int, Stage] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch is one slice: columns job, start, stop; comes back with the seconds it took."""
-        started = time.monotonic()
-        self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
-        return batch | {"seconds": np.array([time.monotonic() - started])}
+        """A batch is one slice: columns job, start, stop; comes back with the seconds it took and, where input cannot
+        be used or work cannot be done, the sentence that says so: Ray Data would tell the driver of some failure, not
+        of which.
+        """
+        started, wrong = time.monotonic(), ["", ""]
+        try:
+            self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+        except tuple(_TOLD.values()) as error:
+            wrong = [type(error).__name__, str(error)]
+        return batch | {"seconds": np.array([time.monotonic() - started]), "wrong": np.array([wrong])}
 
     def make(self, number: int, start: int, stop: int) -> None:
         """Rows `start` to `stop` of the job with this number, as one file."""
@@ -113,7 +120,8 @@ def run_stages(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> list
     All jobs share one pool of actors, so that models and interpreters start once per actor, not once per stage.
 
     Raises:
-        JobFailed: a stage dropped more than `pool.max_dropped` of its cases; the first are shown.
+        JobFailed: a stage dropped more than `pool.max_dropped` of its cases; the first are shown. Or a stage raised it.
+        BadInput: a stage raised it.
     """
     open_jobs = [job for job in jobs if finished(job.artifact, root) is None]
     if open_jobs:
@@ -140,6 +148,9 @@ def _run_slices(
     for number, size in enumerate(sizes):
         tellers[number](done[number], size)
     for batch in _slices_made(jobs, todo, root, pool):
+        kind, sentence = map(str, batch["wrong"][0])
+        if kind:
+            raise _TOLD[kind](sentence)
         number = int(batch["job"][0])
         done[number] += int(batch["stop"][0] - batch["start"][0])
         seconds[number] += float(batch["seconds"][0])

@@ -36,7 +36,6 @@ def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:
         "nearest neighbour",
         "untrained",
         "shuffled",
-        "text only",
         "2-shot",
         "SelfIE",
     ):
