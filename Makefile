@@ -24,7 +24,7 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help setup demo check test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test dashboard
+.PHONY: help setup demo check test test-long cluster-test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test dashboard
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -88,7 +88,10 @@ check: setup  ## ruff and mypy
 
 test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
-	$(BIN)/python -m pytest -m "(ray or slow) and not gpu and not network and not machines"
+	$(BIN)/python -m pytest -m "(ray or slow) and not long and not gpu and not network and not machines"
+
+test-long: setup  ## those that take minutes each: all storage on a failing S3, planned against measured memory
+	$(BIN)/python -m pytest -m "long and not gpu and not network"
 
 test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"

@@ -24,6 +24,7 @@ from ray_explain.config import Experiment, read_experiment
 from ray_explain.errors import BadInput, JobFailed
 
 logger = logging.getLogger(__name__)
+STOPPED = "\nstopped; start it again and it goes on with what was finished"
 
 
 def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str | None = None) -> int:
@@ -52,8 +53,10 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str
             with steps.Session(steps.Plan(experiment)) as session:
                 getattr(steps, step)(session)
     except KeyboardInterrupt as stop:
-        print("\nstopped; start it again and it goes on with what was finished", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        if isinstance(stop, _Terminated):
+            return 143
+        print(STOPPED, file=sys.stderr)
+        return 130
     except Exception as error:  # the last place where an error can become a sentence
         logger.error("%s", "".join(traceback.format_exception(error)))
         return _say(2 if _caused_by(error, BadInput) else 1, error, log)
@@ -69,6 +72,7 @@ def _stopping_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: our Ray goes down with us, and what is half made has no manifest."""
 
     def stop(*_: object) -> None:
+        print(STOPPED, file=sys.stderr, flush=True)  # at once: Ray kills a stopped job after three seconds
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():  # there Python allows no handlers

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +28,7 @@ def cluster(root: str) -> Iterator[None]:
         BadInput: there is no cluster at the address, it runs other code than this process, or it has several nodes
             and the storage is a path of one of them.
     """
-    ours = not ray.is_initialized()
+    ours, at_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if ours and os.environ.get("RAY_ADDRESS"):
         check_address(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False, configure_logging=False)
@@ -39,6 +41,8 @@ def cluster(root: str) -> Iterator[None]:
             log_to_driver=False,
             configure_logging=False,
         )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own would print a stack and end us without a word
     try:
         _check_storage(root)
         check_same_code()

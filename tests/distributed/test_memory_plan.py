@@ -6,6 +6,7 @@ from tests.benchmarks.bench_memory import measured, planned
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "train"),
     [

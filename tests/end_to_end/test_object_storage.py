@@ -13,7 +13,7 @@ from tests.conftest import ObjectStore
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY
 from tests.tiny import EXPERIMENT, config_in, plan_of, tables_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 FAULTS = {"503": 0.04, "dropped before": 0.03, "dropped after": 0.03, "cut": 0.02}
 
 
