@@ -253,7 +253,7 @@ def table(title: str, unit: str, measured: dict[str, float | str], first: str) -
         if isinstance(rate, str):
             print(f"| {name} | {rate} | |")
         else:
-            print(f"| {name} | {rate:,.0f} | {ours / rate:.1f}x |")
+            print(f"| {name} | {rate:,.0f} | {ours / rate:.2f}x |")
 
 
 def bench(name: str, device: str) -> None:

@@ -144,7 +144,7 @@ def test_published_saes_become_described_and_scored_features_and_questions(
     row = effects.filter(pc.field("layer") == 1).slice(3, 1).to_pylist()[0]
     torch.testing.assert_close(torch.tensor(row["vectors"][0]), layer[row["feature_id"]])
     one = storage.read_table(plan.path(steps.exemplars()))
-    for artifact in (steps.found(), steps.exemplars()):
+    for artifact in (steps.found(), steps.exemplars(), plan.effects("features", "small")):
         storage.remove(plan.path(artifact))
     assert ground_truth.main(["--config", config, "cluster.actors=4", "cluster.rows_per_slice=7"]) == 0
     assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
