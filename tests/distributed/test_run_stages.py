@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_rows_do_not_depend_on_actors_nor_on_a_killed_one(
     quiet, noisy = job(cases, world_target, tmp_path / "a"), job(cases, world_target, tmp_path / "b")
     run_stages([quiet], str(tmp_path / "a"), ClusterConfig(actors=1, rows_per_slice=N))
     killed = _kill_an_actor_after_the_first_part(noisy.artifact.path(str(tmp_path / "b")))
-    [manifest] = run_stages([noisy], str(tmp_path / "b"), ClusterConfig(actors=2, rows_per_slice=4))
+    [manifest] = run_stages([noisy], str(tmp_path / "b"), ClusterConfig(actors=2, rows_per_slice=1))
     assert killed(), "the run ended before an actor could be killed"
     assert manifest.rows == N
     assert effects(noisy, tmp_path / "b") == effects(quiet, tmp_path / "a")
@@ -65,19 +66,25 @@ def test_rows_do_not_depend_on_actors_nor_on_a_killed_one(
     assert effects(alone, tmp_path / "c") == effects(quiet, tmp_path / "a")
 
 
+def _actors() -> set[int]:
+    """Process ids of the pool's actors on this machine."""
+    named = ((process.pid, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return {pid for pid, words in named if "ray::MapWorker" in " ".join(words)}
+
+
 def _kill_an_actor_after_the_first_part(folder: str) -> Any:
     """Starts to watch; the function that is returned says, once, whether an actor was killed."""
     killed: list[int] = []
+    leaving = _actors()  # of the pool before: one of these would be killed in vain
 
     def watch() -> None:
         deadline = time.monotonic() + 120
         while not killed and time.monotonic() < deadline:
-            if storage.list_files(folder, ".parquet"):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "ray::MapWorker" in " ".join(process.info["cmdline"] or []):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
+            actors = _actors() - leaving
+            if actors and storage.list_files(folder, ".parquet"):
+                with suppress(ProcessLookupError):
+                    os.kill(min(actors), signal.SIGKILL)
+                    killed.append(min(actors))
             time.sleep(0.005)
 
     thread = threading.Thread(target=watch)
