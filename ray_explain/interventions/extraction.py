@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ray_explain.interventions.hooks import at_site
 from ray_explain.interventions.layout import Layout, Site, layout_of
 from ray_explain.interventions.patching import MEMORY_BUDGET, checked_prompts
-from ray_explain.interventions.walk import Packing, budgeted, obstacle, row_bytes, walk, whole
+from ray_explain.interventions.walk import Packing, best_bytes, budgeted, obstacle, row_bytes, walk, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,9 @@ def residuals(
         layout.checked_layer(layer)
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    cost = row_bytes(layout)
-    for some in budgeted(order, lambda i: cost(len(prompts[i])), memory_budget):
+    cost = row_bytes(layout, logits=False)
+    chunks = budgeted(order, lambda i: cost(len(prompts[i])), memory_budget, best=best_bytes(layout))
+    for some in chunks:
         read = _read(layout, [prompts[i] for i in some], sorted(set(layers)), [wanted[i] for i in some], site)
         stacked = torch.stack([read[layer] for layer in layers])
         for i, part in zip(some, stacked.split([len(wanted[i]) for i in some], dim=1), strict=True):

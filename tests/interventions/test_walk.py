@@ -71,3 +71,10 @@ def test_items_are_taken_while_they_fit_and_what_they_share_counts_once():
     items = [("a", 2), ("a", 2), ("a", 2), ("b", 2), ("b", 5)]
     chunks = budgeted(items, lambda item: item[1], 7, lambda item: (item[0], 1))
     assert list(chunks) == [items[:3], items[3:4], items[4:]]
+
+
+def test_chunks_are_no_larger_than_is_best_but_one_item_may_be():
+    items = [2, 2, 2, 5, 2]
+    assert list(budgeted(items, int, 7, best=4)) == [[2, 2], [2], [5], [2]]
+    with pytest.raises(ValueError, match="a memory budget of 4 bytes"):
+        list(budgeted(items, int, 4, best=2))
