@@ -46,6 +46,10 @@ class Drafts:
         self._never = frozenset(never)
         self._after: dict[_Context, _Next] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there was any answer yet."""
+        return bool(self._after)
+
     def learn(self, answer: Sequence[int]) -> None:
         """Remember an answer, its end token included."""
         text = [_BEFORE] * 3 + list(answer)

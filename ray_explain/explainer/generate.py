@@ -1,7 +1,7 @@
 """Answers: greedy, batched, with a cache; what can be foretold of them is drafted and verified, not decoded."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from ray_explain.explainer.module import Explainer
 
 _LOGITS_AT_ONCE = 2**26  # numbers; bounds the drafts of large batches over large vocabularies
 _LONGEST_DRAFT = 15  # tokens
+_PILOT = 8  # answers
 _WORTH_SHARING = 1 / 8  # of a batch's prompt tokens have to be saved before beginnings are read by themselves
 
 
@@ -55,19 +56,30 @@ def generate(
     explainer.eval()
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].input_ids), prompts[i].input_ids))
     stops, pad_id = stop_ids(tokenizer), tokenizer.pad_token_id or 0
-    drafts = None if over else drafts or new_drafts(explainer, tokenizer)
+    if over:
+        drafts = None
+    elif drafts is None:
+        drafts = new_drafts(explainer, tokenizer)
     answers: dict[int, Generation] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in _batches(order, batch_size, pilot=drafts is not None and not drafts):
         rows = [_Answer(max_new_tokens, stops) for _ in chosen]
         _decode(explainer, [prompts[i] for i in chosen], rows, pad_id, drafts, over or bool)
         for i, row in zip(chosen, rows):
             text = str(tokenizer.decode(row.ids, skip_special_tokens=True)).strip()
             answers[i] = Generation(text, row.logprob, len(row.ids))
-            if drafts:
+            if drafts is not None:
                 drafts.learn(row.ids)
     explainer.train(was_training)
     return [answers[i] for i in range(len(prompts))]
+
+
+def _batches(order: Sequence[int], size: int, *, pilot: bool) -> Iterator[Sequence[int]]:
+    """Pieces of `order`, of `size`; before them, a few from all over it, whose answers are the first to draft from."""
+    if pilot and len(order) > size > _PILOT:
+        first = order[:: len(order) // _PILOT][:_PILOT]
+        yield first
+        order = [i for i in order if i not in first]
+    yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def new_drafts(explainer: Explainer, tokenizer: PreTrainedTokenizerBase) -> Drafts:
@@ -101,13 +113,14 @@ class _Text:
         self.cache = DynamicCache(config=explainer.language_model.config)
         self.mask: Int[Tensor, "batch slots"] = torch.ones(n_rows, 0, dtype=torch.long, device=self.device)
 
-    @property
-    def room(self) -> float:
-        """Slots for which attention looks at the mask alone. Sliding windows count slots, gaps among them; a recurrent
-        state cannot skip any."""
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers):
-            return 0
-        return min((getattr(layer, "sliding_window", math.inf) for layer in self.cache.layers), default=math.inf)
+    def spare(self, n_slots: int, rows: Sequence[_Answer]) -> float:
+        """How many slots drafts may still fill beside `n_slots` and the rest of the answers; below 0, none. Sliding
+        windows count slots, gaps among them; a recurrent state cannot skip any."""
+        layers = self.cache.layers
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+            return -1
+        window = min((getattr(layer, "sliding_window", math.inf) for layer in layers), default=math.inf)
+        return window - n_slots - max(row.longest - len(row.ids) for row in rows)
 
     def read(
         self, ids: Int[Tensor, "batch n"], real: Int[Tensor, "batch n"], n_last: int
@@ -143,11 +156,10 @@ def _decode(
     over: Callable[[Bool[Tensor, ""]], bool],
 ) -> None:
     """Fills `rows`, the answers to `prompts`."""
-    text, pending = _Text(explainer, len(prompts)), list(rows)
-    if max(len(prompt.input_ids) for prompt in prompts) + rows[0].longest > text.room:
-        drafts = None
-    most = _most_drafted(explainer, len(rows))
-    drafted = [drafts.after([], min(most, rows[0].longest - 1)) if drafts else []] * len(rows)
+    text, pending, most = _Text(explainer, len(prompts)), list(rows), _most_drafted(explainer, len(rows))
+    spare = text.spare(max(len(prompt.input_ids) for prompt in prompts), rows)
+    drafts = drafts if spare >= 0 else None
+    drafted = _drafted(drafts, rows, min(most, spare))
     ids, logprobs = _read_prompts(explainer, text, prompts, drafted[0], pad_id, share=drafts is not None)
     while True:
         n_right = [_n_alike(*pair) for pair in zip(drafted, ids.tolist())]
@@ -160,8 +172,7 @@ def _decode(
         if 0 < len(left) <= len(pending) // 2:
             text.take(left)
             pending = [pending[i] for i in left]
-        room = text.room - text.mask.shape[1]
-        drafted = [_drafted(drafts, row, min(most, room - (row.longest - len(row.ids)))) for row in pending]
+        drafted = _drafted(drafts, pending, min(most, text.spare(text.mask.shape[1], pending)))
         width = 1 + max(map(len, drafted))
         fed = [[row.ids[-1], *draft] for row, draft in zip(pending, drafted)]
         ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in fed], device=explainer.device)
@@ -190,7 +201,7 @@ def _read_prompts(
 
 
 def _n_shared(prompts: Sequence[Example], slot_id: int) -> int:
-    """The length of the beginnings whose sharing saves most tokens; 0 where it saves few. They end before any vector."""
+    """The length of the beginnings whose sharing saves most tokens, 0 where it saves few; no vector is in them."""
     ordered = sorted(prompt.input_ids for prompt in prompts)
     before = [ids.index(slot_id) if slot_id in ids else len(ids) - 1 for ids in ordered]
     alike = sorted((min(_n_alike(*pair), *before) for pair in pairwise(ordered)), reverse=True)
@@ -203,9 +214,10 @@ def _n_alike(some: Sequence[int], others: Sequence[int]) -> int:
     return next((n for n, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))
 
 
-def _drafted(drafts: Drafts | None, row: _Answer, most: float) -> list[int]:
-    longest = min(most, row.longest - len(row.ids) - 1)
-    return [] if drafts is None or row.done or longest < 1 else drafts.after(row.ids, int(longest))
+def _drafted(drafts: Drafts | None, rows: Sequence[_Answer], most: float) -> list[list[int]]:
+    """A draft for each row, of at most `most` tokens; the pass that verifies it adds one more to the answer."""
+    longest = [0 if row.done else int(min(most, row.longest - len(row.ids) - 1)) for row in rows]
+    return [drafts.after(row.ids, n) if drafts is not None and n > 0 else [] for row, n in zip(rows, longest)]
 
 
 def _most_drafted(explainer: Explainer, n_rows: int) -> int:

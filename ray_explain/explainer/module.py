@@ -95,7 +95,7 @@ class Explainer(nn.Module):
             yield
 
     def reading_words(self) -> AbstractContextManager[None]:
-        """As `reading`, for texts without vectors: the beginning of a prompt, or an answer after its prompt was read."""
+        """As `reading`, for texts without vectors: the beginning of a prompt, an answer after its prompt was read."""
         if self.marker_embeddings is None:
             return nullcontext()
         return overriding_tokens(self.model, self._marker_ids(self.device), self.marker_embeddings)
