@@ -1,7 +1,8 @@
 """Described answers by what a simulator, and a model that tells windows apart, make of them, where exemplars exist."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,6 +41,7 @@ def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: 
     """`graded` with `simulated`, the correlation of what a simulator foretells from an answer with the activations of
     the feature asked about, and `detection`, the balanced accuracy of telling from it where the feature is active. Null
     for other tasks and what could not be scored; an empty answer has 0 and 0.5, where others have any score.
+    A text from which the simulator foretells the same for all tokens has 0 (as in the paper, 4.2): it is not left out.
 
     Args:
         scored: What `ScoreStage` makes of `answered`.
@@ -47,12 +49,12 @@ def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: 
     Raises:
         ValueError: `graded` is not of these answers, or one of them is not in `scored`.
     """
-    case, known = _cases(questions), dict[tuple[str, str], dict[str, float | None]]()
+    case, known = _cases(questions), dict[tuple[str, str], dict[str, Any]]()
     for case_id, told in zip(scored["case_id"].to_pylist(), scored["descriptions"].to_pylist(), strict=True):
         known |= {(case_id, one["description"]): one for one in told}
     empty = {
-        name: chance if any(one[column] is not None for one in known.values()) else None
-        for name, column, chance in (("simulated", "score", 0.0), ("detection", "detection", 0.5))
+        "simulated": 0.0 if any(_correlation(one) is not None for one in known.values()) else None,
+        "detection": 0.5 if any(one["detection"] is not None for one in known.values()) else None,
     }
     keys = ("question_id", "explainer", "control")
     said = {tuple(row[key] for key in keys): row["text"].strip() for row in answers.to_pylist()}
@@ -64,13 +66,17 @@ def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: 
             if text is None or (text and (case[row["question_id"]], text) not in known):
                 raise ValueError(f"no simulated score of the answer by {row['explainer']!r} to {row['question_id']}")
             one = known.get((case[row["question_id"]], text))
-            values = {"simulated": one["score"], "detection": one["detection"]} if one else empty
+            values = {"simulated": _correlation(one), "detection": one["detection"]} if one else empty
         for name, value in values.items():
             columns[name].append(value)
     for name, column in columns.items():
         at = graded.column_names.index(name)
         graded = graded.set_column(at, graded.schema.field(name), pa.array(column, pa.float64()))
     return graded
+
+
+def _correlation(told: Mapping[str, Any]) -> float | None:
+    return 0.0 if told["score"] is None and told["score_n"] else told["score"]
 
 
 def _cases(questions: pa.Table) -> dict[str, str]:

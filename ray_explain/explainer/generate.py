@@ -167,7 +167,7 @@ def _decode(
             row.add(*(part[: n + 1] for part in made))
         text.forget(n_right, ids.shape[1] - 1)
         left = [i for i, row in enumerate(pending) if not row.done]
-        if over(torch.tensor(not left, device=explainer.device)):
+        if over(torch.tensor(not left, device=text.device)):
             return
         if 0 < len(left) <= len(pending) // 2:
             text.take(left)
@@ -175,8 +175,8 @@ def _decode(
         drafted = _drafted(drafts, pending, min(most, text.spare(text.mask.shape[1], pending)))
         width = 1 + max(map(len, drafted))
         fed = [[row.ids[-1], *draft] for row, draft in zip(pending, drafted)]
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in fed], device=explainer.device)
-        real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in fed], device=explainer.device)
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in fed], device=text.device)
+        real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in fed], device=text.device)
         with explainer.reading_words():
             ids, logprobs = text.read(ids, real, width)
 
@@ -189,13 +189,13 @@ def _read_prompts(
     if n_shared:
         beginnings = [tuple(prompt.input_ids[:n_shared]) for prompt in prompts]
         each = {beginning: i for i, beginning in enumerate(dict.fromkeys(beginnings))}
-        ids = torch.tensor(list(each), device=explainer.device)
+        ids = torch.tensor(list(each), device=text.device)
         text.mask = text.mask[: len(each)]
         with explainer.reading_words():
             text.read(ids, torch.ones_like(ids), 1)
         text.take([each[beginning] for beginning in beginnings])
     rest = [prompt._replace(input_ids=[*prompt.input_ids[n_shared:], *draft]) for prompt in prompts]
-    batch = collate(rest, pad_id).to(explainer.device)
+    batch = collate(rest, pad_id).to(text.device)
     with explainer.reading(batch):
         return text.read(batch.input_ids, batch.attention_mask, 1 + len(draft))
 

@@ -28,7 +28,13 @@ def described(*case_ids):
 def scored(**told):
     """case -> text -> (score, detection)."""
     rows = [
-        {"case_id": case, "descriptions": [{"description": t, "score": s, "detection": d} for t, (s, d) in own.items()]}
+        {
+            "case_id": case,
+            "descriptions": [
+                {"description": text, "score": score, "detection": detection, "score_n": (*n, 9)[0]}
+                for text, (score, detection, *n) in own.items()
+            ],
+        }
         for case, own in told.items()
     ]
     return pa.Table.from_pylist(rows)
@@ -45,13 +51,22 @@ def test_each_different_answer_about_a_feature_is_to_be_scored_once(questions, a
 
 def test_an_answer_has_the_scores_of_its_own_feature_and_gold_is_the_ceiling(questions, answers):
     asked = questions(feature(0, "cities"), feature(1, "goats"), feature(2, "rain"))
-    told = scored(c0={"cities": (0.9, 1.0), "goats": (0.1, 0.6)}, c1={"goats": (0.7, None)}, c2={"rain": (None, 0.8)})
+    told = scored(
+        c0={"cities": (0.9, 1.0), "goats": (0.1, 0.6)}, c1={"goats": (0.7, None)}, c2={"rain": (None, 0.8, None)}
+    )
     said = pa.concat_tables([answers(asked, ["goats", "goats", ""]), gold_answers(asked)])
     graded = simulated(grade(asked, said, target="a", seed=0), asked, said, told)
     assert graded["simulated"].to_pylist() == pytest.approx([0.1, 0.7, 0, 0.9, 0.7, None])
     assert graded["detection"].to_pylist() == pytest.approx([0.6, None, 0.5, 1, None, 0.8])
     rows = {r["explainer"]: r for r in scores(graded, by=("all",), seed=0).to_pylist() if r["metric"] == "simulated"}
     assert rows[GOLD]["value"] == pytest.approx(0.8) and rows[GOLD]["n"] == 2
+
+
+def test_a_text_that_makes_the_simulator_say_the_same_everywhere_is_worth_nothing_and_counts(questions, answers):
+    asked = questions(feature(0, "cities"), feature(1, "goats"))
+    said = answers(asked, ["snow", "goats"])
+    told = scored(c0={"snow": (None, 0.5, 12)}, c1={"goats": (0.5, 1.0)})
+    assert simulated(grade(asked, said, target="a", seed=0), asked, said, told)["simulated"].to_pylist() == [0, 0.5]
 
 
 def test_an_empty_answer_has_no_score_where_nothing_was_scored(questions, answers):
