@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import Task
-from ray_explain.distributed.feature_plan import describes
+from ray_explain.distributed.feature_plan import FeaturePlan, describes
 from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.baselines import baselines
@@ -25,6 +25,7 @@ from ray_explain.evaluation.comparisons import comparisons
 from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import best_of, grade
 from ray_explain.evaluation.metrics import scores
+from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, simulated
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
@@ -544,10 +545,13 @@ def _make_scores(session: Session) -> None:
     plan, started = session.plan, time.monotonic()
     graded = pa.concat_tables(_graded(session, target, task) for target, task in plan.target_tasks())
     evaluate, seed, folder = plan.experiment.evaluate, plan.experiment.seed, plan.path(plan.scores())
+    compared = graded.filter(pc.not_equal(graded["explainer"], GOLD))
     tables = {
         "graded": graded,
         "scores": scores(graded, seed=seed, resamples=evaluate.resamples),
-        "comparisons": comparisons(graded, trained=plan.experiment.explainers, seed=seed, resamples=evaluate.resamples),
+        "comparisons": comparisons(
+            compared, trained=plan.experiment.explainers, seed=seed, resamples=evaluate.resamples
+        ),
     }
     for name, table in tables.items():
         storage.write_table(table, f"{folder}/{name}/{TABLE}")
@@ -559,18 +563,18 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     plan = session.plan
     questions = session.table(plan.questions(task, target))
     held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
-    runs = [run for run in plan.runs() if _about(run, target, task)]
-    given = [(run.seed, run.fraction, session.table(plan.answers(run, task))) for run in runs]
-    asked = [one for one in plan.untrained() if (one.target, one.task) == (target, task)]
-    given += [(0, 0.0, session.table(plan.untrained_answers(one))) for one in asked]
-    for fraction in plan.experiment.fractions:
-        known = training_rows(questions, fraction)
-        given += [(0, fraction, answers) for answers in baselines(known, held_out)]
+    given = _given(session, target, task, questions, held_out)
+    described = task == "features" and describes(plan.experiment.ground_truth.features)
+    descriptions = _descriptions(session, target, held_out) if task == "features" and not described else None
+    marks = _marks(session) if task == "features" else []
+    if described and FeaturePlan(plan, target).scores_descriptions:
+        gold = gold_answers(held_out)
+        scored = _scored_answers(session, target, held_out, [gold, *(answers for _, _, answers in given)])
+        given.append((0, 0.0, gold))
+        marks.append(partial(simulated, scored=scored))
     alike: dict[tuple[int, float], list[pa.Table]] = {}
     for seed, fraction, answers in given:
         alike.setdefault((seed, fraction), []).append(answers)
-    descriptions = _descriptions(session, target, held_out) if task == "features" else None
-    marks = _marks(session) if task == "features" else []
     parts = []
     for (seed, fraction), tables in alike.items():
         said = pa.concat_tables(tables)
@@ -583,6 +587,34 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
         return graded
     scales = [selfie_label(scale) for scale in plan.experiment.evaluate.selfie]
     return pa.concat_tables([graded, best_of(graded, scales, BEST_SELFIE)])
+
+
+def _given(
+    session: Session, target: str, task: Task, questions: pa.Table, held_out: pa.Table
+) -> list[tuple[int, float, pa.Table]]:
+    """Answers of explainers and baselines, each with the seed of its training and its share of the data."""
+    plan = session.plan
+    runs = [run for run in plan.runs() if _about(run, target, task)]
+    given = [(run.seed, run.fraction, session.table(plan.answers(run, task))) for run in runs]
+    asked = [one for one in plan.untrained() if (one.target, one.task) == (target, task)]
+    given += [(0, 0.0, session.table(plan.untrained_answers(one))) for one in asked]
+    for fraction in plan.experiment.fractions:
+        known = training_rows(questions, fraction)
+        given += [(0, fraction, answers) for answers in baselines(known, held_out)]
+    return given
+
+
+def _scored_answers(session: Session, target: str, questions: pa.Table, answers: Sequence[pa.Table]) -> pa.Table:
+    """What a simulator or a detector makes of all answers about the features of a target."""
+    from ray_explain.distributed.features import score_answers
+
+    plan = session.plan
+    parents = [plan.answers(run, "features") for run in plan.runs() if _about(run, target, "features")]
+    parents += [
+        plan.untrained_answers(one) for one in plan.untrained() if (one.target, one.task) == (target, "features")
+    ]
+    described = session.table(FeaturePlan(plan, target).descriptions())
+    return score_answers(session, target, parents, answered(described, questions, answers))
 
 
 def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa.Table]]:

@@ -1,7 +1,7 @@
 """The artifacts on the way to described features, where it is not the synthetic world that describes them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,23 @@ class FeaturePlan:
             "gold_from": section.gold_from,
         }
         return self._artifact("features_effects", config, self.descriptions())
+
+    @property
+    def scores_descriptions(self) -> bool:
+        """Whether there is something to score descriptions with."""
+        return self.section.simulator is not None or self.section.detector is not None
+
+    def answered(self, answers: Iterable[Artifact]) -> Artifact:
+        """The features that explainers were asked about, with what they answered for descriptions."""
+        return self._artifact(
+            "features_answered", {"fractions": sorted(self.plan.experiment.fractions)}, self.effects(), *answers
+        )
+
+    def answer_scores(self, answers: Iterable[Artifact]) -> Artifact:
+        """The same, scored as the effects' descriptions are."""
+        section = self.section
+        config = {"simulator": _what(section.simulator), "detector": _what(section.detector)}
+        return self._artifact("features_answer_scores", config, self.answered(answers))
 
     def sae(self) -> dict[str, Any] | None:
         """Where published SAEs lie, as `dictionaries.dictionary` wants it."""

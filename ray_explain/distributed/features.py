@@ -46,7 +46,20 @@ def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> No
     for step in steps:
         step.check_alignment()
     _run(session, [step.describe_job() for step in steps])
-    _run(session, [step.score_job() for step in steps])
+    _run(session, [step.score_job(step.plan.descriptions(), step.plan.effects()) for step in steps])
+
+
+def score_answers(session: "Session", target: str, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
+    """`answered` (`simulations.answered`) with scores, as the effects' descriptions have them.
+
+    Args:
+        answers: What it was made from.
+    """
+    steps = _Steps(session, target, [])
+    source, made = steps.plan.answered(answers), steps.plan.answer_scores(answers)
+    session.make_table(source, lambda: answered)
+    _run(session, [steps.score_job(source, made)])
+    return session.table(made)
 
 
 def _run(session: "Session", jobs: Sequence[Any]) -> None:
@@ -126,7 +139,7 @@ class _Steps:
         }  # fmt: skip
         return self._job(stage, config, self.plan.exemplars(), self.plan.descriptions(), expands=True)
 
-    def score_job(self) -> Any:
+    def score_job(self, source: Artifact, made: Artifact) -> Any:
         from ray_explain.distributed.experiment import d_model
         from ray_explain.ground_truth.description_scores import ScoreStage
 
@@ -136,7 +149,7 @@ class _Steps:
             "detector": self._model(self.section.detector),
             "gold_from": self.section.gold_from,
         }
-        return self._job(ScoreStage, config, self.plan.descriptions(), self.plan.effects())
+        return self._job(ScoreStage, config, source, made)
 
     # -- what the steps are made from ---------------------------------------------------------------------------------
 

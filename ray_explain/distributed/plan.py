@@ -252,6 +252,9 @@ class Plan:
         }
         if "features" in self.experiment.tasks:
             judge = {"judge": evaluate.judge.model_dump(include={"url", "model"})} if evaluate.judge else {}
+            section = self.experiment.ground_truth.features
+            if section and describes(section) and (section.simulator or section.detector):
+                config["answers"] = "scored as descriptions"
             config |= judge | ({"embedding": evaluate.embedding} if evaluate.embedding else {})
         return Artifact(kind="scores", label=self.experiment.name, config=config, parents=tuple(answers))
 

@@ -12,7 +12,7 @@ import torch
 from ray_explain import records, storage
 from ray_explain.explainer.baselines import SELFIE_BRIEF, selfie, untrained
 from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
-from ray_explain.explainer.generate import Generation, generate
+from ray_explain.explainer.generate import Generation, generate, new_drafts
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_sidecar
 from ray_explain.interventions.layout import layout_of
@@ -71,6 +71,7 @@ class AnswerStage:
             self._explainer = untrained(
                 loaded.model, loaded.tokenizer, d_target=config["d_target"], injection=injection
             )
+        self._drafts = new_drafts(self._explainer, self._tokenizer)  # slices of questions learn from one another
         context = layout_of(self._explainer.model).max_positions
         room = config["max_tokens"] if context is None else context - config["max_new_tokens"]
         self._longest = min(config["max_tokens"], room)
@@ -111,7 +112,7 @@ class AnswerStage:
 
     def _answers(self, prompts: list[Example]) -> list[Generation]:
         sizes = {name: self._config[name] for name in ("max_new_tokens", "batch_size")}
-        return generate(self._explainer, prompts, self._tokenizer, **sizes)
+        return generate(self._explainer, prompts, self._tokenizer, drafts=self._drafts, **sizes)
 
     def _prompt(self, question: Question) -> Example:
         return encode_prompt(question, self._tokenizer, self._explainer.markers, max_tokens=self._longest)

@@ -34,6 +34,8 @@ GRADED = pa.schema(
         pa.field(
             "embedding", pa.float64()
         ),  # cosine with the nearest right description (embeddings.compared); features
+        pa.field("simulated", pa.float64()),  # simulator correlation (simulations.simulated); features only
+        pa.field("detection", pa.float64()),  # balanced accuracy (simulations.simulated); features only
         pa.field("judged", pa.float64()),  # by a language model (judges.judged), 0 to 1; features only
         pa.field("logprob", pa.float32()),  # of the answer, summed over its tokens
     ]
@@ -70,7 +72,8 @@ def grade(
     asked = {row["question_id"]: row for row in questions.select(_ASKED).to_pylist()}
     _check(asked, answers)
     scores = None if descriptions is None else _description_scores(descriptions)
-    facts = {"target": target, "seed": seed, "fraction": fraction, "judged": None, "embedding": None}
+    facts: dict[str, Any] = {"target": target, "seed": seed, "fraction": fraction}
+    facts |= dict.fromkeys(("judged", "embedding", "simulated", "detection"))
     rows = [_graded(asked[row["question_id"]], row, scores) | facts for row in answers.to_pylist()]
     return records.rows_table(rows, GRADED)
 
@@ -175,7 +178,7 @@ def best_of(graded: pa.Table, names: Sequence[str], name: str) -> pa.Table:
     It is chosen by the scores themselves, exact match first, as the paper does with SelfIE's scales: an advantage that
     no real answer has.
     """
-    scored = ("exact", "judged", "correlation", "embedding", "similarity")
+    scored = ("exact", "judged", "simulated", "correlation", "embedding", "similarity")
     best: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {}
     for row in graded.filter(pc.is_in(graded["explainer"], pa.array(names, pa.string()))).to_pylist():
         value = tuple(-1.0 if row[column] is None else float(row[column]) for column in scored)

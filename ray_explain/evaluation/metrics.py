@@ -88,6 +88,8 @@ METRICS = (
     _mean_of("correlation", "correlation", ("features",)),
     _mean_of("embedding", "embedding", ("features",)),
     _mean_of("judged", "judged", ("features",)),
+    _mean_of("simulated", "simulated", ("features",)),
+    _mean_of("detection", "detection", ("features",)),
 )
 
 

@@ -1,7 +1,7 @@
 """The explainer: a causal language model that reads a target's vectors."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -90,13 +90,15 @@ class Explainer(nn.Module):
     def reading(self, batch: ExplainerBatch) -> Iterator[None]:
         """Let the model read `batch`'s vectors at its slots, and go on generating with a cache."""
         vectors = self.projection(batch.vectors, batch.layers)
-        with ExitStack() as contexts:
-            if self.marker_embeddings is not None:
-                ids = self._marker_ids(self.device)
-                contexts.enter_context(overriding_tokens(self.model, ids, self.marker_embeddings))
-            slot_id, norm = self.markers.slot_id, self.embedding_norm
-            contexts.enter_context(injecting(self.model, slot_id, vectors, self.injection, norm))
+        slot_id, norm = self.markers.slot_id, self.embedding_norm
+        with self.reading_words(), injecting(self.model, slot_id, vectors, self.injection, norm):
             yield
+
+    def reading_words(self) -> AbstractContextManager[None]:
+        """As `reading`, for texts without vectors: the beginning of a prompt, an answer after its prompt was read."""
+        if self.marker_embeddings is None:
+            return nullcontext()
+        return overriding_tokens(self.model, self._marker_ids(self.device), self.marker_embeddings)
 
     def answer_logits(self, batch: ExplainerBatch) -> Float[Tensor, "n_answer_tokens d_vocab"]:
         """Logits for each answer token of the batch, in reading order; no others are computed.

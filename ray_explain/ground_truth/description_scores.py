@@ -235,8 +235,9 @@ def _simulator(config: dict[str, Any] | None) -> Foretelling | None:
 
 
 def _columns(score: Score, names: tuple[str, str, str, str]) -> dict[str, float | int | None]:
-    known = not math.isnan(score.value)
-    return dict(zip(names, (*score[:3], score.n) if known else (None,) * 4, strict=True))
+    """What is undefined, as of a simulator that foretells the same for all tokens, is null but for its windows."""
+    values = (None,) * 3 if math.isnan(score.value) else score[:3]
+    return dict(zip(names, (*values, score.n or None), strict=True))
 
 
 def _mixed(windows: Windows) -> list[dict[str, Any]]:

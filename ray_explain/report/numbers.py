@@ -17,6 +17,7 @@ _METRICS = {
     "judged": "judge's score",
     "embedding": "embedding similarity",
     "simulated": "simulator correlation",
+    "detection": "detection",
 }
 _MEANINGS = {
     "exact_match": "the whole answer is right",
@@ -26,6 +27,7 @@ _MEANINGS = {
     "judged": "a language model's mark of the description, 0 (unrelated) to 1 (the same)",
     "embedding": "cosine of the sentence embeddings of the answer and the nearest right description",
     "simulated": "of activations that a simulator foretells from the description with the real ones",
+    "detection": "balanced accuracy of telling from the description where the feature is active; chance is .5",
     "similarity": "F1 of the words shared with the nearest right description",
 }
 _ASKED = {
@@ -43,6 +45,7 @@ _CONTROLS = {
 }
 _BASELINES = {
     "majority": "majority class",
+    "gold descriptions": "the gold descriptions themselves: the ceiling",
     "majority layer x role": "majority of layer and role",
     "untrained": "untrained, the bare question",
     "zero-shot": "untrained, zero-shot",

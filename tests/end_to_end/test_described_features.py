@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from jobs import ground_truth
+from jobs import evaluate, ground_truth, report
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
@@ -148,6 +148,50 @@ def test_published_saes_become_described_and_scored_features_and_questions(
         storage.remove(plan.path(artifact))
     assert ground_truth.main(["--config", config, "cluster.actors=4", "cluster.rows_per_slice=7"]) == 0
     assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
+
+
+def test_explainers_answers_are_simulated_beside_the_gold_descriptions(
+    running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
+) -> None:
+    endpoint.script = replies
+    model = {"kind": "endpoint", "model": "m", "address": endpoint.address, "timeout": 5}
+    features = {
+        "sae": {"path": str(saes)},
+        "corpus": {"path": str(corpus), "windows": 300, "tokens": 16},
+        "exemplars": EXEMPLARS,
+        "describer": model,
+        "simulator": model,
+        "detector": model,
+        "group": "feature",
+        "gold_from": 0.0,
+    }
+    config = config_in(tmp_path, world_target, features)
+    sizes = ["train.epochs=2", "train.batch_size=8", "evaluate.controls=[shuffled]", "evaluate.resamples=200"]
+    assert evaluate.main(["--config", config, *sizes]) == 0
+    plan = Plan(read_experiment(config, sizes))
+    rows = storage.read_table(f"{plan.path(plan.scores())}/scores").to_pylist()
+    found = {(r["explainer"], r["control"], r["metric"]): r for r in rows if r["by"] == "all"}
+    questions = storage.read_table(plan.path(plan.questions("features", "small"))).filter(pc.field("split") == "test")
+    told = storage.read_table(plan.path(plan.effects("features", "small")))
+    own = {(r["case_id"], d["description"]): d for r in told.to_pylist() for d in r["descriptions"]}
+    gold = [own[r["case_id"], r["answer"]] for r in questions.to_pylist()]
+    simulated = [one["score"] or 0.0 for one in gold if one["score_n"]]
+    detected = [one["detection"] for one in gold if one["detection"] is not None]
+    for metric, known in (("simulated", simulated), ("detection", detected)):
+        ceiling = found["gold descriptions", "none", metric]
+        assert ceiling["n"] == len(known) > 5 and ceiling["value"] == pytest.approx(sum(known) / len(known), abs=1e-6)
+        assert ceiling["low"] < ceiling["value"] < ceiling["high"]
+        for control in ("none", "shuffled"):
+            assert -0.5 <= found["small", control, metric]["value"] < ceiling["value"]
+            assert found["small", control, metric]["n"] > 5
+        assert ("majority", "none", metric) in found
+    assert ("small", "none", "correlation") not in found
+    compared = storage.read_table(f"{plan.path(plan.scores())}/comparisons")
+    assert "simulated" in compared["metric"].to_pylist()
+    assert "gold descriptions" not in compared["against"].to_pylist()
+    assert report.main(["--config", config, *sizes]) == 0
+    page = next(Path(plan.root).glob("report/tables.md")).read_text()
+    assert "simulator correlation" in page and "the ceiling" in page
 
 
 def read_layer(saes: Path, layer: int) -> torch.Tensor:

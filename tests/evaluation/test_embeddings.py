@@ -60,3 +60,29 @@ def test_nothing_described_needs_no_encoder(questions, answers):
     said = answers(asked, ["x"])
     graded = grade(asked, said, target="a", seed=0)
     assert compared(graded, asked, said, bag).equals(graded) and isinstance(graded, pa.Table)
+
+
+def test_a_local_sentence_model_compares_answers(questions, answers, tmp_path):
+    """A tiny random one, written and read as sentence-transformers does; the metric is the cosine of what it says."""
+    library = pytest.importorskip("sentence_transformers", reason="the extra `embedding` is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    made = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu")  # with a pooling by means
+    made.save(str(tmp_path / "sentences"))
+    asked = questions(feature(0, "cities of europe", "stock"), feature(1, "stock markets"), feature(2, "europe"))
+    said = answers(asked, ["stock markets", "stock markets", ""])
+    encoder = sentence_encoder(str(tmp_path / "sentences"))
+    graded = compared(grade(asked, said, target="a", seed=0), asked, said, encoder)
+    a, b, c = made.encode(["stock markets", "cities of europe", "stock"])
+    nearest = max(a @ right / np.linalg.norm(a) / np.linalg.norm(right) for right in (b, c))
+    assert graded["embedding"].to_pylist() == pytest.approx([nearest, 1, 0], abs=1e-5)
+    with pytest.raises(BadInput, match="no sentence model can be read there"):
+        sentence_encoder(str(tmp_path / "nowhere"))
