@@ -22,6 +22,9 @@ from typing import Any
 
 import psutil
 
+# Ray reads these when it is imported, which the next lines do.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.urandom(32).hex())
+
 from tests.object_store import BUCKET, Server, environment
 from tests.tiny import EXPERIMENT, config_in, plan_of, tables_of
 
@@ -228,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder) / "server.log")
         os.environ.update(environment(server.port))
-        os.environ.update(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.urandom(32).hex())
+        os.environ.update(PYTHONPATH=str(ROOT))
         try:
             if arguments.undisturbed:
                 calm, expected = 0.0, tables_of(plan_of(arguments.undisturbed), TABLES[arguments.job])

@@ -145,7 +145,7 @@ def main(folder: Path) -> None:
             assert made.rows + sum(made.dropped.values()) == cases.rows
     tunnel.kill()
     make("cluster-down", f"CLUSTER={cluster}")
-    assert not any(_ray_runs(machine) for machine in machines[::2]), "Ray runs on after cluster-down"
+    wait(lambda: not any(_ray_runs(machine) for machine in machines[::2]), "Ray runs on after cluster-down")
     print("done", flush=True)
     server.stop()
 
