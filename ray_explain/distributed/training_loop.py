@@ -114,6 +114,8 @@ def train_steps(
         LossNotFinite: on all workers, before the weights are touched; the message names the questions.
     """
     train, rank, world = run.train, dist.get_rank(), dist.get_world_size()
+    cuda = engine.device.type == "cuda"
+    generator = torch.cuda.default_generators[engine.device.index] if cuda else torch.default_generator
     engine.train()
     for number in range(first, len(steps)):
         rate = train.learning_rate * learning_rate_factor(
@@ -121,7 +123,7 @@ def train_steps(
         )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(hash((run.seed, number, rank)))  # of dropout, the same after a restart
+        generator.manual_seed(hash((run.seed, number, rank)))  # of dropout, the same after a restart
         step = steps[number]
         # DeepSpeed averages over workers and accumulated passes; the step's loss is a sum over its micro-batches.
         share = answer_tokens([examples[i] for part in step for i in part]) / len(step)
@@ -130,12 +132,12 @@ def train_steps(
         for place, part in enumerate(own):
             batch = collate([examples[i] for i in part], pad_id).to(engine.device)
             outcome = engine(batch, n_answer_tokens=share)
-            _check_finite(outcome.loss, [examples[i].question_id for i in part])
             engine.backward(outcome.loss)
+            _check_finite(outcome.loss, [examples[i].question_id for i in part])  # a GPU is busy behind us meanwhile
             if place < len(own) - 1:
                 engine.step()  # counts the pass; weights change after the last one
             else:
-                norm = take_step(engine)
+                norm = take_step(engine, train.clip)
             sums += torch.stack([outcome.nll, outcome.n_right, outcome.n_tokens]).float()
         after(Taken(number + 1, sums, norm, rate))
 
@@ -143,7 +145,8 @@ def train_steps(
 def _check_finite(loss: Float[Tensor, ""], question_ids: Sequence[str]) -> None:
     """Raises: LossNotFinite: on all workers, if the loss of any of them is NaN or infinite."""
     bad = (~torch.isfinite(loss.detach())).int()
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if bad:
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, (loss.item(), list(question_ids)) if not torch.isfinite(loss) else None)

@@ -11,7 +11,7 @@ from ray_explain import storage
 from ray_explain.config import TrainConfig
 from ray_explain.distributed.alignment import read_maps
 from ray_explain.distributed.train import TrainRun
-from ray_explain.distributed.zero import engine_of, zero_config
+from ray_explain.distributed.zero import engine_of, gathered, splitting, zero_config
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.answering import questions_of, without_vectors
 from ray_explain.explainer.batches import Step, training_steps
@@ -22,6 +22,7 @@ from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
 from ray_explain.explainer.projection import Projection
 from ray_explain.ground_truth.splits import training_rows
+from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
 
 
@@ -42,12 +43,15 @@ def start_of(run: TrainRun, workers: int) -> Start:
     Raises:
         BadInput: no question can be learned, or there are fewer than the workers need for a step.
     """
-    with storage.local_folder(run.model["model"]) as folder:
-        loaded = load_model(folder, revision=run.model["revision"], dtype=run.train.precision)
-    markers = markers_of(loaded.tokenizer)
+    with storage.local_folder(run.model["model"]) as folder, splitting(_config_of(run.train, workers)):
+        loaded = load_model(
+            folder, revision=run.model["revision"], dtype=run.train.precision, whole=run.train.zero_stage < 3
+        )
+        markers = markers_of(loaded.tokenizer)
+        make_room(loaded.model, loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers)
     torch.manual_seed(run.seed)
-    explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)
+    explainer = new_explainer(run, loaded.model, markers, examples)
     try:
         steps = steps_of(run, examples, workers)
     except ValueError as error:
@@ -83,12 +87,9 @@ def examples_of(
     return examples, dict(dropped)
 
 
-def new_explainer(
-    run: TrainRun, model: Any, tokenizer: PreTrainedTokenizerBase, markers: Markers, examples: Sequence[Example]
-) -> Explainer:
+def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequence[Example]) -> Explainer:
     """The explainer before its first step: the model, adapters where asked for, and the projection."""
     train = run.train
-    make_room(model, tokenizer)
     model.requires_grad_(train.lora is None)
     if train.lora is not None:
         model = with_lora(model, **train.lora.model_dump(), seed=run.seed)
@@ -101,7 +102,8 @@ def new_explainer(
         maps = read_maps(run.alignment)
         projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
     injection = InjectionConfig(**train.injection.model_dump(exclude={"projection"}))
-    explainer = Explainer(model, markers, projection, injection, train_markers=train.lora is not None)
+    with gathered(layout_of(model).embedding.parameters(), train.zero_stage):
+        explainer = Explainer(model, markers, projection, injection, train_markers=train.lora is not None)
     if train.gradient_checkpointing:
         explainer.checkpoint_gradients()
     return explainer
@@ -130,6 +132,9 @@ def new_engine(explainer: Explainer, train: TrainConfig, workers: int, *, cut: b
     """A DeepSpeed engine that trains `explainer` with AdamW; see `zero_config`."""
     groups = parameter_groups(explainer, weight_decay=train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
+    return engine_of(explainer, optimizer, _config_of(train, workers, cut=cut))
+
+
+def _config_of(train: TrainConfig, workers: int, *, cut: bool = False) -> dict[str, Any]:
     passes = micro_batches(train, workers)
-    size = max(1, train.batch_size // passes)
-    return engine_of(explainer, optimizer, zero_config(train, size, passes // workers, cut=cut))
+    return zero_config(train, max(1, train.batch_size // passes), passes // workers, cut=cut)
