@@ -24,7 +24,7 @@ from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_s
 from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
 from ray_explain.distributed.training_setup import Start, new_engine, start_of
-from ray_explain.distributed.validation import Sample, sample_of, validate
+from ray_explain.distributed.validation import Sample, held_out, sample_of, validate
 from ray_explain.distributed.watching import CURVE, Watch
 from ray_explain.distributed.zero import take_step, whole_state
 from ray_explain.errors import BadInput, JobFailed
@@ -157,7 +157,7 @@ def _sample(run: TrainRun, start: Start) -> Sample | None:
     if not run.train.validate_every:
         return None
     return sample_of(
-        [storage.read_table(folder) for folder in run.questions],
+        [held_out(folder) for folder in run.questions],
         start.tokenizer,
         start.explainer.markers,
         n=run.train.validation_questions,
