@@ -67,11 +67,17 @@ class Loaded:
 
 
 def load_model(
-    path_or_id: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None
+    path_or_id: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    whole: bool = True,
 ) -> Loaded:
     """A causal language model with its tokenizer, checked by `self_check`.
 
-    Only safetensors are read and no code from the hub is run. `device` defaults to the first GPU, or the CPU.
+    Only safetensors are read and no code from the hub is run. `device` defaults to the first GPU, or the CPU. A model
+    that is not `whole`, since several processes hold a share each, cannot run yet and is not checked.
 
     Raises:
         ModelError: unknown dtype; a folder that lacks its config, weights or tokenizer; a hub id that cannot be read; a
@@ -92,7 +98,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=DTYPES[dtype], use_safetensors=True, **same)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]  # transformers decorates it
-    self_check(model, path_or_id)
+    if whole:
+        self_check(model, path_or_id)
     return Loaded(
         model=model,
         tokenizer=tokenizer,

@@ -182,23 +182,64 @@ def table_writer(uri: str, *, row_group_size: int | None = None) -> Iterator[Cal
 
 
 @patient
-def read_table(uri: str) -> pa.Table:
-    """The rows of the Parquet files right below the directory `uri`, files in the order of their names.
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of the Parquet files right below the directory `uri`, files in the order of their names; all columns
+    unless some are named.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    return pa.concat_tables(read_tables(uri))
+    return pa.concat_tables(read_tables(uri, columns))
 
 
-def read_tables(uri: str) -> Iterator[pa.Table]:
+def read_tables(uri: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """As `read_table`, file by file."""
     names = list_files(uri, ".parquet")
     if not names:
         raise FileNotFoundError(f"no Parquet file in {uri}")
     system, path = filesystem(uri)
     for name in names:
-        yield pq.read_table(f"{path}/{name}", filesystem=system)
+        yield pq.read_table(f"{path}/{name}", filesystem=system, columns=columns)
+
+
+@patient
+def read_schema(uri: str) -> pa.Schema:
+    """Of the first Parquet file right below the directory `uri`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = list_files(uri, ".parquet")
+    if not names:
+        raise FileNotFoundError(f"no Parquet file in {uri}")
+    system, path = filesystem(uri)
+    return pq.read_schema(f"{path}/{names[0]}", filesystem=system)
+
+
+def read_batches(uri: str, rows: int = 1024) -> Iterator[pa.Table]:
+    """As `read_table`, at most `rows` rows at once, of which no more lie in memory than these and what they are
+    compressed in. A remote file is first copied to this machine's disk.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = list_files(uri, ".parquet")
+    if not names:
+        raise FileNotFoundError(f"no Parquet file in {uri}")
+    for name in names:
+        with _local_file(f"{uri}/{name}") as file, pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
+            for batch in parquet.iter_batches(rows):
+                yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _local_file(uri: str) -> Iterator[str]:
+    if not is_remote(uri):
+        yield filesystem(uri)[1]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _download(uri, f"{folder}/file")
+        yield f"{folder}/file"
 
 
 def write_json(value: Any, uri: str) -> None:

@@ -55,3 +55,15 @@ def test_what_is_missing_is_said_at_once(root: str) -> None:
     with pytest.raises(FileNotFoundError, match="no Parquet file"):
         storage.read_table(f"{root}/nothing")
     assert storage.list_files(f"{root}/nothing") == []
+
+
+def test_batches_hold_the_rows_of_all_files_in_order_and_few_at_once(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 5)):
+        storage.write_table(pa.table({"x": range(first, first + 5), "y": ["-"] * 5}), f"{tmp_path}/{name}.parquet")
+    batches = list(storage.read_batches(str(tmp_path), rows=2))
+    assert [batch.num_rows for batch in batches] == [2, 2, 1, 2, 2, 1]
+    assert pa.concat_tables(batches).equals(storage.read_table(str(tmp_path)))
+    assert storage.read_table(str(tmp_path), ["x"]).column_names == ["x"]
+    assert storage.read_schema(str(tmp_path)).names == ["x", "y"]
+    with pytest.raises(FileNotFoundError, match="no Parquet file"):
+        list(storage.read_batches(f"{tmp_path}/nothing"))

@@ -24,7 +24,7 @@ from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_s
 from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
 from ray_explain.distributed.training_setup import Start, new_engine, start_of
-from ray_explain.distributed.validation import Sample, sample_of, validate
+from ray_explain.distributed.validation import Sample, held_out, sample_of, validate
 from ray_explain.distributed.watching import CURVE, Watch
 from ray_explain.distributed.zero import take_step, whole_state
 from ray_explain.errors import BadInput, JobFailed
@@ -114,6 +114,8 @@ def train_steps(
         LossNotFinite: on all workers, before the weights are touched; the message names the questions.
     """
     train, rank, world = run.train, dist.get_rank(), dist.get_world_size()
+    cuda = engine.device.type == "cuda"
+    generator = torch.cuda.default_generators[engine.device.index] if cuda else torch.default_generator
     engine.train()
     for number in range(first, len(steps)):
         rate = train.learning_rate * learning_rate_factor(
@@ -121,7 +123,7 @@ def train_steps(
         )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(hash((run.seed, number, rank)))  # of dropout, the same after a restart
+        generator.manual_seed(hash((run.seed, number, rank)))  # of dropout, the same after a restart
         step = steps[number]
         # DeepSpeed averages over workers and accumulated passes; the step's loss is a sum over its micro-batches.
         share = answer_tokens([examples[i] for part in step for i in part]) / len(step)
@@ -130,12 +132,12 @@ def train_steps(
         for place, part in enumerate(own):
             batch = collate([examples[i] for i in part], pad_id).to(engine.device)
             outcome = engine(batch, n_answer_tokens=share)
-            _check_finite(outcome.loss, [examples[i].question_id for i in part])
             engine.backward(outcome.loss)
+            _check_finite(outcome.loss, [examples[i].question_id for i in part])  # a GPU is busy behind us meanwhile
             if place < len(own) - 1:
                 engine.step()  # counts the pass; weights change after the last one
             else:
-                norm = take_step(engine)
+                norm = take_step(engine, train.clip)
             sums += torch.stack([outcome.nll, outcome.n_right, outcome.n_tokens]).float()
         after(Taken(number + 1, sums, norm, rate))
 
@@ -143,7 +145,8 @@ def train_steps(
 def _check_finite(loss: Float[Tensor, ""], question_ids: Sequence[str]) -> None:
     """Raises: LossNotFinite: on all workers, if the loss of any of them is NaN or infinite."""
     bad = (~torch.isfinite(loss.detach())).int()
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if bad:
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, (loss.item(), list(question_ids)) if not torch.isfinite(loss) else None)
@@ -154,7 +157,7 @@ def _sample(run: TrainRun, start: Start) -> Sample | None:
     if not run.train.validate_every:
         return None
     return sample_of(
-        [storage.read_table(folder) for folder in run.questions],
+        [held_out(folder) for folder in run.questions],
         start.tokenizer,
         start.explainer.markers,
         n=run.train.validation_questions,

@@ -77,7 +77,7 @@ def _questions(plan: Plan, run: Run, task: Any) -> tuple[int, bool]:
     """Questions of the training split, and whether they were counted or are only what the config asks for."""
     questions = plan.questions(task, run.target)
     if finished(questions, plan.root) is not None:
-        split = storage.read_table(plan.path(questions)).column("split")
+        split = storage.read_table(plan.path(questions), ["split"]).column("split")
         return pc.sum(pc.equal(split, "train")).as_py() or 0, True
     section = getattr(plan.experiment.ground_truth, task)
     if task != "features":

@@ -1,17 +1,22 @@
 """What a training starts from: examples, the untrained explainer, and the order of the steps. Knows nothing of Ray."""
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
+import torch.distributed as dist
+from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import storage
 from ray_explain.config import TrainConfig
 from ray_explain.distributed.alignment import read_maps
 from ray_explain.distributed.train import TrainRun
-from ray_explain.distributed.zero import engine_of, zero_config
+from ray_explain.distributed.zero import engine_of, gathered, splitting, zero_config
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.answering import questions_of, without_vectors
 from ray_explain.explainer.batches import Step, training_steps
@@ -21,8 +26,12 @@ from ray_explain.explainer.markers import Markers, make_room, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
 from ray_explain.explainer.projection import Projection
+from ray_explain.explainer.vector_file import VectorFile
 from ray_explain.ground_truth.splits import training_rows
+from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
+
+_NOWHERE = np.zeros((0, 0), np.float32)  # vectors that are not mapped yet
 
 
 class Start(NamedTuple):
@@ -42,12 +51,15 @@ def start_of(run: TrainRun, workers: int) -> Start:
     Raises:
         BadInput: no question can be learned, or there are fewer than the workers need for a step.
     """
-    with storage.local_folder(run.model["model"]) as folder:
-        loaded = load_model(folder, revision=run.model["revision"], dtype=run.train.precision)
-    markers = markers_of(loaded.tokenizer)
+    with storage.local_folder(run.model["model"]) as folder, splitting(_config_of(run.train, workers)):
+        loaded = load_model(
+            folder, revision=run.model["revision"], dtype=run.train.precision, whole=run.train.zero_stage < 3
+        )
+        markers = markers_of(loaded.tokenizer)
+        make_room(loaded.model, loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers)
     torch.manual_seed(run.seed)
-    explainer = new_explainer(run, loaded.model, loaded.tokenizer, markers, examples)
+    explainer = new_explainer(run, loaded.model, markers, examples)
     try:
         steps = steps_of(run, examples, workers)
     except ValueError as error:
@@ -60,35 +72,64 @@ def examples_of(
 ) -> tuple[list[Example], dict[str, int]]:
     """The questions of the training split and the replayed texts as tokens, and why others were left out.
 
+    Vectors stay on the machine's disk (`VectorFile`), written once by its first worker; all workers must call it.
+
     Raises:
         BadInput: no question is left.
     """
-    questions = [
-        question
-        for folder in run.questions
-        for question in questions_of(training_rows(storage.read_table(folder), run.fraction))
-    ]
-    if run.text_only:
-        questions = [without_vectors(question) for question in questions]
-    none = questions[0].vectors[:0] if questions else None
-    texts = [Question(f"text {i}", TEXT_TASK, p, a, none, ()) for i, (p, a) in enumerate(run.replay)]  # type: ignore[arg-type]
-    examples, dropped = [], Counter[str]()
-    for question in questions + texts:
+    d_target = storage.read_schema(run.questions[0]).field("vectors").type.value_type.list_size
+    rank, local_rank = (dist.get_rank(), int(os.environ["LOCAL_RANK"])) if dist.is_initialized() else (0, 0)
+    file = VectorFile(d_target, keep=local_rank == 0)
+    examples, places, dropped = list[Example](), list[slice](), Counter[str]()
+    known: dict[int, int] = {}  # one object for each token id, not for each token
+    for question in _questions(run, d_target):
         try:
-            examples.append(encode(question, tokenizer, markers, max_tokens=run.train.max_tokens))
+            example = encode(question, tokenizer, markers, max_tokens=run.train.max_tokens, d_model=d_target)
         except Refused as refusal:
             dropped[refusal.reason] += 1
+            continue
+        places.append(file.add(example.vectors))
+        ids = [known.setdefault(token, token) for token in example.input_ids]
+        examples.append(example._replace(input_ids=ids, vectors=_NOWHERE))
     if not any(example.task != TEXT_TASK for example in examples):
         raise BadInput(f"{run.artifact.label}: no question of the training split can be learned ({dict(dropped)})")
-    return examples, dict(dropped)
+    rows = _shared_rows(file, rank - local_rank)
+    return [one._replace(vectors=rows[place]) for one, place in zip(examples, places)], dict(dropped)
 
 
-def new_explainer(
-    run: TrainRun, model: Any, tokenizer: PreTrainedTokenizerBase, markers: Markers, examples: Sequence[Example]
-) -> Explainer:
+def _questions(run: TrainRun, d_target: int) -> Iterator[Question]:
+    """As they come from the files, a few at a time; texts last."""
+    for folder in run.questions:
+        keys = storage.read_table(folder, ["split", "group"])
+        keys = keys.append_column("row", pa.array(np.arange(keys.num_rows)))
+        chosen, first = np.zeros(keys.num_rows, bool), 0
+        chosen[training_rows(keys, run.fraction)["row"].to_numpy()] = True
+        for table in storage.read_batches(folder):
+            last = first + table.num_rows
+            for question in questions_of(table.filter(pa.array(chosen[first:last]))):
+                yield without_vectors(question) if run.text_only else question
+            first = last
+    for i, (prompt, answer) in enumerate(run.replay):
+        yield Question(f"text {i}", TEXT_TASK, prompt, answer, np.zeros((0, d_target), np.float32), ())
+
+
+def _shared_rows(file: VectorFile, writer: int) -> Float[np.ndarray, "n d_target"]:
+    """Those that the worker of rank `writer` wrote, the first one of this machine."""
+    file.flush()
+    if not dist.is_initialized():
+        rows = file.rows()
+    else:
+        paths: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(paths, file.path)
+        rows = file.rows(paths[writer])
+        dist.barrier()
+    file.remove()
+    return rows
+
+
+def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequence[Example]) -> Explainer:
     """The explainer before its first step: the model, adapters where asked for, and the projection."""
     train = run.train
-    make_room(model, tokenizer)
     model.requires_grad_(train.lora is None)
     if train.lora is not None:
         model = with_lora(model, **train.lora.model_dump(), seed=run.seed)
@@ -101,7 +142,8 @@ def new_explainer(
         maps = read_maps(run.alignment)
         projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
     injection = InjectionConfig(**train.injection.model_dump(exclude={"projection"}))
-    explainer = Explainer(model, markers, projection, injection, train_markers=train.lora is not None)
+    with gathered(layout_of(model).embedding.parameters(), train.zero_stage):
+        explainer = Explainer(model, markers, projection, injection, train_markers=train.lora is not None)
     if train.gradient_checkpointing:
         explainer.checkpoint_gradients()
     return explainer
@@ -130,6 +172,9 @@ def new_engine(explainer: Explainer, train: TrainConfig, workers: int, *, cut: b
     """A DeepSpeed engine that trains `explainer` with AdamW; see `zero_config`."""
     groups = parameter_groups(explainer, weight_decay=train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
+    return engine_of(explainer, optimizer, _config_of(train, workers, cut=cut))
+
+
+def _config_of(train: TrainConfig, workers: int, *, cut: bool = False) -> dict[str, Any]:
     passes = micro_batches(train, workers)
-    size = max(1, train.batch_size // passes)
-    return engine_of(explainer, optimizer, zero_config(train, size, passes // workers, cut=cut))
+    return zero_config(train, max(1, train.batch_size // passes), passes // workers, cut=cut)

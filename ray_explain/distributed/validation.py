@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.distributed.zero import gathered
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.answering import questions_of
@@ -42,6 +42,15 @@ class Sample(NamedTuple):
     longest: int  # tokens of the longest right answer, with its end
 
 
+def held_out(folder: str) -> pa.Table:
+    """The validation split of a questions table; no more of the others is in memory than a few rows at a time."""
+    return pa.concat_tables(_of_split(table) for table in storage.read_batches(folder))
+
+
+def _of_split(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["split"], "validation"))
+
+
 def sample_of(
     tables: Sequence[pa.Table],
     tokenizer: PreTrainedTokenizerBase,
@@ -57,12 +66,12 @@ def sample_of(
     Raises:
         BadInput: the split is empty, or has a single question whose vectors cannot be shuffled.
     """
-    held_out = [table.filter(pc.equal(table["split"], "validation")) for table in tables]
-    total = sum(table.num_rows for table in held_out)
+    tables = [_of_split(table) for table in tables]
+    total = sum(table.num_rows for table in tables)
     if not total:
         raise BadInput("`train.validate_every`: the validation split is empty; give `cases: {validation: ...}` or 0")
     chosen, asked = [], list[Asked]()
-    for table in held_out:
+    for table in tables:
         own = table.take(_first(table, round(n * table.num_rows / total), seed))
         shuffled = own.slice(0, 0)
         if any(len(vectors) for vectors in records.vectors_of(table["vectors"])):

@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, board: Any, run: TrainRun, root: str, n_steps: int, *, first: bool, lines: str = "") -> None:
         self.first, self.n_steps, self.last = first, n_steps, dict[str, float]()
         self._tell = Teller(board if first else None, f"train {run.artifact.label}")
-        self._started, self._n_tokens, self._note = time.monotonic(), 0.0, ""
+        self._since, self._n_tokens, self._note = time.monotonic(), torch.tensor(0.0), ""
         if first:
             self._folder = tempfile.TemporaryDirectory()
             self.curve = f"{self._folder.name}/{CURVE}"
@@ -50,18 +50,19 @@ class Watch:
 
     def step(self, step: int, sums: Float[Tensor, "3"], norm: float, rate: float) -> None:
         """Called by every worker after each step with its own share: NLL, right answer tokens, answer tokens."""
-        self._n_tokens += sums[2].item()
+        self._n_tokens = self._n_tokens + sums[2]  # a tensor: a number would wait for the GPU
         if step % STEPS_PER_LINE and step != self.n_steps:
             return
-        whole = torch.cat([sums, sums.new_tensor([self._n_tokens])])
+        whole, now = torch.cat([sums, self._n_tokens[None]]), time.monotonic()
         torch.distributed.all_reduce(whole)
+        seconds, self._since, self._n_tokens = now - self._since, now, torch.zeros_like(self._n_tokens)
         if self.first:
             nll, n_right, n_tokens, all_tokens = whole.tolist()
             self.last = {
                 "steps": step,
                 "loss": nll / n_tokens,
                 "accuracy": n_right / n_tokens,
-                "answer_tokens_per_second": round(all_tokens / (time.monotonic() - self._started), 1),
+                "answer_tokens_per_second": round(all_tokens / seconds, 1),  # since the last line
                 "gradient_norm": norm,
                 "learning_rate": rate,
                 "memory_gib": _memory_gib(),

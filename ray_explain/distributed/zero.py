@@ -1,19 +1,21 @@
 """DeepSpeed: from our training section to an engine, its steps, and back to whole weights."""
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ray_explain.config import TrainConfig
 
 
 def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int, *, cut: bool = False) -> dict[str, Any]:
-    """DeepSpeed's config. Clipping is DeepSpeed's; the optimizer and its learning rate are ours, so that nothing has to
-    be compiled (with offload, PyTorch's own fused AdamW runs on the CPU).
+    """DeepSpeed's config. The optimizer and its learning rate are ours, so that nothing has to be compiled (with
+    offload, PyTorch's own fused AdamW runs on the CPU); clipping is DeepSpeed's where it has an optimizer of its own
+    around ours, else that of `take_step`.
 
     Args:
         micro_batch_size: Only told to DeepSpeed for its books: our loss is already a mean over the whole step.
@@ -29,14 +31,14 @@ def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int, *,
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.clip,
+        "gradient_clipping": 0.0 if _is_bare(train.zero_stage, train.precision == "bfloat16") else train.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.precision == "bfloat16"},
         "checkpoint": {"load_universal": cut},
         "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU in every pass
     }
 
 
@@ -45,49 +47,82 @@ def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
 
     It reads checkpoints of tensors, plain values and three classes of DeepSpeed; anything else in them is refused.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed  # here: its import looks for the accelerator and takes seconds
+    deepspeed = _deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    if not torch.cuda.is_available():
-        # On a CPU DeepSpeed would compile a shared-memory extension for a minute, for ranks of one host alone.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler])
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if dist.get_world_size() == 1 and _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
+        engine.enable_backward_allreduce = False  # it would copy all gradients to add them to nobody's
     return engine
 
 
-def take_step(engine: Any) -> float:
+@contextmanager
+def splitting(config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, a transformers model that is loaded in this block is split over the workers while it comes from its
+    file: no worker ever holds all of it (the first one maps the file). All workers must load the same one.
+
+    Its parameters are empty from then on, outside `gathered`, and it runs only once `engine_of` has taken it.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    _deepspeed()
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(config)  # transformers looks at it by a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+def _deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed  # here: its import looks for the accelerator and takes seconds
+
+    if not torch.cuda.is_available():
+        # On a CPU DeepSpeed would compile a shared-memory extension for a minute, for ranks of one host alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def take_step(engine: Any, clip: float) -> float:
     """The optimizer step after the last backward pass of a step; the norm of its gradient before clipping."""
-    if engine.zero_optimization_stage() or engine.bfloat16_enabled():
+    if not _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
         engine.step()
         return float(engine.get_global_grad_norm())
-    # Without ZeRO, DeepSpeed clips and forgets the norm.
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    # DeepSpeed's own clipping goes through parameters one by one, and forgets the norm.
+    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip)
     engine.step()
-    return norm
+    return float(norm)
+
+
+def _is_bare(zero_stage: int, is_bfloat16: bool) -> bool:
+    """Whether DeepSpeed uses the optimizer it is given as it is, with gradients where PyTorch leaves them."""
+    return not zero_stage and not is_bfloat16
 
 
 def gathered(parameters: Iterable[nn.Parameter], zero_stage: int) -> AbstractContextManager[Any]:
-    """The block sees these parameters whole; under ZeRO-3 all workers must enter it."""
+    """The block sees these parameters whole, and must not change them; under ZeRO-3 all workers must enter it."""
     if zero_stage < 3:
         return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(parameters))
+    return _deepspeed().zero.GatheredParameters(list(parameters))
 
 
 def whole_state(module: nn.Module, zero_stage: int) -> dict[str, Tensor] | None:
-    """The module's tensors on the CPU where ZeRO-3 keeps a share on each worker, gathered one after the other; all
-    workers must call it. None below stage 3, where the module itself is whole.
+    """The module's tensors on the first worker's CPU where ZeRO-3 keeps a share on each, gathered one after the other;
+    all workers must call it, the others get an empty dictionary. None below stage 3, where the module itself is whole.
     """
     if zero_stage < 3:
         return None
-    state = {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers()}
+    first, kept = dist.get_rank() == 0, set(module.state_dict())
+    state = {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if first and name in kept}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         with gathered([parameter], zero_stage):
-            state[name] = parameter.detach().cpu().clone()
-    return {name: tensor for name, tensor in state.items() if name in module.state_dict()}
+            if first and name in kept:
+                state[name] = parameter.detach().cpu().clone()
+    return state

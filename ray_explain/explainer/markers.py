@@ -78,7 +78,8 @@ def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     Does nothing where there are rows enough; vocabularies are often padded.
     """
     layout = layout_of(model)
-    n_rows = _rows(layout.embedding).shape[0]
+    table = _rows(layout.embedding)
+    n_rows = getattr(table, "ds_shape", table.shape)[0]  # ZeRO-3 leaves parameters empty
     if len(tokenizer) <= n_rows:
         return
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

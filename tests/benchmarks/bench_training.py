@@ -6,7 +6,11 @@ the part for a GPU. Throughput counts answer tokens, those that are learned, by 
 
 import argparse
 import gc
+import json
 import os
+import pickle
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,10 +31,11 @@ from ray_explain.explainer.markers import Markers
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import with_lora
 from ray_explain.explainer.projection import Projection
-from ray_explain.explainer.training import PlainTraining, train_plain
+from ray_explain.explainer.training import PlainTraining, StepReport, train_plain
 
 MARKERS = Markers("<b>", "<v>", "<e>", 5, 6, 7, added=False)
 BATCH, LAYERS_OF_TARGET = 16, 4
+STEPS_PER_LINE = 10  # of a training's curve
 SIZES = {  # d_model, layers, heads, d_vocab
     "demo size, 400 words": (96, 4, 4, 400),
     "128k vocabulary": (192, 4, 4, 128_256),
@@ -146,9 +151,12 @@ def against_hugging_face(n: int, rounds: int) -> None:
 # -- memory of logits -------------------------------------------------------------------------------------------------
 
 
+LOGITS = ("full", "answers only")
+
+
 def memory_of_logits() -> None:
     print("\n| logits of 8 x 128 tokens, 8 of them answers, 128k vocabulary | peak, MB |\n|---|---|")
-    for kind in ("full", "answers only"):
+    for kind in LOGITS:
         child = [sys.executable, __file__, "--child", kind]
         environment = os.environ | {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
         done = subprocess.run(child, capture_output=True, text=True, env=environment, check=True)
@@ -171,28 +179,91 @@ def _logits_child(kind: str) -> None:
 # -- what Ray and DeepSpeed cost --------------------------------------------------------------------------------------
 
 
-def against_plain_loop(n: int) -> None:
-    """The same `TrainRun` with ZeRO 0 on one worker of Ray Train, and in a loop of this process."""
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name; its default gives way to other processes
-    from ray_explain.artifacts import finished
+WARM_UP = 20  # steps
+RAY_ROWS = {  # size of the target, steps, what else the training section says
+    "demo size": ({}, 120, {}),
+    "demo size, a checkpoint every 20 steps": ({}, 120, {"checkpoint_every": 20}),
+    "256 wide, 8 layers": ({"d_model": 256, "n_layers": 8}, 60, {}),
+}
+
+
+def against_plain_loop(rounds: int) -> None:
+    """The same `TrainRun` with ZeRO 0 on one worker of Ray Train, and in a loop of a process without Ray, in turns.
+
+    Medians of the rounds. The rate is that of the steps after the first `WARM_UP`, of which the seconds are told.
+    """
+    names = [
+        "model",
+        "plain loop: answer tokens/s",
+        "Ray Train + DeepSpeed, ZeRO 0",
+        "lost",
+        f"its first {WARM_UP} steps",
+    ]
+    print(f"\n| {' | '.join(names)} |")
+    print("|---|---|---|---|---|")
+    for name, (size, steps, section) in RAY_ROWS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            run = _demo_run(Path(folder), steps * BATCH, size, section)
+            told = [(_plain(run, folder), _on_ray(run, folder)) for _ in range(rounds)]
+        plain = statistics.median(_rate(windows) for windows, _ in told)
+        # Lines of the curve are the same windows of the same steps: they hold as many tokens.
+        on_ray = [[(n, n / rate) for (n, _), rate in zip(windows, rates, strict=True)] for windows, rates in told]
+        ours = statistics.median(map(_rate, on_ray))
+        first = statistics.median(sum(seconds for _, seconds in one[: WARM_UP // STEPS_PER_LINE]) for one in on_ray)
+        print(f"| {name} | {plain:.0f} | {ours:.0f} | {100 * (1 - ours / plain):.1f} % | {first:.1f} s |", flush=True)
+
+
+def _rate(windows: Sequence[tuple[float, float]]) -> float:
+    """Answer tokens per second after the warm-up; of (tokens, seconds) of each ten steps."""
+    tokens, seconds = (sum(part) for part in zip(*windows[WARM_UP // STEPS_PER_LINE :]))
+    return tokens / seconds
+
+
+def _on_ray(run: Any, folder: str) -> list[float]:
+    """Answer tokens per second of each ten steps."""
     from ray_explain.config import ClusterConfig
     from ray_explain.distributed.cluster import cluster
     from ray_explain.distributed.train import train_all
 
-    with tempfile.TemporaryDirectory() as folder:
-        run = _demo_run(Path(folder), n)
-        before = _plain_speed(run)
-        with cluster(folder):
-            train_all([run], folder, ClusterConfig())
-        manifest = finished(run.artifact, folder)
-        assert manifest is not None
-        theirs, ours = manifest.measured["answer_tokens_per_second"], max(before, _plain_speed(run))
-    print("\n| plain loop: answer tokens/s | Ray Train + DeepSpeed, ZeRO 0, one worker | lost |\n|---|---|---|")
-    print(f"| {ours:.0f} | {theirs:.0f} | {100 * (1 - theirs / ours):.1f} % |", flush=True)
+    with cluster(folder):
+        train_all([run], folder, ClusterConfig())
+    lines = Path(run.artifact.path(folder), "training.jsonl").read_text().splitlines()
+    shutil.rmtree(run.artifact.path(folder))
+    return [json.loads(line)["answer_tokens_per_second"] for line in lines]
 
 
-def _demo_run(folder: Path, n: int) -> Any:
-    """Training on `n` questions about patches of a random target of the demo's size."""
+def _plain(run: Any, folder: str) -> list[tuple[float, float]]:
+    """(Answer tokens, seconds) of each ten steps; in a process of its own that has the workers' environment."""
+    import ray_explain.distributed  # noqa: F401 - sets it
+
+    Path(folder, "run").write_bytes(pickle.dumps(run))
+    child = [sys.executable, __file__, "--child", f"{folder}/run"]
+    done = subprocess.run(child, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _plain_child(file: str) -> None:
+    from ray_explain.distributed.training_setup import start_of
+
+    run = pickle.loads(Path(file).read_bytes())
+    start = start_of(run, workers=1)
+    config = PlainTraining(epochs=1, batch_size=BATCH, learning_rate=run.train.learning_rate)
+    windows, tokens, since = [], 0.0, time.perf_counter()
+
+    def on_step(report: StepReport) -> None:
+        nonlocal tokens, since
+        tokens += report.n_answer_tokens
+        if report.step % STEPS_PER_LINE == 0:
+            now = time.perf_counter()
+            windows.append((tokens, now - since))
+            tokens, since = 0.0, now
+
+    train_plain(start.explainer, start.examples, config, pad_id=start.pad_id, on_step=on_step)
+    print(json.dumps(windows))
+
+
+def _demo_run(folder: Path, n: int, size: dict[str, int], section: dict[str, Any]) -> Any:
+    """Training on `n` questions about patches of a random target."""
     from ray_explain import storage
     from ray_explain.artifacts import Artifact
     from ray_explain.config import InjectionConfig, TrainConfig
@@ -206,7 +277,7 @@ def _demo_run(folder: Path, n: int) -> Any:
 
     world, target = World(), {"model": str(folder / "target"), "revision": None, "dtype": "float32"}
     tokenizer = world_tokenizer(world)
-    save_target(new_target("llama", tokenizer, TargetSize(), seed=0), tokenizer, folder / "target")
+    save_target(new_target("llama", tokenizer, TargetSize(**size), seed=0), tokenizer, folder / "target")
     cases = patching_cases(world, tokenizer, n={"train": n}, layers=[(i, i) for i in range(4)], seed=0)
     asked = patching_questions(
         PatchingStage(target)(cases).table,
@@ -215,7 +286,7 @@ def _demo_run(folder: Path, n: int) -> Any:
         seed=0,
     )
     storage.write_table(asked.table, f"{folder}/questions/table.parquet")
-    train = TrainConfig(batch_size=BATCH, zero_stage=0, injection=InjectionConfig(scale="mean_embedding"))
+    train = TrainConfig(batch_size=BATCH, zero_stage=0, injection=InjectionConfig(scale="mean_embedding"), **section)
     return TrainRun(
         artifact=Artifact(kind="explainers", label="bench", config={}),
         model=target,
@@ -226,17 +297,6 @@ def _demo_run(folder: Path, n: int) -> Any:
         seed=0,
         wording="brief",
     )
-
-
-def _plain_speed(run: Any) -> float:
-    """Answer tokens per second of one epoch."""
-    from ray_explain.distributed.training_setup import start_of
-
-    start = start_of(run, workers=1)
-    config = PlainTraining(epochs=1, batch_size=BATCH, learning_rate=run.train.learning_rate)
-    started = time.perf_counter()
-    train_plain(start.explainer, start.examples, config, pad_id=start.pad_id)
-    return sum(example.n_answer for example in start.examples) / (time.perf_counter() - started)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -364,10 +424,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="on the GPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        _logits_child(arguments.child)
-        return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if arguments.child:
+        (_logits_child if arguments.child in LOGITS else _plain_child)(arguments.child)
+        return
     if arguments.gpu:
         on_gpu(arguments.batch_size, arguments.steps)
         return
@@ -376,7 +436,7 @@ def main() -> None:
     if "logits" in arguments.parts:
         memory_of_logits()
     if "ray" in arguments.parts:
-        against_plain_loop(arguments.questions * 4)
+        against_plain_loop(arguments.rounds)
 
 
 if __name__ == "__main__":
