@@ -50,6 +50,7 @@ def commit_of(folder: Path) -> str | None:
     return names[2]
 
 
+@storage.patient
 def _fetched_from_storage(place: str, layer: int) -> Path:
     system, root = storage.filesystem(place)
     found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))

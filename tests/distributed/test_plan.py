@@ -71,6 +71,6 @@ def test_files_of_all_layers_tell_a_path_with_a_layer_in_it_from_others(tmp_path
     place = f"{tmp_path}/{{layer}}-source"
     before = identity(place)
     assert len(before) == 2
-    (tmp_path / "2-source" / "batch.jsonl").write_text("3")
+    (tmp_path / "2-source" / "batch.jsonl").write_text("33")
     assert identity(place) != before
     assert identity("owner/name/layer_{layer}/x") == "owner/name/layer_{layer}/x", "a hub id is known by its name"
