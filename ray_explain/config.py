@@ -196,7 +196,8 @@ class FeaturesConfig(Section):
     knows.
     """
 
-    source: Literal["sae", "neurons", "activations", "differences"] = "sae"
+    source: Literal["sae", "neurons", "activations", "differences", "released"] = "sae"
+    path: str | None = None  # released: of the folder, {target} in it
     layers: list[Count] | Literal["all"] = "all"
     sae: SAEConfig | None = None  # trained on the corpus if left out
     per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
@@ -219,7 +220,17 @@ class FeaturesConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "FeaturesConfig":
-        if self.describer.kind == "world" and (self.source != "sae" or self.sae or self.simulator or self.detector):
+        if (self.source == "released") != (self.path is not None):
+            raise ValueError(
+                f"source {self.source!r} and path {self.path!r}: a released data set, and it alone, has one"
+            )
+        if self.source == "released":
+            if self.sae or self.simulator or self.detector or self.describer.kind != "world":
+                raise ValueError(
+                    "a released data set brings descriptions and scores: leave `sae`, `describer`, `simulator` and "
+                    "`detector` out"
+                )
+        elif self.describer.kind == "world" and (self.source != "sae" or self.sae or self.simulator or self.detector):
             raise ValueError(
                 "describer 'world' describes SAEs that are trained on the world's texts, and scores them itself: leave "
                 "`source`, `sae`, `simulator` and `detector` out, or give another `describer`"

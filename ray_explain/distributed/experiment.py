@@ -31,7 +31,7 @@ from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import layer_blocks
-from ray_explain.ground_truth.released_files import read_folder, write_folder
+from ray_explain.ground_truth.released_files import read_feature_folder, read_folder, write_folder
 from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
@@ -199,6 +199,9 @@ def make_ground_truth(session: Session) -> None:
     make_models(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
     for target, task in released:
+        if task == "features":
+            session.make_parts(plan.effects(task, target), partial(_released_features, plan, target))
+            continue
         session.make_table(plan.effects(task, target), lambda k=task, t=target: _released(plan, k, t))  # type: ignore[misc]
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
@@ -259,6 +262,22 @@ def _released(plan: Plan, task: Task, target: str) -> Result:
         )
     except (ValueError, OSError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
+
+
+def _released_features(plan: Plan, target: str) -> Iterator[Result]:
+    """Raises: BadInput: no released data set of the target's features is in the folder."""
+    section = plan.experiment.ground_truth.features
+    assert section is not None
+    try:
+        yield from read_feature_folder(
+            plan.released_folder("features", target),
+            _feature_layers(plan, target),
+            d_model=d_model(plan, target),
+            per_layer=section.per_layer,
+            seed=plan.experiment.seed,
+        )
+    except (ValueError, OSError) as error:
+        raise BadInput(f"`ground_truth.features`: {error}") from error
 
 
 def _feature_layers(plan: Plan, target: str) -> list[int]:

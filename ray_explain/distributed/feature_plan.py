@@ -1,6 +1,7 @@
 """The artifacts on the way to described features, where it is not the synthetic world that describes them."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -151,10 +152,17 @@ def _what(section: Section | None) -> dict[str, Any] | None:
 
 
 def identity(path: str | None) -> Any:
-    """What tells the files at a path from others: the sizes and edges of local ones; a remote place by its name."""
+    """What tells the files at a path from others: the sizes and edges of local ones; a remote place by its name.
+
+    A path with {layer} in it stands for those of all layers.
+    """
     if path is None or storage.is_remote(path):
         return path
     place = Path(path).expanduser()
+    if "{layer}" in path:
+        fixed = list(itertools.takewhile(lambda part: "{layer}" not in part, place.parts))
+        found = Path(*fixed).glob(str(place.relative_to(Path(*fixed))).replace("{layer}", "*"))
+        return {str(one): identity(str(one)) for one in sorted(found)} or path
     if place.is_file():
         return edges(place)
     if place.is_dir():

@@ -18,6 +18,7 @@ from ray_explain.world import RECIPE
 _HOW_NOT_WHAT = {"checkpoint_every", "keep_checkpoints", "max_failures", "mixtures", "text_only", "trackers"}
 WITHOUT_VECTORS: tuple[Task, ...] = ("ablation",)
 SELFIE = "SelfIE"
+_OF_RELEASED_FEATURES = {"source", "layers", "per_layer"}
 _OF_WORLD_FEATURES = {"layers", "d_sae", "k", "steps", "documents", "min_correlation"}
 
 
@@ -104,7 +105,9 @@ class Plan:
             return Artifact(
                 kind="features_cases", label=target, config={"layers": section.layers}, parents=(self.model(target),)
             )
-        settings = _OF_WORLD_FEATURES if task == "features" else None
+        settings = None
+        if task == "features":
+            settings = _OF_RELEASED_FEATURES if section.source == "released" else _OF_WORLD_FEATURES
         config = section.model_dump(mode="json", include=settings, exclude={"balance"}) | {
             "seed": self.experiment.seed,
             "world": self.experiment.world.model_dump(),
@@ -124,7 +127,7 @@ class Plan:
         section = getattr(self.experiment.ground_truth, task)
         if section.source != "released":
             return _digest(section.path)
-        return _files_of(self.released_folder(task, target), "**/*.parquet")
+        return _files_of(self.released_folder(task, target), "**/*" if task == "features" else "**/*.parquet")
 
     def effects(self, task: Task, target: str) -> Artifact:
         """What the target really did."""
@@ -145,10 +148,11 @@ class Plan:
 
     @property
     def groups_features(self) -> Literal["direction", "feature"]:
-        """What splits keep together. Whole activations all point much the same way: their groups stay their texts."""
+        """What splits keep together. Whole activations all point much the same way: their groups stay their texts. What
+        was released stays in the split it was released in."""
         section = self.experiment.ground_truth.features
         assert section is not None
-        return "feature" if section.source in ("activations", "differences") else section.group
+        return "feature" if section.source in ("activations", "differences", "released") else section.group
 
     # -- explainers ---------------------------------------------------------------------------------------------------
 

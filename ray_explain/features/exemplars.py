@@ -19,7 +19,6 @@ from ray_explain.features.sae import SAE
 
 Kind = Literal["top", "random", "near"]
 NUMBERS_AT_A_TIME = 1 << 22  # tokens x features encoded at once: 16 MiB, so that a CPU's caches help
-ABSENT = -1  # the token id where a window is shorter than the others
 _EMPTY = torch.iinfo(torch.int64).min
 _ID_BITS = 0xFFFFFFFF
 
@@ -28,7 +27,6 @@ class Windows(NamedTuple):
     """Windows of the corpus with the residual stream of one layer."""
 
     ids: Int[Tensor, " windows"]  # numbers in the corpus, the same in every run; 0 to 2**32 - 1
-    tokens: Int[Tensor, "windows pos"]
     residual: Float[Tensor, "windows pos d_model"]
     present: Bool[Tensor, "windows pos"]  # False: padding, or a token to be left out, such as the first
 
@@ -40,8 +38,7 @@ class Exemplar:
     kind: Kind
     rank: int  # from 0; the highest score first
     window: int
-    tokens: Int[np.ndarray, " pos"]  # only those present
-    activations: Float[np.ndarray, " pos"]
+    activations: Float[np.ndarray, " pos"]  # 0 where the window has no token
 
 
 class Kept(NamedTuple):
@@ -109,8 +106,6 @@ class TopWindows:
         self.sizes: dict[Kind, int] = {"top": top, "random": random, "near": near}
         where = torch.device(device)
         self._kept = {kind: _Kept(n_features, size, positions, where) for kind, size in self.sizes.items()}
-        self._tokens: dict[int, Int[np.ndarray, " pos"]] = {}
-        self._tokens_after_pruning = 0
         self._numbers = torch.as_tensor(range(n_features) if numbers is None else numbers, device=where)
         self.n_windows = 0  # seen
         self.fired = torch.zeros(n_features, dtype=torch.int64, device=where)  # windows each feature was on in
@@ -118,11 +113,10 @@ class TopWindows:
     def add(
         self,
         ids: Int[Tensor, " windows"],
-        tokens: Int[Tensor, "windows pos"],
         activations: Float[Tensor, "windows pos d_sae"],
         nearness: Float[Tensor, "windows d_sae"] | None = None,
     ) -> None:
-        """Take in windows that were not taken in before; absent tokens are `ABSENT` and their activations 0.
+        """Take in windows that were not taken in before; activations of absent tokens are 0.
 
         `nearness`: how near a feature came to being on in a window, such as its largest pre-activation; without it no
         near misses are gathered. A feature is off in a window where all its activations are 0.
@@ -141,9 +135,6 @@ class TopWindows:
             self._kept["near"].add(_keys(nearness, ids).masked_fill_(~off, _EMPTY), activations)
         self.n_windows += len(ids)
         self.fired += (~off).sum(dim=0)
-        self._tokens.update(zip(ids.tolist(), tokens.to(torch.int32).cpu().numpy(), strict=True))
-        if len(self._tokens) > 2 * self._tokens_after_pruning + 1024:
-            self._prune()
 
     def merge(self, other: "TopWindows") -> "TopWindows":
         """This one with what `other` gathered from other windows; `other` stays as it is.
@@ -160,8 +151,6 @@ class TopWindows:
             kept.merge(other._kept[kind])
         self.n_windows += other.n_windows
         self.fired += other.fired.to(self.fired.device)
-        self._tokens.update(other._tokens)
-        self._prune()
         return self
 
     def kept(self, kind: Kind) -> Kept:
@@ -187,10 +176,8 @@ class TopWindows:
             keys, places = kept.keys[feature].sort(descending=True)
             for rank, (key, place) in enumerate(zip(keys.tolist(), places.tolist(), strict=True)):
                 if key != _EMPTY:
-                    window = _ID_BITS - (key & _ID_BITS)
-                    tokens, activations = self._tokens[window], kept.activations[feature, place].cpu().numpy()
-                    here = tokens != ABSENT
-                    found.append(Exemplar(kind, rank, window, tokens[here], activations[here]))
+                    activations = kept.activations[feature, place].cpu().numpy()
+                    found.append(Exemplar(kind, rank, _ID_BITS - (key & _ID_BITS), activations))
         return found
 
     def __iter__(self) -> Iterator[tuple[int, list[Exemplar]]]:
@@ -205,13 +192,6 @@ class TopWindows:
         """A priority for each pair, that no other window or feature has a part in: so a sample without replacement."""
         mixed = _hash(_hash(ids + (self.seed << 32))[:, None] ^ _hash(self._numbers.to(ids.device)))
         return (mixed >> 32 << 32) | (_ID_BITS - ids)[:, None]
-
-    def _prune(self) -> None:
-        """Forget the tokens of windows that no feature keeps any more."""
-        keys = torch.cat([kept.keys.flatten() for kept in self._kept.values()])
-        live = (_ID_BITS - (keys[keys != _EMPTY] & _ID_BITS)).unique().tolist()
-        self._tokens = {window: self._tokens[window] for window in live}
-        self._tokens_after_pruning = len(live)
 
     def _check(self, ids: Int[Tensor, " windows"], activations: Float[Tensor, "windows pos d_sae"]) -> None:
         if tuple(activations.shape[1:]) != (self.positions, self.n_features):
@@ -270,7 +250,7 @@ def _take_in(
         activations = activations[:, features.to(pre.device)]
     if padded:
         activations.masked_fill_(absent, 0)
-    found.add(windows.ids, windows.tokens.masked_fill(~windows.present, ABSENT), activations.view(by_window), nearness)
+    found.add(windows.ids, activations.view(by_window), nearness)
 
 
 def projecting(vectors: Float[Tensor, "n d_model"], layer: int) -> SAE:

@@ -6,7 +6,7 @@ differences) whose activation is their dot product with the residual stream.
 
 import hashlib
 import random
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as fs
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,7 +26,6 @@ from ray_explain.features.exemplars import projecting
 from ray_explain.features.readers import (
     ROWS_AT_A_TIME,
     count_features,
-    find_folder,
     read_directions,
     read_sae,
 )
@@ -37,6 +33,7 @@ from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
 from ray_explain.ground_truth.corpora import read_windows, special_prefix
 from ray_explain.ground_truth.neuronpedia import UNKNOWN, read_labels
+from ray_explain.ground_truth.published import commit_of, fetched
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
@@ -46,9 +43,7 @@ from ray_explain.stages import Result
 CHECKED_TOKENS = 4096  # that the doctor looks at
 TRAINING_NUMBERS = 1 << 28  # of activations that an SAE is trained on: 1 GiB in float32
 BATCH_TOKENS = 1024
-CACHE = Path(tempfile.gettempdir(), "ray_explain_saes")  # of each machine: SAEs fetched from storage
 _HIGHEST = 2**31 - 1
-_SMALL_BYTES = 1 << 20  # files up to this size are configurations, not weights
 _DOWN_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2")
 
 FEATURES = pa.schema(
@@ -144,7 +139,10 @@ class DictionaryStage:
 
     def __call__(self, table: pa.Table) -> Result:
         made = [self._of_layer(layer) for layer in table["layer"].to_pylist()]
-        return Result(pa.concat_tables(part.table for part in made), [lost for part in made for lost in part.dropped])
+        commits = Counter(name for part in made for name in part.measured)
+        return Result(
+            pa.concat_tables(part.table for part in made), [lost for part in made for lost in part.dropped], commits
+        )
 
     def _of_layer(self, layer: int) -> Result:
         self._target.layout.checked_layer(layer)
@@ -154,6 +152,7 @@ class DictionaryStage:
             known = self._known(layer, d_sae)
             chosen = self._chosen(layer, [number for number in known if number < d_sae])
             ids = self._ids(folder, layer, chosen)
+            commit = commit_of(folder)
         measured = figures.declarable() if figures else {"l0": None, "fvu": None, "dead_fraction": None}
         rows = [
             {"case_id": case_id, "group": group, "layer": layer, "feature_id": number, **measured}
@@ -161,7 +160,7 @@ class DictionaryStage:
             for number, (case_id, group) in zip(chosen, ids, strict=True)
         ]
         unknown = [(f"layer {layer} feature {number}", UNKNOWN) for number in known if number >= d_sae]
-        return Result(records.rows_table(rows, FEATURES), unknown)
+        return Result(records.rows_table(rows, FEATURES), unknown, {f"layers of commit {commit}": 1} if commit else {})
 
     def _ids(self, folder: Path, layer: int, chosen: Sequence[int]) -> list[tuple[str, str]]:
         """Of each chosen feature its case and its group: by content, wherever the files lie."""
@@ -279,66 +278,3 @@ def dictionary(config: Mapping[str, Any], layer: int) -> Iterator[Path]:
         return
     with storage.local_folder(f"{config['folder']}/layer_{layer}") as folder:
         yield Path(folder)
-
-
-def fetched(place: str, layer: int, revision: str | None = None) -> Path:
-    """A local folder with the SAE of `layer`, from a folder, an s3:// path or a hub id; only that SAE is fetched.
-
-    Raises:
-        FileNotFoundError, ValueError: as `find_folder`.
-        BadInput: the hub cannot be read.
-    """
-    if storage.is_remote(place):
-        return _fetched_from_storage(place, layer)
-    if Path(place).expanduser().exists() or place.startswith((".", "/", "~")):
-        return find_folder(Path(place).expanduser(), layer)
-    return _fetched_from_hub(place, layer, revision)
-
-
-def _fetched_from_storage(place: str, layer: int) -> Path:
-    system, root = storage.filesystem(place)
-    found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-    sizes = {info.path[len(root) :].strip("/"): info.size for info in found if info.type == fs.FileType.File}
-
-    def read(name: str) -> bytes:
-        with system.open_input_stream(f"{root}/{name}") as stream:
-            return stream.readall()
-
-    own = _where(sizes, layer, read, place)
-    local = CACHE / records.content_id(place, own)
-    if not local.exists():  # new_folder: whole or not at all, also when several actors fetch it at once
-        with storage.new_folder(str(local / own)) as folder:
-            fs.copy_files(f"{root}/{own}", folder, source_filesystem=system)
-    return local / own
-
-
-def _fetched_from_hub(repository: str, layer: int, revision: str | None) -> Path:
-    try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-
-        def read(name: str) -> bytes:
-            got = snapshot_download(repository, revision=info.sha, allow_patterns=[name])
-            return Path(got, name).read_bytes()
-
-        own = _where(sizes, layer, read, repository)
-        pattern = "*" if own == "." else f"{own}/*"
-        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=[pattern])) / own
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{repository!r} is no folder, and no SAE can be read from the hub: {reason}") from error
-
-
-def _where(sizes: Mapping[str, int], layer: int, read: Any, place: str) -> str:
-    """The folder, below `place`, of the SAE of a layer: found in a copy of the tree whose weights are empty files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, size in sizes.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(read(name) if name.endswith(".json") and size <= _SMALL_BYTES else b"")
-        try:
-            return str(find_folder(folder, layer).relative_to(folder))
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(str(error).replace(folder, place)) from error

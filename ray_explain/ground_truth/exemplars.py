@@ -123,16 +123,15 @@ class SearchStage:
         neurons = self._config["source"] == "neurons"
         read = self._corpus.neurons(numbers, layers) if neurons else self._corpus.residual(numbers, layers)
         positions, ids = self._config["positions"], torch.tensor(list(numbers))
-        tokens = torch.zeros(len(read), positions, dtype=torch.long)
         present = torch.zeros(len(read), positions, dtype=torch.bool)
         for row, (own, _) in enumerate(read):
-            tokens[row, : len(own)], present[row, : len(own)] = torch.tensor(own), True
+            present[row, : len(own)] = True
         device = self._target.layout.device
         for at, layer in enumerate(layers):
             residual = torch.zeros(len(read), positions, read[0][1].shape[2], device=device)
             for row, (own, vectors) in enumerate(read):
                 residual[row, : len(own)] = vectors[at].float()
-            yield layer, Windows(ids.to(device), tokens.to(device), residual, present.to(device))
+            yield layer, Windows(ids.to(device), residual, present.to(device))
 
     def _search(self, layer: int, windows: Windows, found: TopWindows) -> None:
         if self._config["source"] != "neurons":
@@ -141,7 +140,7 @@ class SearchStage:
         values = windows.residual[..., torch.tensor(self._features[layer], device=windows.residual.device)]
         near = values.masked_fill(~windows.present[..., None], -torch.inf).amax(dim=1)
         on = values.relu().masked_fill(~windows.present[..., None], 0)
-        found.add(windows.ids, windows.tokens, on, near)
+        found.add(windows.ids, on, near)
 
     def _sae(self, layer: int) -> SAE:
         if layer not in self._saes:

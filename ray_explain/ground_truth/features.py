@@ -1,5 +1,6 @@
 """Features of a target trained on the synthetic world: a small SAE on each layer, described by what the world knows."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, ClassVar
@@ -55,6 +56,15 @@ def split_features(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     columns = {name: told.flatten().field(name) for name in ("description", "origin", "score", "gold")}
     descriptions = pa.table({"case_id": table["case_id"].combine_chunks().take(pa.array(owners)), **columns})
     return table.drop_columns(["descriptions"]), records.conform(descriptions, records.DESCRIPTIONS)
+
+
+def joined(features: pa.Table, descriptions: pa.Table) -> pa.Table:
+    """What `split_features` took apart; descriptions stand in the order of their features."""
+    own = Counter(descriptions["case_id"].to_pylist())
+    ends = np.cumsum([0, *(own[case] for case in features["case_id"].to_pylist())], dtype=np.int32)
+    told = descriptions.drop_columns(["case_id"]).to_struct_array().combine_chunks().cast(_DESCRIPTIONS.value_type)
+    column = pa.ListArray.from_arrays(pa.array(ends), told)
+    return features.append_column(pa.field("descriptions", _DESCRIPTIONS, nullable=False), column.cast(_DESCRIPTIONS))
 
 
 class FeatureStage:

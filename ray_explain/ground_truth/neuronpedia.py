@@ -1,8 +1,9 @@
 """Neuronpedia's bulk exports of explanations, joined to the features of an SAE by layer and number.
 
-An export (https://neuronpedia-datasets.s3.us-east-1.amazonaws.com, v1/{model}/{source}/) has folders `explanations` and
-`activations` of batch-*.jsonl.gz. A line of the first has `layer` (such as "19-llamascope-res-131k"), `index`,
-`description` and `explanationModelName`; one of the second `layer`, `index`, `tokens` and `maxValueTokenIndex`.
+An export (https://neuronpedia-datasets.s3.us-east-1.amazonaws.com/v1/{model}/{source}/) has folders `explanations`,
+`activations` and `features` of batch-*.jsonl.gz, and files that describe the whole: source.jsonl, release.jsonl, ... A
+line of explanations has `layer` (the source, such as "19-llamascope-res-131k"), `index` (as text), `description` and
+`explanationModelName`; one of activations `layer`, `index`, `tokens`, `values` and `maxValueTokenIndex`.
 """
 
 import json
@@ -17,6 +18,7 @@ from scipy.stats import binomtest
 
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
+from ray_explain.ground_truth import public_files
 from ray_explain.ground_truth.corpora import NOT_JSON, opened
 from ray_explain.stages import Result
 
@@ -46,11 +48,15 @@ LABELS = pa.schema(
 def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
     """The descriptions of an export for these layers, ordered by layer and feature; lines that give none are dropped.
 
-    `path` is one file, or a folder with the explanations, and activations if there are any, somewhere below it.
+    `path` is one file, or a folder with the explanations, and activations if there are any, somewhere below it: local,
+    s3:// or https:// (of a public bucket). "{layer}" in it stands for the numbers of the layers.
 
     Raises:
         BadInput: no export there, or several sources (SAEs) of one layer.
     """
+    if "{layer}" in path:  # one by one: the descriptions of all layers are gigabytes as Python's objects
+        parts = [labels(path.replace("{layer}", str(layer)), [layer], n_layers) for layer in sorted(layers)]
+        return Result(pa.concat_tables(part.table for part in parts), [lost for part in parts for lost in part.dropped])
     files = _files(path)
     found: dict[tuple[int, int, str], str] = {}
     dropped: list[tuple[str, str]] = []
@@ -182,7 +188,7 @@ def _one_source(sources: dict[int, str], layer: int, source: str, path: str) -> 
 
 def _rows(files: Sequence[str], dropped: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
-        with opened(file) as lines:
+        with public_files.opened(file) if public_files.is_web(file) else opened(file) as lines:
             try:
                 for number, line in enumerate(lines, start=1):
                     place = f"{file} line {number}"
@@ -200,14 +206,21 @@ def _rows(files: Sequence[str], dropped: list[tuple[str, str]]) -> Iterator[tupl
 
 def _files(path: str) -> list[str]:
     if path.endswith(_SUFFIXES):
-        if not storage.exists(path):
+        if not public_files.is_web(path) and not storage.exists(path):
             raise BadInput(f"there is no Neuronpedia export at {path}")
-        return [storage.absolute(path)]
+        return [path if public_files.is_web(path) else storage.absolute(path)]
+    names = _below(path)
+    # A folder of batches alone is one of explanations; a whole source holds other files beside them.
+    whole = [name for name in names if "/explanations/" in name or "/activations/" in name]
+    if not names:
+        raise BadInput(f"no Neuronpedia export at {path}: a folder with explanations/batch-*.jsonl.gz, or one file")
+    return whole or names
+
+
+def _below(path: str) -> list[str]:
+    if public_files.is_web(path):
+        return [name for name in public_files.files_below(path) if name.endswith(_SUFFIXES)]
     system, root = storage.filesystem(path)
     found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     base = storage.absolute(path).rstrip("/")
-    names = sorted(info.path[len(root) :] for info in found if info.path.endswith(_SUFFIXES))
-    names = [name for name in names if "/features/" not in name and not name.endswith("source.jsonl")]
-    if not names:
-        raise BadInput(f"no Neuronpedia export at {path}: a folder with explanations/batch-*.jsonl.gz, or one file")
-    return [f"{base}{name}" for name in names]
+    return sorted(base + info.path[len(root) :] for info in found if info.path.endswith(_SUFFIXES))

@@ -351,6 +351,9 @@ def read_features(
         if layer not in directions or not 0 <= feature < directions[layer].shape[1]:
             dropped.append((f"layer {layer} feature {feature}", NO_VECTOR))
             continue
+        if not np.isfinite(directions[layer][:, feature]).all():
+            dropped.append((f"layer {layer} feature {feature}", NOT_FINITE))
+            continue
         numbers.append((layer, feature))
         rows += _descriptions(records.content_id("released feature", layer, feature), label)
     vectors = [np.asarray(directions[layer][:, feature], dtype=np.float32)[None] for layer, feature in numbers]

@@ -4,8 +4,11 @@ A folder holds Parquet files whose names begin with their split, in it or in `da
 """
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Collection, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth import released
-from ray_explain.ground_truth.features import split_features
+from ray_explain.ground_truth.features import joined, split_features
 from ray_explain.ground_truth.mmlu import read_mmlu
 from ray_explain.stages import Result
 from ray_explain.world.facts import SPLITS
 
+_FEATURES_AT_A_TIME = 4096
 REPEATED = "the same case as before"
 
 
@@ -49,6 +53,64 @@ def read_folder(
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped += [(str(case), REPEATED) for case in np.delete(ids, kept)]
     return Result(whole.take(pa.array(kept)), dropped)
+
+
+def read_feature_folder(
+    folder: str, layers: Collection[int], *, d_model: int, per_layer: int | None, seed: int
+) -> Iterator[Result]:
+    """The effects of the released features of these layers, part by part: of each split and layer at most `per_layer`,
+    drawn at random.
+
+    The folder is as the release's, but without pickles: `{split}_explanations.json` in it or in `explanations/`, and
+    decoders [d_model, d_sae] in `features/layer_{layer}.npy`, of which only the columns at hand are in memory.
+
+    Raises:
+        ValueError: there are no labels of these layers, or they or a decoder cannot be read or are of another target.
+        FileNotFoundError: a layer's decoder is not there.
+    """
+    known, repeated = set[tuple[int, int]](), list[tuple[str, str]]()
+    found = False
+    for split, path in _label_files(Path(folder)):
+        own: dict[int, list[Any]] = {}
+        for key, label in released.read_labels(path):
+            if key in known:
+                repeated.append((f"{split} layer {key[0]} feature {key[1]}", REPEATED))
+            elif key[0] in layers:
+                known.add(key)
+                own.setdefault(key[0], []).append((key, label))
+        for layer, labels in sorted(own.items()):
+            decoder = _decoder(Path(folder), layer, d_model)
+            if per_layer is not None and len(labels) > per_layer:
+                labels = sorted(random.Random(f"{seed} {split} {layer}").sample(labels, per_layer), key=itemgetter(0))
+            for start in range(0, len(labels), _FEATURES_AT_A_TIME):
+                some = labels[start : start + _FEATURES_AT_A_TIME]
+                made = released.read_features(some, {layer: decoder}, split=split)
+                found = True
+                yield Result(joined(made.features, made.descriptions), made.dropped + repeated)
+                repeated = []
+    if not found:
+        raise ValueError(
+            f"no *_explanations.json with labels of layers {sorted(layers)} in {folder} or its explanations/"
+        )
+
+
+def _label_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Of each split that there is; a pickle, where that is all there is, to be refused by its reader."""
+    for split in SPLITS:
+        places = [below / f"{split}_explanations{end}" for end in (".json", ".pkl") for below in _homes(folder)]
+        yield from [(split, place) for place in places if place.exists()][:1]
+
+
+def _homes(folder: Path) -> tuple[Path, Path]:
+    return folder, folder / "explanations"
+
+
+def _decoder(folder: Path, layer: int, d_model: int) -> np.ndarray:
+    path = folder / "features" / f"layer_{layer}.npy"
+    decoder: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    if decoder.ndim != 2 or decoder.shape[0] != d_model:
+        raise ValueError(f"{path} is {list(decoder.shape)}: directions of this target stand in columns of {d_model}")
+    return decoder
 
 
 def _split_table(folder: Path, split: str) -> pa.Table:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_explain import records
+from ray_explain.ground_truth.released import CHOSEN
 from ray_explain.questions.asking import asked, plain_columns
 from ray_explain.questions.wordings import Wording, drawing
 from ray_explain.stages import Result
@@ -17,8 +18,9 @@ NO_GOLD = "no gold description"
 def features_questions(features: pa.Table, descriptions: pa.Table, *, wording: str, seed: int) -> Result:
     """One question per feature that has a gold description; the others are dropped.
 
-    The answer is the gold description of the best score (an unscored one comes last, ties go by alphabet); all gold
-    descriptions are right answers. The stratum of a question is the source of its feature.
+    The answer is the gold description that a released data set chose, or else the one of the best score (an unscored
+    one comes last, ties go by alphabet); all gold descriptions are right answers. The stratum of a question is the
+    source of its feature.
     """
     draw, gold = drawing(wording, "features", seed), _gold(descriptions)
     rows: list[dict[str, Any]] = []
@@ -35,7 +37,13 @@ def features_questions(features: pa.Table, descriptions: pa.Table, *, wording: s
 def _gold(descriptions: pa.Table) -> dict[str, list[str]]:
     """The different gold descriptions of each feature, best first."""
     rows = descriptions.filter(pc.field("gold")).to_pylist()
-    rows.sort(key=lambda row: (math.inf if row["score"] is None else -row["score"], row["description"]))
+    rows.sort(
+        key=lambda row: (
+            row["origin"] != CHOSEN,
+            math.inf if row["score"] is None else -row["score"],
+            row["description"],
+        )
+    )
     gold: dict[str, list[str]] = {}
     for row in rows:
         texts = gold.setdefault(row["case_id"], [])

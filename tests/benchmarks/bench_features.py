@@ -27,8 +27,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ray_explain.features.exemplars import TopWindows, Windows, search
@@ -39,6 +40,8 @@ D_MODEL, D_SAE, K, LAYER, CONTEXT, WINDOW, BATCH, VOCABULARY = 128, 4096, 32, 3,
 TOP, RANDOM = 20, 10
 PARTS = 5
 SLICE = 256
+
+Found = dict[int, list[tuple[int, float]]]  # of each feature, its top windows with their highest activations
 
 
 def target() -> LlamaForCausalLM:
@@ -63,30 +66,34 @@ def contexts(n_tokens: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (n_tokens // CONTEXT, CONTEXT), generator=torch.Generator().manual_seed(2))
 
 
-def in_one_pass(n_tokens: int) -> dict[int, list[int]]:
+def in_one_pass(n_tokens: int) -> Found:
     model, per_context = target(), CONTEXT // WINDOW
 
     def batches():
         start = 0
         for batch in contexts(n_tokens).split(BATCH):
-            read = torch.cat(residuals(model, batch.tolist(), [LAYER], memory_budget=1 << 27)).reshape(
+            read = torch.cat(residuals(model, batch.tolist(), [LAYER], memory_budget=1 << 25)).reshape(
                 -1, WINDOW, D_MODEL
             )
             ids = torch.arange(start, start + len(read))
-            yield Windows(ids, batch.reshape(-1, WINDOW), read, torch.ones(len(read), WINDOW, dtype=torch.bool))
+            yield Windows(ids, read, torch.ones(len(read), WINDOW, dtype=torch.bool))
             start += per_context * len(batch)
 
     found = search(an_sae(), batches(), TopWindows(D_SAE, WINDOW, top=TOP, random=RANDOM, near=0))
-    return {feature: [own.window for own in windows if own.kind == "top"] for feature, windows in found}
+    return {
+        feature: [(own.window, float(own.activations.max())) for own in windows if own.kind == "top"]
+        for feature, windows in found
+    }
 
 
 @torch.no_grad()
-def by_materialising(n_tokens: int) -> dict[int, list[int]]:
-    model, sae, batches = target(), an_sae(), contexts(n_tokens).split(BATCH)
-    places, values = [], []
+def by_materialising(n_tokens: int) -> Found:
+    model, sae, batches = target().model, an_sae(), contexts(n_tokens).split(BATCH)
+    places: Any = []
+    values: Any = []
     for number, batch in enumerate(batches):
         kept: list[torch.Tensor] = []
-        hook = model.model.layers[LAYER].register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
+        hook = model.layers[LAYER].register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
         model(batch)
         hook.remove()
         pre = torch.nn.functional.linear(kept[0], sae.encoder, sae.encoder_bias).relu()
@@ -96,8 +103,9 @@ def by_materialising(n_tokens: int) -> dict[int, list[int]]:
         values.append(latents[latents.abs() > 1e-5])
         place[:, 0] += number * BATCH
         places.append(place)
+    places, values = torch.cat(places), torch.cat(values)  # the parts are let go, as there
     with tempfile.TemporaryDirectory() as folder:
-        save_parts(Path(folder), torch.cat(places), torch.cat(values))
+        save_parts(Path(folder), places, values)
         del places, values
         return read_parts(Path(folder), torch.cat(batches).reshape(-1, WINDOW))
 
@@ -106,15 +114,19 @@ def save_parts(folder: Path, places: torch.Tensor, values: torch.Tensor) -> None
     bounds = torch.linspace(0, D_SAE, PARTS + 1).long().tolist()
     for start, stop in pairwise(bounds):
         mask = (places[:, 2] >= start) & (places[:, 2] < stop)
-        part = {"places": places[mask].to(torch.int32), "values": values[mask].half()}
+        own = places[mask].numpy()
+        own[:, 2] -= start
+        small = own[:, 2].max() < 2**16 and own[:, 0].max() < 2**16
+        part = {"places": own.astype(np.uint16 if small else np.uint32), "values": values[mask].half().numpy()}
         save_file(part, folder / f"{start}.safetensors")
 
 
-def read_parts(folder: Path, windows: torch.Tensor) -> dict[int, list[int]]:
+def read_parts(folder: Path, windows: torch.Tensor) -> Found:
     found = {}
     for path in folder.iterdir():
         part = load_file(path)
-        places, values = part["places"].long(), part["values"].float()
+        places, values = torch.from_numpy(part["places"].astype(np.int64)), torch.from_numpy(part["values"])
+        places[:, 2] += int(path.stem)
         order = places[:, 2].argsort(stable=True)
         places, values = places[order], values[order]
         latents, counts = places[:, 2].unique_consecutive(return_counts=True)
@@ -124,20 +136,20 @@ def read_parts(folder: Path, windows: torch.Tensor) -> dict[int, list[int]]:
     return found
 
 
-def windows_of_latent(place: torch.Tensor, value: torch.Tensor, windows: torch.Tensor) -> list[int]:
+def windows_of_latent(place: torch.Tensor, value: torch.Tensor, windows: torch.Tensor) -> list[tuple[int, float]]:
     flat = place[:, 0] * CONTEXT + place[:, 1]
-    own, inverse, lengths = (flat // WINDOW).unique_consecutive(return_inverse=True, return_counts=True)
     inactive = torch.ones(len(windows), dtype=torch.bool)
-    inactive[own] = False
+    inactive[(flat // WINDOW).unique()] = False
+    own, inverse, lengths = (flat // WINDOW).unique_consecutive(return_inverse=True, return_counts=True)
     highest = torch.segment_reduce(value, "max", lengths=lengths)
-    activations = torch.zeros(len(own), WINDOW)
+    activations = torch.zeros(len(own), WINDOW, dtype=value.dtype)
     activations[inverse, flat % WINDOW] = value
     order = highest.argsort(descending=True)
     examples = list(zip(windows[own][order], activations[order], strict=True))  # all of them, as there
     others = inactive.nonzero().squeeze(1)
-    assert len(windows[others[torch.randperm(len(others))[:RANDOM]]]) <= RANDOM
+    assert len(windows[others[torch.randint(len(others), (RANDOM,))]]) == RANDOM
     assert len(examples) == len(own)
-    return own[order[:TOP]].tolist()
+    return list(zip(own[order[:TOP]].tolist(), highest[order[:TOP]].tolist(), strict=True))
 
 
 def made_questions(folder: str, d_sae: int, d_model: int) -> int:
@@ -228,8 +240,13 @@ def exemplars(n_tokens: int = 1_000_000) -> None:
     print(f"CPU time: {theirs['cpu_s'] / ours['cpu_s']:.2f} x as fast (at least 2)")
     print(f"peak of memory: {ours['peak_mib'] / theirs['peak_mib']:.2f} of theirs (under 0.33)")
     found, other = (results[name]["found"] for name in ("in_one_pass", "by_materialising"))
-    shared = [len(set(found[f]) & set(other.get(f, []))) / max(1, len(found[f])) for f in found]
-    print(f"top windows in common: {sum(shared) / len(shared):.4f} (half precision there)")
+    found = {feature: own for feature, own in found.items() if own}
+    assert found.keys() == other.keys(), "a feature that only one of the two found active"
+    pairs = [(found[f], other[f]) for f in found]
+    shared = sum(len({w for w, _ in a} & {w for w, _ in b}) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+    apart = max(abs(x / y - 1) for a, b in pairs for (_, x), (_, y) in zip(a, b, strict=True))
+    print(f"top windows in common: {shared:.4f}; activations of the same rank: at most {apart:.1e} apart")
+    print("(kept in half precision there, so windows whose activations are that near may change places)")
 
 
 def directions(d_sae: int = 131_072, d_model: int = 4096) -> None:

@@ -1,8 +1,11 @@
 """Which artifacts an experiment consists of: no Ray is needed to know."""
 
+from pathlib import Path
+
 import pytest
 
 from ray_explain.config import Experiment
+from ray_explain.distributed.feature_plan import identity
 from ray_explain.distributed.plan import Plan
 from tests.tiny import EXPERIMENT
 
@@ -59,3 +62,15 @@ def test_each_way_of_asking_is_an_artifact_of_its_own():
     answers = [made.untrained_answers(one) for one in made.untrained()]
     assert len({artifact.fingerprint for artifact in answers}) == len(answers)
     assert all(artifact in made.scores().parents for artifact in answers)
+
+
+def test_files_of_all_layers_tell_a_path_with_a_layer_in_it_from_others(tmp_path: Path) -> None:
+    for layer in (1, 2):
+        (tmp_path / f"{layer}-source").mkdir()
+        (tmp_path / f"{layer}-source" / "batch.jsonl").write_text(f"{layer}")
+    place = f"{tmp_path}/{{layer}}-source"
+    before = identity(place)
+    assert len(before) == 2
+    (tmp_path / "2-source" / "batch.jsonl").write_text("33")
+    assert identity(place) != before
+    assert identity("owner/name/layer_{layer}/x") == "owner/name/layer_{layer}/x", "a hub id is known by its name"

@@ -128,7 +128,7 @@ def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config
         assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]
 
 
-def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str, tmp_path: Path) -> None:
+def test_exported_ground_truth_is_read_read_againas_a_released_data_set(config: str, tmp_path: Path) -> None:
     """Neither writing nor reading measures anything anew."""
     plan = plan_of(config)
     assert export.main(["--config", config]) == 0
@@ -141,19 +141,37 @@ def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str,
         tmp_path,
         models={"llama": {"path": plan.path(plan.model("llama"))}},
         explainers=["llama"],
-        ground_truth={"wording": "brief", "patching": {**section, "cases": {"train": 80, "test": 40}}},
+        ground_truth={
+            "wording": "brief",
+            "patching": {**section, "cases": {"train": 80, "test": 40}},
+            "features": {"source": "released", "path": f"{plan.root}/released/{{target}}/features"},
+        },
     )
     assert ground_truth.main(["--config", again]) == 0
     other = plan_of(again)
     one, two = (storage.read_table(p.path(p.effects("patching", "llama"))).to_pylist() for p in (plan, other))
     keys = ("split", "base_prompt", "first_layer", "base_answer", "patched_answer", "changed", "vectors")
     assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in two]
+    features, read_again = (questions_about_features(p) for p in (plan, other))
+    assert features and {key: own for key, own in read_again.items() if key in features} == features
     counts = finished(other.questions("patching", "llama"), other.root)
     assert counts is not None
     before, after = (counts.measured[f"cases {when} balancing"] for when in ("before", "after"))
     assert sum(before.values()) == 120
     for split in ("train", "test"):
         assert len({n for cell, n in after.items() if split in cell}) == 1
+
+
+def questions_about_features(plan: Plan) -> dict[tuple[int, int], tuple[str, list[list[float]]]]:
+    """Answer and vector, by layer and number of the feature."""
+    effects = storage.read_table(plan.path(plan.effects("features", "llama"))).to_pylist()
+    rows = storage.read_table(plan.path(plan.questions("features", "llama"))).to_pylist()
+    asked = {row["case_id"]: row for row in rows}
+    return {
+        (effect["layer"], effect["feature_id"]): (asked[effect["case_id"]]["answer"], effect["vectors"])
+        for effect in effects
+        if effect["case_id"] in asked
+    }
 
 
 def test_live_receipts_confirm_as_many_answers_as_were_right_offline(config: str) -> None:

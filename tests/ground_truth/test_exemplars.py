@@ -14,11 +14,12 @@ from ray_explain.errors import BadInput
 from ray_explain.features.exemplars import projecting
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
-from ray_explain.ground_truth import dictionaries, exemplars
+from ray_explain.ground_truth import dictionaries, exemplars, published
 from ray_explain.ground_truth.corpora import windows_of_texts
-from ray_explain.ground_truth.dictionaries import DictionaryStage, Windowed, fetched, neuron_outputs
+from ray_explain.ground_truth.dictionaries import DictionaryStage, Windowed, neuron_outputs
 from ray_explain.ground_truth.exemplars import NEVER_ACTIVE, MergeStage, SearchStage, shards, token_texts
 from ray_explain.ground_truth.neuronpedia import LABELS, UNKNOWN
+from ray_explain.ground_truth.published import fetched
 from ray_explain.ground_truth.target import Target
 from ray_explain.world.corpus import documents
 from ray_explain.world.facts import World
@@ -148,6 +149,16 @@ def test_ids_of_features_come_from_their_directions_not_from_where_files_lie(con
         SAE.load(f"{saes}/layer_{layer}").save(moved / f"layer_{layer}")
     other = DictionaryStage(config | {"sae": {"path": str(moved), "revision": None}})(LAYERS).table
     assert one["case_id"].equals(other["case_id"]) and len(set(one["case_id"].to_pylist())) == 2 * D_SAE
+
+
+def test_the_commit_that_saes_came_from_is_told(config, saes, tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc123"
+    for layer in (0, 1):
+        SAE.load(f"{saes}/layer_{layer}").save(snapshot / f"layer_{layer}")
+    place = {"path": f"{snapshot}/layer_{{layer}}", "revision": None}
+    assert DictionaryStage(config | {"sae": place})(LAYERS).measured == {"layers of commit abc123": 2}
+    assert not DictionaryStage(config)(LAYERS).measured
 
 
 def test_the_doctors_figures_are_kept_and_an_sae_of_another_layer_is_refused(config, saes, tmp_path):
@@ -293,7 +304,7 @@ def bucket(monkeypatch):
 def test_an_sae_is_fetched_from_s3_alone_and_whole(bucket, saes, tmp_path, monkeypatch):
     for path in Path(saes).rglob("*.*"):
         bucket.upload_file(str(path), "bucket", f"saes/{path.relative_to(saes)}")
-    monkeypatch.setattr(dictionaries, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(published, "CACHE", tmp_path / "cache")
     folder = fetched("s3://bucket/saes", 1)
     assert torch.equal(SAE.load(folder).directions, SAE.load(f"{saes}/layer_1").directions)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1

@@ -1,5 +1,8 @@
 import gzip
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -21,31 +24,58 @@ SOURCE = "3-llamascope-res-131k"
 
 
 def explanation(number, text, **changes):
+    """All columns of Neuronpedia's export of explanations."""
     return {
+        "id": f"cm{number}",
         "modelId": "llama3.1-8b",
         "layer": SOURCE,
         "index": str(number),
+        "authorId": "clkht01d40000jv08hvalcvly",
         "description": text,
-        "explanationModelName": "gpt-4o-mini",
+        "embedding": "[0.01,-0.02]",
         "typeName": "oai_token-act-pair",
+        "explanationModelName": "gpt-4o-mini",
+        **dict.fromkeys(["umap_x", "umap_y", "umap_cluster", "umap_log_feature_sparsity"], 0),
         **changes,
     }
 
 
 def activation(number, token, **changes):
-    tokens = ["the", token, "and"]
+    """As `explanation`, of activations."""
     return {
+        "id": f"cn{number}",
+        "tokens": ["the", token, "and"],
+        "modelId": "llama3.1-8b",
         "layer": SOURCE,
         "index": str(number),
-        "tokens": tokens,
-        "maxValueTokenIndex": 1,
         "maxValue": 2.5,
+        "maxValueTokenIndex": 1,
+        "minValue": 0,
+        "values": [0, 2.5, 1.0],
+        "dfaValues": [],
+        "lossValues": [],
+        **dict.fromkeys(["dfaTargetIndex", "dfaMaxValue", "logitContributions", "binMin", "qualifyingTokenIndex"]),
+        "creatorId": "clkht01d40000jv08hvalcvly",
+        "createdAt": "2024-12-01T00:00:00",
         **changes,
     }
 
 
-def write(folder, kind, rows, name="batch-0.jsonl.gz"):
-    path = folder / "llama3.1-8b" / SOURCE / kind / name
+def write_source(folder, source=SOURCE, off=0):
+    """A source as it lies in the bucket: several batches of each kind, and files that are about the whole."""
+    for batch in range(3):
+        own = range(batch, N, 3)
+        told = [explanation(i + off, f"mentions of {WORDS[i]}", layer=source) for i in own]
+        peaks = [activation(i + off, f"\u0120{WORDS[i]}", layer=source) for i in own for _ in range(2)]
+        features = [{"modelId": "llama3.1-8b", "layer": source, "index": str(i), "pos_str": ["x"]} for i in own]
+        for kind, rows in [("explanations", told), ("activations", peaks), ("features", features)]:
+            write(folder, kind, rows, f"batch-{batch}.jsonl.gz", source)
+    for name in ("model", "release", "source", "sourceset"):
+        (folder / "llama3.1-8b" / source / f"{name}.jsonl").write_text(json.dumps({"id": source}) + "\n")
+
+
+def write(folder, kind, rows, name="batch-0.jsonl.gz", source=SOURCE):
+    path = folder / "llama3.1-8b" / source / kind / name
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
@@ -164,3 +194,85 @@ def test_a_few_features_are_no_evidence(tmp_path):
     write(tmp_path, "explanations", [explanation(i + 1, f"mentions of {WORDS[i]}") for i in range(12)])
     folder = table_of(labels(str(tmp_path), [3], 32), tmp_path)
     assert check_alignment(exemplars(WORDS[:12]), folder) == {"aligned features": 8}
+
+
+class Bucket(ThreadingHTTPServer):
+    """A folder as a public bucket over HTTP, two names a page. Each fifth answer is a 503, each seventh breaks off."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), _BucketHandler)
+        self.folder, self.asked = folder, []
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class _BucketHandler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        file = self.server.folder / unquote(path.strip("/"))
+        if len(self.server.asked) % 5 == 0:
+            self.send_error(503)
+        elif query.get("list-type") == ["2"]:
+            self.say(self.page(query["prefix"][0], int(query.get("continuation-token", ["0"])[0])))
+        elif file.is_file():
+            self.say(file.read_bytes())
+        else:
+            self.send_error(404)
+
+    def page(self, prefix, start):
+        folder = self.server.folder
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+        names = [name for name in names if name.startswith(prefix)]
+        keys = "".join(f"<Contents><Key>{name}</Key></Contents>" for name in names[start : start + 2])
+        more = f"<NextContinuationToken>{start + 2}</NextContinuationToken>" if start + 2 < len(names) else ""
+        namespace = "http://s3.amazonaws.com/doc/2006-03-01/"
+        return f'<ListBucketResult xmlns="{namespace}">{keys}{more}</ListBucketResult>'.encode()
+
+    def say(self, content):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:10] if len(self.server.asked) % 7 == 0 else content)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    server = Bucket(tmp_path / "bucket")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_layout_of_the_bucket_is_read_alike_from_a_folder_and_over_the_web(tmp_path, bucket):
+    for layer in (3, 4, 5):
+        write_source(tmp_path / "bucket" / "v1", f"{layer}-llamascope-res-131k")
+    place = "v1/llama3.1-8b/{layer}-llamascope-res-131k"
+    here = labels(f"{tmp_path}/bucket/{place}", [4, 3], 32)
+    there = labels(f"{bucket.address}/{place}", [4, 3], 32)
+    assert there.table.equals(here.table) and here.dropped == there.dropped == []
+    assert here.table["layer"].to_pylist() == [3] * N + [4] * N
+    assert here.table["top_tokens"][7].as_py() == [f"\u0120{WORDS[7]}"]
+    assert not any("/5-llamascope" in path or "/features/" in path for path in bucket.asked), "more than asked for"
+    assert check_alignment(exemplars(WORDS), table_of(there, tmp_path))["agreement at offset 0"] == 1
+
+
+def test_a_whole_source_that_is_off_by_one_is_caught(tmp_path):
+    write_source(tmp_path, off=1)
+    with pytest.raises(BadInput, match="ids are off by 1"):
+        check_alignment(exemplars(WORDS), table_of(labels(str(tmp_path), [3], 32), tmp_path))
+
+
+def test_a_web_address_without_an_export_is_one_sentence(tmp_path, bucket):
+    bucket.folder.mkdir()
+    with pytest.raises(BadInput, match="no Neuronpedia export at http"):
+        labels(f"{bucket.address}/v1/nobody", [3], 32)
+    with pytest.raises(BadInput, match=r"batch-0.jsonl.gz cannot be read: 404 Not Found"):
+        labels(f"{bucket.address}/v1/explanations/batch-0.jsonl.gz", [3], 32)

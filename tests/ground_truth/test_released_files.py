@@ -10,9 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ray_explain import records
 from ray_explain.ground_truth import released
+from ray_explain.ground_truth.features import split_features
 from ray_explain.ground_truth.mmlu import Item
+from ray_explain.ground_truth.outcomes import NOT_FINITE
 from ray_explain.ground_truth.patching import PatchingStage
-from ray_explain.ground_truth.released_files import REPEATED, read_folder, write_folder
+from ray_explain.ground_truth.released_files import REPEATED, read_feature_folder, read_folder, write_folder
+from ray_explain.questions.features import features_questions
 from tests.ground_truth.conftest import make_case, patching_table
 from tests.ground_truth.test_released import BASE, SOURCE, released_hint
 
@@ -85,6 +88,64 @@ def test_ablation_effects_are_written_with_their_questions(tokenizer: PreTrained
     assert pq.read_table(folder / "test.parquet").to_pylist() == rows[:2]
     with pytest.raises(ValueError, match="holds MMLU questions"):
         write_folder(effects, "ablation", str(folder), tokenizer)
+
+
+def released_features(folder: Path) -> None:
+    """Layers 0 and 1 of a target of width 4, six features each: five in train, in test the other and one again."""
+    generator = np.random.default_rng(0)
+    (folder / "explanations").mkdir(parents=True)
+    (folder / "features").mkdir()
+    for layer in range(2):
+        np.save(folder / "features" / f"layer_{layer}.npy", generator.normal(size=(4, 6)).astype(np.float32))
+
+    def label(layer: int, number: int) -> dict[str, Any]:
+        texts = [f"about {layer} {number}", "something else"]
+        return {"chosen_label": texts[0], "all_labels": texts, "all_label_scores": {texts[0]: 0.1, texts[1]: 0.9}}
+
+    for split, numbers in [("train", range(5)), ("test", (5, 0))]:
+        labels = [[[layer, f"f{number}"], label(layer, number)] for layer in range(2) for number in numbers]
+        (folder / "explanations" / f"{split}_explanations.json").write_text(json.dumps(labels))
+
+
+def read_all(folder: Path, layers: list[int] | None = None, **changes: Any) -> tuple[pa.Table, list[str]]:
+    settings: dict[str, Any] = {"d_model": 4, "per_layer": None, "seed": 0, **changes}
+    parts = list(read_feature_folder(str(folder), layers or [0, 1], **settings))
+    return pa.concat_tables(part.table for part in parts), [why for part in parts for _, why in part.dropped]
+
+
+def test_released_features_are_read_with_their_splits_directions_and_chosen_labels(tmp_path: Path) -> None:
+    released_features(tmp_path)
+    table, dropped = read_all(tmp_path)
+    rows = table.to_pylist()
+    assert [(row["split"], row["layer"], row["feature_id"]) for row in rows] == [
+        *[("train", layer, number) for layer in range(2) for number in range(5)],
+        *[("test", layer, 5) for layer in range(2)],
+    ]
+    assert dropped == [REPEATED] * 2, "a feature of the training split is in no other"
+    decoder = np.load(tmp_path / "features" / "layer_1.npy")
+    np.testing.assert_array_equal(rows[7]["vectors"][0], decoder[:, 2])
+    questions = features_questions(*split_features(table), wording="paper", seed=0).table
+    assert questions["answer"].to_pylist()[7] == "about 1 2", "the chosen label, not the one of the best score"
+    assert questions["answers"].to_pylist()[7] == ["about 1 2", "something else"]
+    some, _ = read_all(tmp_path, [1], per_layer=2)
+    assert some["layer"].to_pylist() == [1] * 3 and some["split"].to_pylist() == ["train"] * 2 + ["test"]
+
+
+def test_released_features_that_cannot_be_used_are_told(tmp_path: Path) -> None:
+    released_features(tmp_path)
+    with pytest.raises(ValueError, match=r"layer_0.npy is \[4, 6\]: directions of this target .* columns of 32"):
+        read_all(tmp_path, d_model=32)
+    with pytest.raises(ValueError, match=r"no \*_explanations.json with labels of layers \[7\]"):
+        read_all(tmp_path, [7])
+    decoder = np.load(tmp_path / "features" / "layer_0.npy")
+    decoder[2, 3] = np.nan
+    np.save(tmp_path / "features" / "layer_0.npy", decoder)
+    table, dropped = read_all(tmp_path, [0])
+    assert table["feature_id"].to_pylist() == [0, 1, 2, 4, 5] and dropped.count(NOT_FINITE) == 1
+    for path in (tmp_path / "explanations").iterdir():
+        path.rename(path.with_suffix(".pkl"))
+    with pytest.raises(ValueError, match="is a pickle, which can run code when it is opened"):
+        read_all(tmp_path)
 
 
 def test_features_are_written_as_labels_and_decoders(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
