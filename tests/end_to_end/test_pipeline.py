@@ -128,7 +128,7 @@ def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config
         assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]
 
 
-def test_exported_ground_truth_is_read_read_againas_a_released_data_set(config: str, tmp_path: Path) -> None:
+def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str, tmp_path: Path) -> None:
     """Neither writing nor reading measures anything anew."""
     plan = plan_of(config)
     assert export.main(["--config", config]) == 0
