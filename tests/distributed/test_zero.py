@@ -11,11 +11,13 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ray_explain.distributed.checkpoints import state_of
-from tests.distributed.training_runs import CASES, CUT, RESUMED, plain_losses, run_of
+from ray_explain.explainer.markers import markers_of
+from tests.distributed.training_runs import CASES, CUT, RESUMED, SPLIT, plain_losses, run_of
 
 pytestmark = pytest.mark.ray
 EXACT = [name for name in CASES if "bfloat16" not in name]
@@ -123,3 +125,39 @@ def test_a_checkpoint_that_was_cut_is_known_as_such(two: dict[str, Any], place: 
     share.write_bytes(whole)
     (folder / "share-1.json").unlink()
     assert state_of(str(folder)) is None
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def without_markers(
+    request: pytest.FixtureRequest, world_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A target whose tokenizer knows no markers: its tables get new rows."""
+    folder = tmp_path_factory.mktemp("bare")
+    AutoTokenizer.from_pretrained(world_target).save_pretrained(folder)
+    text = (folder / "tokenizer.json").read_text()
+    for marker in markers_of(AutoTokenizer.from_pretrained(world_target)).texts:
+        text = text.replace(marker, marker.replace("vector", "nothing"))
+    (folder / "tokenizer.json").write_text(text)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            (folder / name).write_text((folder / name).read_text().replace("vector", "nothing"))
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(world_target)
+    config.vocab_size = len(AutoTokenizer.from_pretrained(folder))
+    config.tie_word_embeddings = request.param
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert markers_of(AutoTokenizer.from_pretrained(folder)).added
+    return folder
+
+
+def test_zero_3_splits_a_model_while_it_loads_also_one_whose_tables_get_new_rows(
+    without_markers: Path, questions: tuple[str, str], tmp_path: Path
+) -> None:
+    found = torchrun(2, "split", tmp_path, without_markers, *questions)
+    for name in SPLIT:
+        train = CASES[name].model_copy(update={"zero_stage": 2})
+        expected = plain_losses(run_of(train, name, questions, without_markers))
+        assert found[name]["losses"] == pytest.approx(expected, abs=1e-4)
+        new_tables = 2 * 32 * len(AutoTokenizer.from_pretrained(without_markers))  # whole until the engine takes them
+        for own, whole in found[name]["held"]:
+            assert own < whole / 2 + new_tables + 1000

@@ -64,3 +64,4 @@ CASES = {
 }
 VALIDATED = ["zero-2", "zero-3", "zero-3-lora"]
 RESUMED = [f"zero-{stage}{kind}" for stage in (0, 1, 2, 3) for kind in ("", "-lora")]
+SPLIT = ["zero-3", "zero-3-lora"]

@@ -1,6 +1,7 @@
 """Trains explainers with DeepSpeed on the workers of one torchrun, for test_zero. Usage: session folder target question
 folders. Session "two" trains `CASES` and leaves checkpoints of `RESUMED`, "one" goes on from them and leaves its own,
-"again" goes on from those. Each writes what it saw to <session>.json.
+"again" goes on from those. "split" trains only `SPLIT`, on a target that has no markers yet, and tells how many numbers
+each worker holds before the first step. Each writes what it saw to <session>.json.
 """
 
 import json
@@ -20,7 +21,7 @@ from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_s
 from ray_explain.distributed.training_loop import Taken, train_steps, write_explainer
 from ray_explain.distributed.validation import Sample, answers, sample_of, validate
 from ray_explain.explainer.sidecar import load_explainer
-from tests.distributed.training_runs import CASES, CUT, RESUMED, VALIDATED, run_of
+from tests.distributed.training_runs import CASES, CUT, RESUMED, SPLIT, VALIDATED, run_of
 
 _config = zero.zero_config
 
@@ -111,11 +112,23 @@ def add(told: dict[str, Any], taken: Taken) -> None:
     told["norms"].append(taken.gradient_norm)
 
 
+def held_at_start(name: str, place: Place) -> list[list[int]]:
+    """Of each worker: numbers in the model once it was loaded, and how many the whole model has."""
+    model = training_setup.start_of(place.run(CASES[name], name), dist.get_world_size()).explainer.language_model
+    own = [getattr(one, "ds_tensor", one).numel() for one in model.parameters()]
+    whole = [getattr(one, "ds_numel", one.numel()) for one in model.parameters()]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, [sum(own), sum(whole)])
+    return told
+
+
 def main(session: str, place: Place) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     of_two, of_one = ({name: place.folder / f"{name}-{n}" for name in RESUMED} for n in (2, 1))
-    if session == "two":
+    if session == "split":
+        told = {name: whole_run(name, place) | {"held": held_at_start(name, place)} for name in SPLIT}
+    elif session == "two":
         told = {name: whole_run(name, place) for name in CASES}
         for name in RESUMED:
             part_of_run(name, place, leave=of_two[name])
