@@ -1,8 +1,9 @@
 """One explainer against another on the same questions: self minus cross, uplift over controls, gain over baselines."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +14,11 @@ from jaxtyping import Float
 from ray_explain import records
 from ray_explain.evaluation import intervals
 from ray_explain.evaluation.grading import rows_of, series_of
-from ray_explain.evaluation.metrics import Part, Tally, defined, measured, tally
+from ray_explain.evaluation.metrics import Metric, Part, Tally, defined, measured, tally
 
 BY = ("all", "changed", "stratum")
 PERMUTATIONS = 4999
+UNSCORED = ("correlation", "embedding", "judged", "simulated", "detection")  # what an answer may fail to have
 
 
 class Who(NamedTuple):
@@ -38,6 +40,7 @@ class Contrast(NamedTuple):
 class Measured:
     """A series of answers, summed up and resampled."""
 
+    rows: pa.Table  # of GRADED, as `rows_of` gives them
     tally: Tally
     values: Float[np.ndarray, " parts"]
     resampled: Float[np.ndarray, "resamples parts"]
@@ -66,14 +69,16 @@ def comparisons(
     the matrix: all comparisons of one task, fraction, contrast and metric on the same kind of part.
 
     Both sides know the same fraction of the training data; what knows none (fraction 0) stands against every fraction.
+    A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
 
     Raises:
         ValueError: two sides answered different questions, or trained explainers have no seed in common.
     """
     rows: list[dict[str, Any]] = []
-    for (task, target, fraction), sides in _measured(graded, by, resamples, seed).items():
+    measure = partial(_measure, by=by, metrics=measured(graded), resamples=resamples, seed=seed)
+    for (task, target, fraction), sides in _measured(graded, measure).items():
         for contrast in _contrasts(target, sides, trained):
-            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target)
+            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, measure)
             identity = {
                 "task": task,
                 "target": target,
@@ -93,8 +98,9 @@ def self_advantage(
     much better models explain themselves than the strength of the explainer and the ease of the target foretell
     (`intervals.self_weights`).
 
-    Only explainers that are also targets, and seeds that all pairings have, take part. Each row has task,
-    fraction, difference, low, high, p_value, n_groups and seeds; groups are resampled together over all targets.
+    Only explainers that are also targets, and seeds that all pairings have, take part. Each row has task, fraction,
+    difference, low, high, p_value, p_holm (over the tasks), n_groups and seeds; groups are resampled together over all
+    targets.
 
     Raises:
         ValueError: a task has no square of at least two models, or the pairings have no seed in common.
@@ -111,8 +117,9 @@ def self_advantage(
                 tallied = tally(rows_of(graded, series), [kind], metrics)
                 cells[series["explainer"], series["target"]][series["seed"]] = tallied
         if cells:
-            rows.append({"task": task, "fraction": fraction} | _advantage(cells, metric, by, resamples, seed))
-    return rows
+            facts = {"task": task, "fraction": fraction, "contrast": "advantage", "metric": metric, "by": by}
+            rows.append(facts | _advantage(cells, metric, by, resamples, seed))
+    return corrected(rows)
 
 
 def pilot(
@@ -135,13 +142,14 @@ def pilot(
         ValueError: the two did not answer the same questions of this task and target, or not by this metric and part.
     """
     of_target = graded.filter((pc.field("task") == task) & (pc.field("target") == target))
-    sides = _measured(of_target, [by.split("=")[0]], resamples, seed).get((task, target, fraction), {})
+    kind, metrics = [by.split("=")[0]], measured(of_target)
+    measure = partial(_measure, by=kind, metrics=metrics, resamples=resamples, seed=seed)
+    sides = _measured(of_target, measure).get((task, target, fraction), {})
     for name in (explainer, against):
         if Who(name) not in sides:
             raise ValueError(f"no answers of {name!r} to {task} questions about {target!r}: score some first")
     contrast = Contrast("difference", Who(explainer), Who(against))
-    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target)
-    _check_same_questions([side.tally for side in (*one, *other)])
+    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, measure)
     at = one[0].tally.parts.index(_part(one[0].tally, metric, by))
     part = one[0].tally.parts[at]
     observed = np.array([[a.values[at] - b.values[at]] for a, b in zip(one, other, strict=True)])
@@ -159,6 +167,8 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     families: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         family = [row[key] for key in ("task", "fraction", "contrast", "metric")]
+        if row["contrast"] == "advantage":  # one a task: the tasks are the several
+            family[0] = ""
         families[*family, row["by"].split("=")[0]].append(i)
     p_holm: dict[int, float] = {}
     for members in families.values():
@@ -167,20 +177,24 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row | {"p_holm": defined(p_holm[i])} for i, row in enumerate(rows)]
 
 
+def _measure(rows: pa.Table, *, by: Sequence[str], metrics: Sequence[Metric], resamples: int, seed: int) -> Measured:
+    tallied = tally(rows, by, metrics)
+    return Measured(
+        rows=rows,
+        tally=tallied,
+        values=tallied.values(tallied.sums.sum(axis=0)),
+        resampled=intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed),
+    )
+
+
 def _measured(
-    graded: pa.Table, by: Sequence[str], resamples: int, seed: int
+    graded: pa.Table, measure: Callable[[pa.Table], Measured]
 ) -> dict[tuple[str, str, float], dict[Who, Seeds]]:
     """(task, target, fraction) -> whose answers -> seed; what knows none of the data stands beside every fraction."""
-    metrics = measured(graded)
     found: dict[tuple[str, str, float], dict[Who, Seeds]] = defaultdict(lambda: defaultdict(dict))
     for series in series_of(graded):
-        tallied = tally(rows_of(graded, series), by, metrics)
         place = (series["task"], series["target"], series["fraction"])
-        found[place][Who(series["explainer"], series["control"])][series["seed"]] = Measured(
-            tally=tallied,
-            values=tallied.values(tallied.sums.sum(axis=0)),
-            resampled=intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed),
-        )
+        found[place][Who(series["explainer"], series["control"])][series["seed"]] = measure(rows_of(graded, series))
     return {
         (task, target, fraction): found.get((task, target, 0.0), {}) | sides
         for (task, target, fraction), sides in found.items()
@@ -200,10 +214,34 @@ def _contrasts(target: str, sides: dict[Who, Seeds], trained: Sequence[str]) -> 
         yield from (Contrast("over_baseline", Who(name), Who(lookup)) for lookup in lookups)
 
 
-def _paired(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> tuple[list[Measured], list[Measured]]:
-    """Both sides, one entry per seed."""
+def _paired(
+    one: Seeds, other: Seeds, contrast: Contrast, target: str, measure: Callable[[pa.Table], Measured]
+) -> tuple[list[Measured], list[Measured]]:
+    """Both sides, one entry per seed, each metric on the questions that all have it for."""
     if contrast.kind == "over_baseline" and len(other) == 1:
-        return list(one.values()), list(other.values()) * len(one)
+        sides = [*one.values(), *(list(other.values()) * len(one))]
+    else:
+        shared = _shared_seeds(one, other, contrast, target)
+        sides = [side[seed] for side in (one, other) for seed in shared]
+    _check_same_questions([side.tally for side in sides])
+    sides = _scored_by_all(sides, measure)
+    return sides[: len(sides) // 2], sides[len(sides) // 2 :]
+
+
+def _scored_by_all(sides: list[Measured], measure: Callable[[pa.Table], Measured]) -> list[Measured]:
+    tables = [side.rows for side in sides]
+    for at, field in enumerate(sides[0].rows.schema):
+        if field.name not in UNSCORED:
+            continue
+        known = [table[field.name].is_valid().to_numpy() for table in tables]
+        if (unlike := np.logical_or.reduce(known) & ~np.logical_and.reduce(known)).any():
+            kept = pa.array(~unlike)
+            blank = [pc.if_else(kept, table[field.name], pa.scalar(None, field.type)) for table in tables]
+            tables = [table.set_column(at, field, column) for table, column in zip(tables, blank, strict=True)]
+    return [side if side.rows is table else measure(table) for side, table in zip(sides, tables, strict=True)]
+
+
+def _shared_seeds(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> list[int]:
     shared = sorted(set(one) & set(other))
     if not shared:
         raise ValueError(
@@ -211,11 +249,10 @@ def _paired(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> tuple[
             f"{contrast.other.explainer!r} under {contrast.other.control!r} has {sorted(other)}; "
             "pairs need a seed in common: train or score both with the same seeds"
         )
-    return [one[seed] for seed in shared], [other[seed] for seed in shared]
+    return shared
 
 
 def _compared(one: list[Measured], other: list[Measured], permutations: int, seed: int) -> Iterator[dict[str, Any]]:
-    _check_same_questions([side.tally for side in (*one, *other)])
     parts, n_groups = one[0].tally.parts, one[0].tally.n_groups
     observed = np.stack([a.values - b.values for a, b in zip(one, other, strict=True)])
     resampled = np.stack([a.resampled - b.resampled for a, b in zip(one, other, strict=True)], axis=1)

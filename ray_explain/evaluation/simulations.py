@@ -63,9 +63,9 @@ def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: 
         values: dict[str, float | None] = dict.fromkeys(columns)
         if row["task"] == "features":
             text = said.get(tuple(row[key] for key in keys))
-            if text is None or (text and (case[row["question_id"]], text) not in known):
+            one = known.get((case[row["question_id"]], text or ""))
+            if text is None or (one is None and parse(text, "features").content is not None):
                 raise ValueError(f"no simulated score of the answer by {row['explainer']!r} to {row['question_id']}")
-            one = known.get((case[row["question_id"]], text))
             values = {"simulated": _correlation(one), "detection": one["detection"]} if one else empty
         for name, value in values.items():
             columns[name].append(value)

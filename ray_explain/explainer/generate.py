@@ -15,9 +15,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ray_explain.explainer.batches import collate
 from ray_explain.explainer.drafting import Drafts
 from ray_explain.explainer.examples import Example, stop_ids
+from ray_explain.explainer.injection import keeping_positions
 from ray_explain.explainer.module import Explainer
+from ray_explain.interventions.layout import layout_of
 
 _LOGITS_AT_ONCE = 2**26  # numbers; bounds the drafts of large batches over large vocabularies
+_ROWS_AT_ONCE = 4  # of logits
 _LONGEST_DRAFT = 15  # tokens
 _PILOT = 8  # answers
 _WORTH_SHARING = 1 / 8  # of a batch's prompt tokens have to be saved before beginnings are read by themselves
@@ -123,16 +126,18 @@ class _Text:
         return window - n_slots - max(row.longest - len(row.ids) for row in rows)
 
     def read(
-        self, ids: Int[Tensor, "batch n"], real: Int[Tensor, "batch n"], n_last: int
-    ) -> tuple[Int[Tensor, "batch n_last"], Float[Tensor, "batch n_last"]]:
-        """The likeliest token after each of the last tokens, and its log-probability."""
+        self, ids: Int[Tensor, "batch n"], real: Int[Tensor, "batch n"], asked: Bool[Tensor, "batch n"]
+    ) -> tuple[Int[Tensor, "batch n"], Float[Tensor, "batch n"]]:
+        """The likeliest token after each of the `asked` ones, and its log-probability; -1 and 0 after the others, of
+        which no logits are computed: over a large vocabulary they cost more than all else."""
         self.mask = torch.cat([self.mask, real], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
-        out = self.model(**given, past_key_values=self.cache, use_cache=True, logits_to_keep=n_last)
-        logits = out.logits[:, -n_last:].float()
-        best = logits.max(-1)
-        return best.indices, best.values - logits.logsumexp(-1)
+        with keeping_positions(layout_of(self.model).unembedding, asked):
+            logits = self.model(**given, past_key_values=self.cache, use_cache=True).logits[0]
+        best, logprobs = torch.full_like(ids, -1), torch.zeros(ids.shape, device=self.device)
+        best[asked], logprobs[asked] = _likeliest(logits)
+        return best, logprobs
 
     def forget(self, n_right: Sequence[int], n_drafted: int) -> None:
         """Of the last `n_drafted` slots, each row keeps the first `n_right`."""
@@ -177,8 +182,9 @@ def _decode(
         fed = [[row.ids[-1], *draft] for row, draft in zip(pending, drafted)]
         ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in fed], device=text.device)
         real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in fed], device=text.device)
+        open_rows = torch.tensor([not row.done for row in pending], device=text.device)
         with explainer.reading_words():
-            ids, logprobs = text.read(ids, real, width)
+            ids, logprobs = text.read(ids, real, real.bool() & open_rows[:, None])
 
 
 def _read_prompts(
@@ -192,12 +198,15 @@ def _read_prompts(
         ids = torch.tensor(list(each), device=text.device)
         text.mask = text.mask[: len(each)]
         with explainer.reading_words():
-            text.read(ids, torch.ones_like(ids), 1)
+            text.read(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))
         text.take([each[beginning] for beginning in beginnings])
     rest = [prompt._replace(input_ids=[*prompt.input_ids[n_shared:], *draft]) for prompt in prompts]
     batch = collate(rest, pad_id).to(text.device)
+    asked = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    asked[:, -1 - len(draft) :] = True
     with explainer.reading(batch):
-        return text.read(batch.input_ids, batch.attention_mask, 1 + len(draft))
+        ids, logprobs = text.read(batch.input_ids, batch.attention_mask, asked)
+    return ids[:, -1 - len(draft) :], logprobs[:, -1 - len(draft) :]
 
 
 def _n_shared(prompts: Sequence[Example], slot_id: int) -> int:
@@ -207,6 +216,16 @@ def _n_shared(prompts: Sequence[Example], slot_id: int) -> int:
     alike = sorted((min(_n_alike(*pair), *before) for pair in pairwise(ordered)), reverse=True)
     saved, n = max(((i * n, n) for i, n in enumerate(alike, 1)), default=(0, 0))
     return n if saved > _WORTH_SHARING * sum(map(len, ordered)) else 0
+
+
+def _likeliest(logits: Float[Tensor, "n d_vocab"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Tokens and log-probabilities; a few rows at a time, which stay in a CPU's cache."""
+    ids, logprobs = [logits.new_empty(0, dtype=torch.long)], [logits.new_empty(0, dtype=torch.float32)]
+    for rows in logits.split(_ROWS_AT_ONCE):
+        best = rows.float().max(-1)
+        ids.append(best.indices)
+        logprobs.append(best.values - rows.float().logsumexp(-1))
+    return torch.cat(ids), torch.cat(logprobs)
 
 
 def _n_alike(some: Sequence[int], others: Sequence[int]) -> int:

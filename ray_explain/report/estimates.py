@@ -116,8 +116,11 @@ class Scores:
         return (metric, by) in self._columns[task]
 
     def metrics(self, task: str) -> list[str]:
-        """Metrics of a task: exact match, content match and has-changed F1 first, then others by name."""
-        order = ["exact_match", "content_match", "changed_f1"]
+        """Metrics of a task: exact match, content match and has-changed F1 first, then others by name.
+
+        Before them the simulator correlation, where there is one: free descriptions are next to never the same words.
+        """
+        order = ["simulated", "exact_match", "content_match", "changed_f1", "detection", "judged"]
         found = {metric for metric, _ in self._columns[task]}
         return [metric for metric in order if metric in found] + sorted(found - set(order))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from ray_explain.report import curves, numbers
 from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData
-from ray_explain.report.estimates import Row, Scores
+from ray_explain.report.estimates import Estimate, Row, Scores
 from ray_explain.report.findings import Findings
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
@@ -62,8 +62,15 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
     lines = []
     for row in rows:
         estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
-        lines.append([_name(row), *[it.text for it in estimates], numbers.count(max(it.n for it in estimates))])
+        whole = max(it.n for it in estimates)
+        texts = [_unscored(it, whole) if by == "all" else it.text for it, (_, by) in zip(estimates, columns)]
+        lines.append([_name(row), *texts, numbers.count(whole)])
     return f"### Target {escaped(target)}\n\n" + table(head, lines)
+
+
+def _unscored(it: Estimate, whole: int) -> str:
+    """With its own n, where some of the answers have no such score."""
+    return f"{it.text} (n {numbers.count(it.n)})" if it.seeds and it.n < whole else it.text
 
 
 def _parts(task: str, kind: str, scores: Scores, data: ReportData) -> str:

@@ -32,6 +32,7 @@ from ray_explain.explainer.baselines import untrained
 from ray_explain.explainer.batches import collate
 from ray_explain.explainer.examples import Example, encode, encode_prompt, stop_ids
 from ray_explain.explainer.generate import generate
+from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, save_explainer, sidecar_of
 from ray_explain.models import load_model
 from ray_explain.questions import wordings
@@ -40,6 +41,7 @@ from ray_explain.world.pretraining import TargetSize, new_target, save_target
 from ray_explain.world.tokenizer import world_tokenizer
 
 BATCH, LONGEST = 64, 16
+VOCABULARY = 128_000  # words of real models, where the logits cost most
 
 
 def explainer_folder(demo: Path, scratch: Path) -> tuple[str, str]:
@@ -113,9 +115,11 @@ def the_reference_way(explainer, tokenizer, prompts: list[Example], whole: list[
     return texts
 
 
-def asking(folder: str, questions: pa.Table, compared: int) -> dict[str, float]:
+def asking(folder: str, questions: pa.Table, compared: int, vocabulary: int = 0) -> dict[str, float]:
     explainer, _ = load_explainer(folder)
     tokenizer = load_tokenizer(folder)
+    if vocabulary:
+        explainer = with_vocabulary(explainer, vocabulary, tokenizer.pad_token_id)
     some = list(questions_of(questions))[:compared]
     prompts = [encode_prompt(question, tokenizer, explainer.markers, max_tokens=100) for question in some]
     whole = [encode(question, tokenizer, explainer.markers, max_tokens=130) for question in some]
@@ -137,6 +141,17 @@ def asking(folder: str, questions: pa.Table, compared: int) -> dict[str, float]:
         "times as fast": best["reference"] / best["ours"],
         "same answers": float(alike),
     }
+
+
+def with_vocabulary(explainer: Explainer, n: int, pad_id: int) -> Explainer:
+    """The explainer with `n` words, the new ones like padding, which is never answered: it answers as before."""
+    model = explainer.language_model
+    known = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(n, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[known:] = table.weight[pad_id].clone()
+    return explainer
 
 
 def whole_evaluation(folder: str, questions: pa.Table, d_model: int) -> dict[str, float]:
@@ -197,6 +212,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             "explainer": what,
             "generation, one thread": asking(folder, questions, given.compared),
+            f"generation with {VOCABULARY:,} words": asking(folder, questions, given.compared // 5, VOCABULARY),
             "evaluation": whole_evaluation(folder, questions, d_model),
             "nearest neighbour": nearest(given.nearest),
         }

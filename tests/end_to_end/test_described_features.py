@@ -187,11 +187,12 @@ def test_explainers_answers_are_simulated_beside_the_gold_descriptions(
         assert ("majority", "none", metric) in found
     assert ("small", "none", "correlation") not in found
     compared = storage.read_table(f"{plan.path(plan.scores())}/comparisons")
-    assert "simulated" in compared["metric"].to_pylist()
+    assert {"simulated", "detection"} <= set(compared["metric"].to_pylist())
     assert "gold descriptions" not in compared["against"].to_pylist()
     assert report.main(["--config", config, *sizes]) == 0
-    page = next(Path(plan.root).glob("report/tables.md")).read_text()
-    assert "simulator correlation" in page and "the ceiling" in page
+    for name in ("tables.md", "index.html"):
+        page = Path(f"{plan.root}/report/{name}").read_text()
+        assert all(words in page for words in ("simulator correlation", "detection", "the ceiling")), name
 
 
 def read_layer(saes: Path, layer: int) -> torch.Tensor:

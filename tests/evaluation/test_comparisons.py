@@ -223,3 +223,25 @@ def test_an_advantage_needs_a_square_and_a_known_metric(world):
     square = pa.concat_tables([world.graded(e, 0.5, target=t) for e in "ab" for t in "ab"])
     with pytest.raises(ValueError, match="no 'similarity' by 'all'"):
         self_advantage(square, metric="similarity", seed=0)
+
+
+def test_what_one_side_has_no_score_for_is_left_out_on_both(questions, answers):
+    """`a` is better by .1 on each question; `b` has no mark on the hard half, which alone would make it win."""
+    table = questions(*({"task": "features", "group": f"g{i}"} for i in range(20)))
+    marks = [0.9 if i % 2 else 0.3 for i in range(20)]
+    told = {"a": marks, "b": [mark - 0.1 if mark > 0.5 else None for mark in marks]}
+
+    def graded(name):
+        made = grade(table, answers(table, ["x"] * 20, name), target="a", seed=0)
+        return made.set_column(made.column_names.index("judged"), "judged", pa.array(told[name], pa.float64()))
+
+    row = find(compare(graded("a"), graded("b")), metric="judged", by="all")
+    assert (row["difference"], row["n"], row["n_groups"]) == (pytest.approx(0.1), 10, 10)
+
+
+def test_advantages_are_corrected_over_their_tasks():
+    rows = [
+        {"task": task, "fraction": 1.0, "contrast": "advantage", "metric": "exact_match", "by": "all", "p_value": p}
+        for task, p in (("patching", 0.03), ("ablation", 0.04), ("features", None))
+    ]
+    assert [row["p_holm"] for row in corrected(rows)] == [pytest.approx(0.06), pytest.approx(0.06), None]

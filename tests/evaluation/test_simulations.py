@@ -83,3 +83,12 @@ def test_answers_of_other_tasks_have_none_and_unscored_texts_are_refused(questio
     assert simulated(graded, asked, said, scored(c1={"goats": (0.5, 1.0)}))["simulated"].to_pylist() == [None, 0.5]
     with pytest.raises(ValueError, match="no simulated score of the answer by 'self' to q1"):
         simulated(graded, asked, said, scored(c1={"rain": (0.5, 1.0)}))
+
+
+def test_an_answer_of_nothing_but_a_full_stop_is_empty(questions, answers):
+    asked = questions(feature(0, "cities"), feature(1, "goats"))
+    said = answers(asked, [" ...", "goats"])
+    made = answered(described("c0", "c1"), asked, [said])
+    assert made["case_id"].to_pylist() == ["c1"]
+    graded = simulated(grade(asked, said, target="a", seed=0), asked, said, scored(c1={"goats": (0.5, 0.8)}))
+    assert (graded["simulated"].to_pylist(), graded["detection"].to_pylist()) == ([0, 0.5], [0.5, 0.8])

@@ -178,3 +178,27 @@ def test_a_draft_ends_where_answers_part_and_goes_on_after_an_unknown_word():
     assert drafts.after([10, 11, 25], 9) == [12, 13]  # a word that came once
     assert drafts.after([10, 11, 99], 9) == [12, 13]  # one that never came
     assert drafts.after([10, 11, 25, 12, 13], 9) == []  # the end is not drafted
+
+
+def test_logits_are_of_the_tokens_answered_alone(new_explainer, prompts, monkeypatch):
+    """None of padding, of prompts, of answers that are at their end: over 128,000 words they would cost most."""
+    explainer, n_logits = new_explainer(), 0
+    ids = [token for one in decoded(explainer, prompts, 9) for token in map(int, one.text.split())]
+
+    class Ends(Numbers):
+        eos_token_id = max(set(ids), key=ids.count)
+
+    likeliest = generation._likeliest
+
+    def counted(logits):
+        nonlocal n_logits
+        n_logits += len(logits)
+        return likeliest(logits)
+
+    monkeypatch.setattr(generation, "_likeliest", counted)
+    expected = decoded(explainer, prompts, 9, Ends())
+    assert n_logits == sum(one.n_tokens for one in expected) < 9 * len(prompts)
+    nothing = Says(lambda answer: [])
+    n_logits = 0
+    assert_same(generate(explainer, prompts, Ends(), max_new_tokens=9, batch_size=100, drafts=nothing), expected)
+    assert n_logits == sum(one.n_tokens for one in expected)

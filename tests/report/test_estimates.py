@@ -71,3 +71,10 @@ def test_parts_are_found_by_kind_in_their_order(report) -> None:
     scores = Scores(report())
     assert scores.part_kinds("patching") == ["layer", "role"]
     assert scores.parts("patching", "layer") == ["layer=0", "layer=1", "layer=2", "layer=3"]
+
+
+def test_where_descriptions_were_simulated_that_is_the_headline(report, score_row) -> None:
+    metrics = ("exact_match", "correlation", "detection", "embedding", "judged", "similarity", "simulated")
+    scores = Scores(report(scores=[score_row("features", "llama", "llama", metric) for metric in metrics]))
+    assert scores.headline("features") == [("simulated", "all"), ("exact_match", "all")]
+    assert [metric for metric, _ in scores.columns("features")] == ["simulated", "exact_match", "detection", "judged"]
