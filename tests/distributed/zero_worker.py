@@ -5,7 +5,9 @@ each worker holds before the first step. Each writes what it saw to <session>.js
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,8 +97,9 @@ def part_of_run(name: str, place: Place, *, first: Path | None = None, leave: Pa
         first_step = state["step"] if state else 0
         train_steps(engine, start.examples, start.steps, run, pad_id=start.pad_id, first=first_step, after=after)
     if leave:
-        leave.mkdir(exist_ok=True)
-        save_share(engine, str(leave), {"step": CUT})
+        with tempfile.TemporaryDirectory() as own:  # as in a training: shares meet where the checkpoint is kept
+            save_share(engine, own, {"step": CUT})
+            shutil.copytree(own, leave, dirs_exist_ok=True)
         dist.barrier()
     engine.destroy()
     return told

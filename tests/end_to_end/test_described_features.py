@@ -279,7 +279,7 @@ def write_export(folder: Path, rows: list[Any]) -> None:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("source", ["activations", "differences"])
+@pytest.mark.parametrize("source", ["activations", pytest.param("differences", marks=pytest.mark.long)])
 def test_whole_vectors_are_described_by_a_local_model(
     running_ray: None, world_target: Path, tmp_path: Path, source: str
 ) -> None:
