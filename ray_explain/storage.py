@@ -151,6 +151,12 @@ def _upload(file: str, uri: str) -> None:
     fs.copy_files(file, path, destination_filesystem=system, use_threads=False)
 
 
+def upload_folder(folder: str, uri: str) -> None:
+    """The files right below a local folder, each as a whole, below `uri` on S3; those that are there are replaced."""
+    for file in sorted(os.listdir(folder)):
+        _upload(f"{folder}/{file}", f"{uri}/{file}")
+
+
 @patient
 def _download(uri: str, file: str) -> None:
     system, path = filesystem(uri)
@@ -295,8 +301,7 @@ def new_folder(uri: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             yield folder
             remove(uri)
-            for file in sorted(Path(folder).iterdir()):
-                _upload(str(file), f"{uri}/{file.name}")
+            upload_folder(folder, uri)
         return
     final = absolute(uri)
     draft = f"{final}.{uuid.uuid4().hex[:8]}.draft"

@@ -89,6 +89,7 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
             best.offer(engine, measured["validation_exact"], last=last)
         if number % train.checkpoint_every == 0 and not last:
             _report(engine, {"step": number, "lines": watch.lines, "best": best.score}, watch.last | measured)
+            watch.share()
         elif measured:
             ray.train.report(watch.last | measured, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
         hearing.after(number, watch.last)

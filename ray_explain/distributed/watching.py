@@ -37,7 +37,8 @@ class Watch:
             self.curve = f"{self._folder.name}/{CURVE}"
             with open(self.curve, "w", encoding="utf-8") as file:
                 file.write(lines)
-            self._board = None if storage.is_remote(root) else SummaryWriter(f"{root}/tensorboard/{run.name}")
+            self._curves = f"{root}/tensorboard/{run.name}"
+            self._board = SummaryWriter(f"{self._folder.name}/curves" if storage.is_remote(root) else self._curves)
             self._trackers = open_trackers(run.train.trackers, "ray_explain", run.name, run.train.model_dump())
 
     @property
@@ -83,21 +84,27 @@ class Watch:
     def _write(self, values: Mapping[str, float], step: int, *, validation: bool = False) -> None:
         with open(self.curve, "a", encoding="utf-8") as file:
             file.write(json.dumps({"steps": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                where = name.replace("_", "/", 1) if validation else f"train/{name}"
-                self._board.add_scalar(where, value, step)
+        for name, value in values.items():
+            where = name.replace("_", "/", 1) if validation else f"train/{name}"
+            self._board.add_scalar(where, value, step)
         for tracker in self._trackers:
             tracker.log({name: value for name, value in values.items() if name != "steps"}, step)
+
+    def share(self) -> None:
+        """Let TensorBoard see the curves so far; on S3, where nothing can be appended, as whole files."""
+        if self.first:
+            self._board.flush()
+            if storage.is_remote(self._curves):
+                storage.upload_folder(self._board.log_dir, self._curves)
 
     def close(self) -> None:
         """Flush what is still in memory."""
         if self.first:
+            self.share()
+            self._board.close()
             self._folder.cleanup()
             for tracker in self._trackers:
                 tracker.close()
-            if self._board is not None:
-                self._board.close()
 
 
 def _memory_gib() -> float:

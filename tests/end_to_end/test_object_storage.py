@@ -46,7 +46,7 @@ def test_every_artifact_is_whole_and_nothing_else_is_left(remote: tuple[str, Pat
     plan = plan_of(remote[0])
     assert all(finished(artifact, plan.root) for artifact in all_artifacts(plan))
     objects = {path.removeprefix(f"{BUCKET}/tiny/").split("/")[0] for path in object_store.server.everything()}
-    assert objects == {artifact.kind for artifact in all_artifacts(plan)} | {"report"}
+    assert objects == {artifact.kind for artifact in all_artifacts(plan)} | {"report", "tensorboard"}
 
 
 def test_no_credential_is_written_anywhere(remote: tuple[str, Path], object_store: ObjectStore) -> None:
