@@ -201,7 +201,7 @@ def _slices_made(
 
 def _actors(n: int) -> ray.data.ActorPoolStrategy:
     """All start at once, and the pool may shrink to one when nodes die. One slice waits with each busy actor, which so
-    need not ask the driver first (two actors on two cores are 1.7 times one, and 1.2 times where they ask); no more
+    need not ask the driver first (two actors on two cores are 1.6 to 1.7 times one, 1.2 where they ask); no more
     than one, since some slices take a hundred times as long as others."""
     return ray.data.ActorPoolStrategy(min_size=1, initial_size=n, max_size=n, max_tasks_in_flight_per_actor=2)
 
