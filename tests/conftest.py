@@ -13,6 +13,7 @@ import pytest
 
 import ray_explain.distributed  # noqa: F401 - sets how Ray behaves, before anything imports it
 from tests.object_store import FlakyProxy, Server, environment
+from tests.serving import serving
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -115,10 +116,5 @@ class _ChatHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[ChatServer]:
-    server = ChatServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(ChatServer()) as server:
+        yield server

@@ -1,7 +1,6 @@
 """What cannot work is said before any work, with the way out."""
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ from ray_explain.config import ClusterConfig
 from ray_explain.distributed import checks
 from ray_explain.distributed.cluster import cluster
 from ray_explain.errors import BadInput
+from tests.serving import serving
 from tests.test_launch import write_config
 
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -76,14 +76,13 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "known-to-nobody")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    yield
-    server.shutdown()
+    with serving(server):
+        yield
 
 
 def test_a_bucket_without_permission_is_said_before_any_work(

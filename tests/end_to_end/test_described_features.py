@@ -106,12 +106,11 @@ def marked_word(prompt: str) -> str:
     return max(set(words), key=words.count) if words else "and"
 
 
-def test_published_saes_become_described_and_scored_features_and_questions(
-    running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
-) -> None:
+def scored_features(saes: Path, corpus: Path, endpoint: Any) -> dict[str, Any]:
+    """Features of SAEs, described, simulated and detected by an endpoint that replies as `replies` does."""
     endpoint.script = replies
     model = {"kind": "endpoint", "model": "m", "address": endpoint.address, "timeout": 5}
-    features = {
+    return {
         "sae": {"path": str(saes)},
         "corpus": {"path": str(corpus), "windows": 300, "tokens": 16},
         "exemplars": EXEMPLARS,
@@ -120,6 +119,12 @@ def test_published_saes_become_described_and_scored_features_and_questions(
         "detector": model,
         "group": "feature",
     }
+
+
+def test_published_saes_become_described_and_scored_features_and_questions(
+    running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
+) -> None:
+    features = scored_features(saes, corpus, endpoint)
     config = config_in(tmp_path, world_target, features)
     assert ground_truth.main(["--config", config]) == 0
     plan = Plan(read_experiment(config))
@@ -153,18 +158,7 @@ def test_published_saes_become_described_and_scored_features_and_questions(
 def test_explainers_answers_are_simulated_beside_the_gold_descriptions(
     running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    endpoint.script = replies
-    model = {"kind": "endpoint", "model": "m", "address": endpoint.address, "timeout": 5}
-    features = {
-        "sae": {"path": str(saes)},
-        "corpus": {"path": str(corpus), "windows": 300, "tokens": 16},
-        "exemplars": EXEMPLARS,
-        "describer": model,
-        "simulator": model,
-        "detector": model,
-        "group": "feature",
-        "gold_from": 0.0,
-    }
+    features = scored_features(saes, corpus, endpoint) | {"gold_from": 0.0}
     config = config_in(tmp_path, world_target, features)
     sizes = ["train.epochs=2", "train.batch_size=8", "evaluate.controls=[shuffled]", "evaluate.resamples=200"]
     assert evaluate.main(["--config", config, *sizes]) == 0

@@ -1,6 +1,5 @@
 import gzip
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -18,6 +17,7 @@ from ray_explain.ground_truth.neuronpedia import (
     labels,
     read_labels,
 )
+from tests.serving import serving
 
 N = 60
 SOURCE = "3-llamascope-res-131k"
@@ -242,13 +242,8 @@ class _BucketHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def bucket(tmp_path):
-    server = Bucket(tmp_path / "bucket")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Bucket(tmp_path / "bucket")) as server:
+        yield server
 
 
 def test_the_layout_of_the_bucket_is_read_alike_from_a_folder_and_over_the_web(tmp_path, bucket):

@@ -14,6 +14,7 @@ import torch
 from ray_explain.features.readers import read_sae
 from tests.features.test_readers import D_MODEL, D_SAE, write_gemma_scope, write_llama_scope, write_sae_lens
 from tests.hub import Hub
+from tests.serving import serving
 
 SCRIPT = """
 import json, sys
@@ -33,9 +34,8 @@ for place, layer, revision in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    hub = Hub(tmp_path / "hub")
-    yield hub
-    hub.stop()
+    with serving(Hub(tmp_path / "hub")) as hub:
+        yield hub
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
