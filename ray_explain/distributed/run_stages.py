@@ -200,10 +200,10 @@ def _slices_made(
 
 
 def _actors(n: int) -> ray.data.ActorPoolStrategy:
-    """All start at once, and the pool may shrink to one when nodes die. One slice waits with each busy actor, which so
-    need not ask the driver first (two actors on two cores are 1.6 to 1.7 times one, 1.2 where they ask); no more
-    than one, since some slices take a hundred times as long as others."""
-    return ray.data.ActorPoolStrategy(min_size=1, initial_size=n, max_size=n, max_tasks_in_flight_per_actor=2)
+    """All start at once, and the pool may shrink to one when nodes die. Two slices wait with each busy actor, which so
+    never stands still until the driver hands it the next: two actors on two cores are 1.8 times one, 1.7 with one slice
+    waiting, 1.2 where they ask. No more than two, since some slices take a hundred times as long as others."""
+    return ray.data.ActorPoolStrategy(min_size=1, initial_size=n, max_size=n, max_tasks_in_flight_per_actor=3)
 
 
 @storage.patient
