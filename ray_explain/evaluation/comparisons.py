@@ -306,10 +306,11 @@ def _advantage(
 
     observed = values(sums.sum(axis=0))[:, None]
     resampled = intervals.bootstrap(sums, values, resamples=resamples, seed=seed)[:, :, None]
-    spread = intervals.spread_over_seeds(observed, resampled, np.array([len(groups)]))
+    told = min(part.n_groups for row in blocks for _, part in row)
+    spread = intervals.spread_over_seeds(observed, resampled, np.array([told]))
     return {
         **{name: defined(getattr(spread, name)[0]) for name in ("difference", "low", "high", "p_value")},
-        "n_groups": len(groups),
+        "n_groups": told,
         "seeds": len(seeds),
     }
 

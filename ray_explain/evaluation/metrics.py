@@ -27,6 +27,7 @@ class Metric:
     columns: Callable[[pa.Table], Float[np.ndarray, "answers k"]]
     value: Callable[[Float[np.ndarray, "*batch k"]], Float[np.ndarray, "*batch"]]  # NaN where undefined
     counted: Callable[[pa.Table], Bool[np.ndarray, " answers"]]  # the answers that have this metric
+    counts: tuple[int, ...]  # columns, each of which has to differ from 0 in a group that tells about the metric
     proportion: bool = False
 
 
@@ -46,6 +47,7 @@ def _mean_of(name: str, column: str, tasks: tuple[str, ...]) -> Metric:
         columns=columns,
         value=lambda sums: _divide(sums[..., 0], sums[..., 1]),
         counted=counted,
+        counts=(1,),
         proportion=pa.types.is_boolean(GRADED.field(column).type),
     )
 
@@ -82,6 +84,7 @@ METRICS = (
         columns=_changed_columns,
         value=_macro_f1,
         counted=lambda graded: graded["changed"].is_valid().to_numpy(),
+        counts=(1, 4),  # the true ones of both classes
     ),
     _mean_of("content_match", "content", _EFFECTS),
     _mean_of("similarity", "similarity", ("features",)),
@@ -101,7 +104,7 @@ class Part:
     by: str  # "all", "layer=2", ...
     columns: slice
     n: int  # answers that have this metric
-    n_groups: int
+    n_groups: int  # that tell about it: of F1, those with its rarer class
     unparsed: int
 
 
@@ -140,7 +143,6 @@ def tally(graded: pa.Table, by: Sequence[str], metrics: Sequence[Metric]) -> Tal
         raise ValueError("no answers to score")
     names, starts = np.unique(graded["group"].to_numpy(zero_copy_only=False), return_index=True)
     unread = ~graded["parsed"].to_numpy(zero_copy_only=False)
-    group_of = np.repeat(np.arange(len(names)), np.diff([*starts, graded.num_rows]))
     columns: list[np.ndarray] = []
     parts: list[Part] = []
     masks = _masks(graded, by)
@@ -150,18 +152,18 @@ def tally(graded: pa.Table, by: Sequence[str], metrics: Sequence[Metric]) -> Tal
         of_metric, counted = metric.columns(graded), metric.counted(graded)
         for label, mask in masks:
             at, inside = sum(each.shape[1] for each in columns), mask & counted
-            columns.append(of_metric * inside[:, None])
+            columns.append(np.add.reduceat(of_metric * inside[:, None], starts, axis=0))
             part = Part(
                 metric=metric,
                 by=label,
                 columns=slice(at, at + of_metric.shape[1]),
                 n=int(inside.sum()),
-                n_groups=len(np.unique(group_of[inside])),
+                n_groups=int((columns[-1][:, metric.counts] != 0).sum(axis=0).min()),
                 unparsed=int((unread & mask).sum()),
             )
             parts.append(part)
-    sums = np.add.reduceat(np.concatenate(columns, axis=1), starts, axis=0)
-    return Tally(groups=names.tolist(), questions=graded["question_id"].to_pylist(), sums=sums, parts=parts)
+    ids = graded["question_id"].to_pylist()
+    return Tally(groups=names.tolist(), questions=ids, sums=np.concatenate(columns, axis=1), parts=parts)
 
 
 def _masks(graded: pa.Table, by: Sequence[str]) -> list[tuple[str, Bool[np.ndarray, " answers"]]]:
@@ -190,7 +192,7 @@ def scores(graded: pa.Table, *, by: Sequence[str] = BY, seed: int, resamples: in
 
     A metric that no answer of the table has is left out. The intervals resample groups; `seed` draws the resamples
     (the column `seed` is that of the training). A value is null where it is undefined, as F1 among changed cases only,
-    and so is an interval where one group is all there is.
+    and so is an interval where one group is all there is, or all that a class of F1 occurs in.
 
     Raises:
         ValueError: there is no answer, or no such way to split them.

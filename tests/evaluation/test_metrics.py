@@ -59,6 +59,19 @@ def test_f1_is_scikit_learns_macro_f1_with_unread_answers_as_a_class_of_their_ow
     assert found["changed_f1", "all"]["value"] == pytest.approx(wanted, abs=1e-12)
 
 
+def test_f1_is_as_sure_as_the_groups_of_its_rarer_class_allow(scored, say):
+    """Resamples without that class have no F1: over the others alone, one group of it would look like certainty."""
+    rows = [{"changed": i < 6, "content": "x", "group": f"g{i // 6}"} for i in range(60)]
+    texts = [say(row["changed"] and i % 3 > 0, "x") for i, row in enumerate(rows)]
+    one = scored(rows, texts)
+    assert one["changed_f1", "all"]["value"] == pytest.approx((8 / 10 + 108 / 110) / 2)
+    assert one["changed_f1", "all"]["low"] is one["changed_f1", "all"]["high"] is None
+    assert one["exact_match", "all"]["low"] < one["exact_match", "all"]["value"] < one["exact_match", "all"]["high"]
+    rows = [row | {"group": f"g{i % 3}" if row["changed"] else row["group"]} for i, row in enumerate(rows)]
+    three = scored(rows, texts)["changed_f1", "all"]
+    assert three["value"] == one["changed_f1", "all"]["value"] and three["low"] < three["value"] < three["high"]
+
+
 def test_a_class_that_does_not_occur_leaves_f1_undefined_and_never_nan(scored, say):
     for last in (False, True):  # whether or not it is falsely said to occur
         found = scored([{"changed": False, "content": "x"}] * 4, [say(False, "x")] * 3 + [say(last, "x")])
