@@ -20,7 +20,7 @@ from ray_explain.explainer.module import Explainer
 from ray_explain.interventions.layout import layout_of
 
 _LOGITS_AT_ONCE = 2**26  # numbers; bounds the drafts of large batches over large vocabularies
-_ROWS_AT_ONCE = 4  # of logits
+_LOGITS_IN_CACHE = 2**19  # numbers that a CPU's cache holds
 _LONGEST_DRAFT = 15  # tokens
 _PILOT = 8  # answers
 _WORTH_SHARING = 1 / 8  # of a batch's prompt tokens have to be saved before beginnings are read by themselves
@@ -219,9 +219,9 @@ def _n_shared(prompts: Sequence[Example], slot_id: int) -> int:
 
 
 def _likeliest(logits: Float[Tensor, "n d_vocab"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Tokens and log-probabilities; a few rows at a time, which stay in a CPU's cache."""
+    """Tokens and log-probabilities; as many rows at a time as stay in a CPU's cache."""
     ids, logprobs = [logits.new_empty(0, dtype=torch.long)], [logits.new_empty(0, dtype=torch.float32)]
-    for rows in logits.split(_ROWS_AT_ONCE):
+    for rows in logits.split(max(_LOGITS_IN_CACHE // logits.shape[-1], 1)):
         best = rows.float().max(-1)
         ids.append(best.indices)
         logprobs.append(best.values - rows.float().logsumexp(-1))
