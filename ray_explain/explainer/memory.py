@@ -14,6 +14,8 @@ from ray_explain.interventions.layout import layout_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUCKET = 500_000_000  # elements that DeepSpeed sends at once, at most
 _MAX_LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered, at most
+_FETCHED = 50_000_000  # elements that it gathers ahead of their use, at most
+_FIXED = 35_000_000  # bytes of modules, hooks and the allocator's rest, measured: the same for every size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,15 @@ class Peak:
 
     weights: int
     optimizer: int  # Adam's moments, and what is kept in float32 beside the weights
-    activations: int  # at the end of the forward pass, logits among them
+    activations: int  # at the end of the forward pass; logits and what ZeRO-3 has gathered among them
     gradients: int  # at the end of the backward pass, when activations are gone
-    buffers: int  # of communication and of the optimizer step, then
+    buffers: int  # of communication, of the optimizer step and what ZeRO-3 has gathered, then
     offloaded: int
 
     @property
     def total(self) -> int:
         """At the peak of a step."""
-        return self.weights + self.optimizer + max(self.activations, self.gradients + self.buffers)
+        return _FIXED + self.weights + self.optimizer + max(self.activations, self.gradients + self.buffers)
 
 
 def footprint(
@@ -98,12 +100,15 @@ def peak(made: Footprint, *, zero_stage: int, workers: int, offload: bool) -> Pe
     """Of one of `workers` workers with DeepSpeed's ZeRO at `zero_stage` and AdamW."""
     n, trained, each = made.n_parameters, made.n_trained, made.bytes_each
     share = trained // workers if zero_stage else trained
-    weights = n * each if zero_stage < 3 else n * each // workers + min(n, _MAX_LIVE) * each
+    weights = n * each if zero_stage < 3 else n * each // workers
     # ZeRO keeps float32 weights even beside float32 ones; without it, bfloat16 has them and float32 gradients.
     beside = 4 * share if zero_stage else (0 if each == 4 else 8 * trained)
     optimizer = beside + 8 * share
     gradients = trained * each if zero_stage < 2 else share * each
-    buffers = min(trained, _BUCKET) * each + (4 * share if zero_stage else 0)
+    alone = workers == 1 and not zero_stage and each == 4  # then nothing is sent, not even to oneself
+    buffers = (0 if alone else min(trained, _BUCKET) * each) + (4 * share if zero_stage else 0)
+    if zero_stage == 3:
+        buffers += min(n, _MAX_LIVE) * each
     offloaded = 0
     if offload and zero_stage:
         offloaded, optimizer = optimizer + 4 * share, 0
@@ -113,7 +118,7 @@ def peak(made: Footprint, *, zero_stage: int, workers: int, offload: bool) -> Pe
     return Peak(
         weights=weights,
         optimizer=optimizer,
-        activations=made.activations + made.logits,
+        activations=made.activations + made.logits + (min(n, _FETCHED) * each if zero_stage == 3 else 0),
         gradients=gradients,
         buffers=buffers,
         offloaded=offloaded,
