@@ -233,9 +233,14 @@ def read_batches(uri: str, rows: int = 1024) -> Iterator[pa.Table]:
     if not names:
         raise FileNotFoundError(f"no Parquet file in {uri}")
     for name in names:
-        with _local_file(f"{uri}/{name}") as file, pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
-            for batch in parquet.iter_batches(rows):
-                yield pa.Table.from_batches([batch])
+        yield from file_batches(f"{uri}/{name}", rows)
+
+
+def file_batches(uri: str, rows: int = 1024) -> Iterator[pa.Table]:
+    """As `read_batches`, of one file."""
+    with _local_file(uri) as file, pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
+        for batch in parquet.iter_batches(rows):
+            yield pa.Table.from_batches([batch])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ray_explain import storage
 from ray_explain.artifacts import finish
 from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_share, state_of
 from ray_explain.distributed.halting import Halted, Hearing
+from ray_explain.distributed.question_stream import read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
 from ray_explain.distributed.training_setup import Start, new_engine, start_of
 from ray_explain.distributed.validation import Sample, held_out, sample_of, validate
@@ -67,7 +68,7 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
     started, workers = time.monotonic(), dist.get_world_size()
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
-    start = start_of(run, workers)
+    start = start_of(run, workers, read_through_ray)
     sample = _sample(run, start)
     with _last_checkpoint() as (folder, state):
         cut = folder is not None and must_be_cut(folder, workers)

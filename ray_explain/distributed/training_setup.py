@@ -1,8 +1,9 @@
-"""What a training starts from: examples, the untrained explainer, and the order of the steps. Knows nothing of Ray."""
+"""What a training starts from: examples, the untrained explainer, and the order of the steps. Needs no running Ray."""
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,25 +13,25 @@ import torch.distributed as dist
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
-from ray_explain import storage
+from ray_explain import records, storage
 from ray_explain.config import TrainConfig
 from ray_explain.distributed.alignment import read_maps
+from ray_explain.distributed.question_stream import Encoding, Piece, pieces_of, read_here
 from ray_explain.distributed.train import TrainRun
 from ray_explain.distributed.zero import engine_of, gathered, splitting, zero_config
 from ray_explain.errors import BadInput
-from ray_explain.evaluation.answering import questions_of, without_vectors
 from ray_explain.explainer.batches import Step, training_steps
-from ray_explain.explainer.examples import TEXT_TASK, Example, Question, Refused, encode
+from ray_explain.explainer.examples import TEXT_TASK, Example, Question
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.markers import Markers, make_room, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
 from ray_explain.explainer.projection import Projection
 from ray_explain.explainer.vector_file import VectorFile
-from ray_explain.ground_truth.splits import training_rows
 from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
 
+Reader = Callable[[Encoding, Sequence[Piece]], Iterator[pa.Table]]
 _NOWHERE = np.zeros((0, 0), np.float32)  # vectors that are not mapped yet
 
 
@@ -45,8 +46,8 @@ class Start(NamedTuple):
     pad_id: int
 
 
-def start_of(run: TrainRun, workers: int) -> Start:
-    """The same on every worker of the same number of workers.
+def start_of(run: TrainRun, workers: int, read: Reader = read_here) -> Start:
+    """The same on every worker of the same number of workers; `read` brings the questions.
 
     Raises:
         BadInput: no question can be learned, or there are fewer than the workers need for a step.
@@ -57,7 +58,7 @@ def start_of(run: TrainRun, workers: int) -> Start:
         )
         markers = markers_of(loaded.tokenizer)
         make_room(loaded.model, loaded.tokenizer)
-    examples, dropped = examples_of(run, loaded.tokenizer, markers)
+    examples, dropped = examples_of(run, loaded.tokenizer, markers, read)
     torch.manual_seed(run.seed)
     explainer = new_explainer(run, loaded.model, markers, examples)
     try:
@@ -68,7 +69,7 @@ def start_of(run: TrainRun, workers: int) -> Start:
 
 
 def examples_of(
-    run: TrainRun, tokenizer: PreTrainedTokenizerBase, markers: Markers
+    run: TrainRun, tokenizer: PreTrainedTokenizerBase, markers: Markers, read: Reader = read_here
 ) -> tuple[list[Example], dict[str, int]]:
     """The questions of the training split and the replayed texts as tokens, and why others were left out.
 
@@ -79,36 +80,36 @@ def examples_of(
     """
     d_target = storage.read_schema(run.questions[0]).field("vectors").type.value_type.list_size
     rank, local_rank = (dist.get_rank(), int(os.environ["LOCAL_RANK"])) if dist.is_initialized() else (0, 0)
-    file = VectorFile(d_target, keep=local_rank == 0)
+    encoding = Encoding(
+        tokenizer=tokenizer,
+        markers=markers,
+        max_tokens=run.train.max_tokens,
+        d_target=d_target,
+        blind=run.text_only,
+        with_vectors=local_rank == 0,
+    )
+    file = VectorFile(d_target, keep=encoding.with_vectors)
     examples, places, dropped = list[Example](), list[slice](), Counter[str]()
     known: dict[int, int] = {}  # one object for each token id, not for each token
-    for question in _questions(run, d_target):
-        try:
-            example = encode(question, tokenizer, markers, max_tokens=run.train.max_tokens, d_model=d_target)
-        except Refused as refusal:
-            dropped[refusal.reason] += 1
-            continue
-        places.append(file.add(example.vectors))
-        ids = [known.setdefault(token, token) for token in example.input_ids]
-        examples.append(example._replace(input_ids=ids, vectors=_NOWHERE))
+    pieces = [piece for folder in run.questions for piece in pieces_of(folder, run.fraction)]
+    for table in chain(read(encoding, pieces), [encoding.table(_texts(run, d_target))]):
+        vectors = records.vectors_of(table["vectors"])
+        for row, own in zip(table.drop_columns("vectors").to_pylist(), vectors, strict=True):
+            reason = row.pop("refused")
+            if reason is None:
+                places.append(file.add(own, row.pop("n_vectors")))
+                ids = [known.setdefault(token, token) for token in row["input_ids"]]
+                row |= {"input_ids": ids, "layers": tuple(row["layers"]), "vectors": _NOWHERE}
+                examples.append(Example(**row))
+            else:
+                dropped[reason] += 1
     if not any(example.task != TEXT_TASK for example in examples):
         raise BadInput(f"{run.artifact.label}: no question of the training split can be learned ({dict(dropped)})")
     rows = _shared_rows(file, rank - local_rank)
     return [one._replace(vectors=rows[place]) for one, place in zip(examples, places)], dict(dropped)
 
 
-def _questions(run: TrainRun, d_target: int) -> Iterator[Question]:
-    """As they come from the files, a few at a time; texts last."""
-    for folder in run.questions:
-        keys = storage.read_table(folder, ["split", "group"])
-        keys = keys.append_column("row", pa.array(np.arange(keys.num_rows)))
-        chosen, first = np.zeros(keys.num_rows, bool), 0
-        chosen[training_rows(keys, run.fraction)["row"].to_numpy()] = True
-        for table in storage.read_batches(folder):
-            last = first + table.num_rows
-            for question in questions_of(table.filter(pa.array(chosen[first:last]))):
-                yield without_vectors(question) if run.text_only else question
-            first = last
+def _texts(run: TrainRun, d_target: int) -> Iterator[Question]:
     for i, (prompt, answer) in enumerate(run.replay):
         yield Question(f"text {i}", TEXT_TASK, prompt, answer, np.zeros((0, d_target), np.float32), ())
 

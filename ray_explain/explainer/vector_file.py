@@ -26,12 +26,13 @@ class VectorFile:
             self._file = tempfile.NamedTemporaryFile(prefix="ray_explain-vectors-")  # noqa: SIM115 - `remove` closes it
             self.path = self._file.name
 
-    def add(self, vectors: Float[np.ndarray, "n d_target"]) -> slice:
-        """Where in `rows` these are found."""
+    def add(self, vectors: Float[np.ndarray, "n d_target"], n: int) -> slice:
+        """Where in `rows` these `n` are found; where none are written here, `vectors` is not looked at."""
         if self._file is not None:
+            assert len(vectors) == n
             self._file.write(np.ascontiguousarray(vectors, dtype=np.float32))
-        self._n += len(vectors)
-        return slice(self._n - len(vectors), self._n)
+        self._n += n
+        return slice(self._n - n, self._n)
 
     def flush(self) -> None:
         """Others can map what was added."""
