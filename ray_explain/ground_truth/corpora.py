@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -89,12 +90,16 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def read_windows(folder: str, numbers: Sequence[int]) -> dict[int, list[int]]:
-    """The tokens of some windows of a table, by number; the rest of it is not kept in memory."""
-    system, path = storage.filesystem(folder)
-    found = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True).to_table(
-        filter=ds.field("window").isin(pa.array(numbers, type=pa.int64()))
-    )
+    """The tokens of some windows of a table, by number."""
+    found = rows_where(folder, ds.field("window").isin(pa.array(numbers, type=pa.int64())))
     return dict(zip(found["window"].to_pylist(), found["tokens"].to_pylist(), strict=True))
+
+
+def rows_where(folder: str, condition: pc.Expression) -> pa.Table:
+    """The rows of a table in a folder that a condition holds for; the rest of it is not kept in memory."""
+    system, path = storage.filesystem(folder)
+    data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
+    return data.to_table(filter=condition)
 
 
 def _cut(given: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, n: int, tokens: int) -> pa.Table:

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
 from ray_explain.errors import JobFailed
+from ray_explain.features.simulate import pad_of
 from ray_explain.ground_truth.exemplars import EXEMPLARS
 from ray_explain.ground_truth.neuronpedia import read_labels
+from ray_explain.interventions.tokens import token_batch
 from ray_explain.models import load_model
 from ray_explain.stages import Result
 
@@ -118,26 +120,25 @@ class LocalModel:
 
     @torch.no_grad()
     def _generated(self, asks: Sequence[Ask]) -> list[str]:
-        rows = [self._ids(ask) for ask in asks]
-        pad, longest = self._pad, max(map(len, rows))
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._model.device)
+        pad = pad_of(self._tokenizer)
+        batch = token_batch([self._ids(ask) for ask in asks], pad, self._model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if asks[0].temperature > 0:
             torch.manual_seed(int(hashlib.sha256(json.dumps(asks[0]).encode()).hexdigest()[:8], 16))
             sampling = {"do_sample": True, "temperature": asks[0].temperature, "top_k": 0, "top_p": 1.0}
         generate: Any = self._model.generate
-        tokens = max(ask.max_tokens for ask in asks)
-        out = generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
+        out = generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max(ask.max_tokens for ask in asks),
+            pad_token_id=pad,
+            **sampling,
+        )
+        longest = batch.input_ids.shape[1]
         return [
             str(self._tokenizer.decode(row[longest:][: ask.max_tokens], skip_special_tokens=True))
             for row, ask in zip(out, asks, strict=True)
         ]
-
-    @property
-    def _pad(self) -> int:
-        known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
-        return next((int(token) for token in known if token is not None), 0)
 
     def _ids(self, ask: Ask) -> list[int]:
         """The request in tokens; of one too long for the model, the end."""

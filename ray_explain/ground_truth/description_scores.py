@@ -100,20 +100,10 @@ class AskedSimulator:
         return self._model.usage_so_far()
 
 
-class Detector:
-    """A language model that tells from a description in which windows a feature is active."""
-
-    def __init__(self, model: Replies) -> None:
-        self._model = model
-
-    def verdicts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[bool] | None]:
-        """Of each description, a verdict on each of its windows; None where they could not be had."""
-        asks = [(_detection(description, own), len(own)) for description, own in asked]
-        found = lists_of_numbers(self._model, asks, 1)
-        return [None if reply is None else [number == 1 for number in reply] for reply in found]
-
-    def usage_so_far(self) -> Mapping[str, float]:
-        return self._model.usage_so_far()
+def verdicts(model: Replies, asked: Sequence[tuple[str, Texts]]) -> list[list[bool] | None]:
+    """Of each description, whether a language model takes each of its windows for active; None where it did not say."""
+    found = lists_of_numbers(model, [(_detection(description, own), len(own)) for description, own in asked], 1)
+    return [None if reply is None else [number == 1 for number in reply] for reply in found]
 
 
 def lists_of_numbers(model: Replies, asks: Sequence[tuple[Ask, int]], top: int) -> list[list[float] | None]:
@@ -154,7 +144,7 @@ class ScoreStage:
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
         self._simulator = _simulator(config["simulator"])
-        self._detector = Detector(language_model(config["detector"])) if config["detector"] else None
+        self._detector = language_model(config["detector"]) if config["detector"] else None
 
     @property
     def schema_out(self) -> pa.Schema:
@@ -197,7 +187,7 @@ class ScoreStage:
         if self._detector is None:
             return [UNSCORED] * len(asked)
         mixed = [(text, _mixed(windows)) for text, windows in asked]
-        found = self._detector.verdicts([(text, [w["tokens"] for w in windows]) for text, windows in mixed])
+        found = verdicts(self._detector, [(text, [w["tokens"] for w in windows]) for text, windows in mixed])
         return [
             UNSCORED if said is None else detection_score(said, [window["kind"] == "top" for window in windows])
             for said, (_, windows) in zip(found, mixed, strict=True)

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import public_files
-from ray_explain.ground_truth.corpora import NOT_JSON, opened
+from ray_explain.ground_truth.corpora import NOT_JSON, opened, rows_where
 from ray_explain.stages import Result
 
 NO_FEATURE = "a line without layer and index"
@@ -93,11 +93,9 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
 
 def read_labels(folder: str, layer: int, low: int, high: int) -> list[dict[str, Any]]:
     """The rows of a table LABELS about features `low` to `high` of a layer."""
-    system, path = storage.filesystem(folder)
-    data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
     number = ds.field("feature_id")
     wanted = (ds.field("layer") == layer) & (number >= low) & (number <= high)
-    return data.to_table(filter=wanted).to_pylist()  # type: ignore[no-any-return]
+    return rows_where(folder, wanted).to_pylist()  # type: ignore[no-any-return]
 
 
 def check_alignment(exemplars: pa.Table, folder: str) -> dict[str, float]:

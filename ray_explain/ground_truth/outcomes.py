@@ -42,6 +42,18 @@ def outcomes(
     return found
 
 
+def outcome_columns(found: Sequence[Outcome], before: str, after: str) -> dict[str, list[Any]]:
+    """The columns of a table of effects whose runs are called `before` and `after`."""
+    return {
+        f"{before}_answer": [outcome.before for outcome in found],
+        f"{after}_answer": [outcome.after for outcome in found],
+        "changed": [outcome.changed for outcome in found],
+        f"{before}_logprob": [outcome.before_logprob for outcome in found],
+        f"{after}_logprob": [outcome.after_logprob for outcome in found],
+        "kl": [outcome.kl for outcome in found],
+    }
+
+
 def answer_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token as an answer: its text without spaces around it.
 

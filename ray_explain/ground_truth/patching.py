@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 
 from ray_explain import records
-from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, rows_with
-from ray_explain.ground_truth.positions import PromptTokens, Unusable
+from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcome_columns, outcomes, rows_with
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, usable
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import BlockRequest, block_means
 from ray_explain.interventions.hooks import KINDS
@@ -66,18 +66,14 @@ class PatchingStage:
         plans, vectors = _where(finite, plans), _where(finite, vectors)
         found = self._run(plans, vectors)
         dropped += [(plan.case["case_id"], NOT_FINITE) for plan, outcome in zip(plans, found) if outcome is None]
-        return Result(self._effects(table, plans, vectors, found), dropped)
+        kept = [(plan, own, outcome) for plan, own, outcome in zip(plans, vectors, found) if outcome is not None]
+        return Result(self._effects(table, kept), dropped)
 
     def _plan(self, cases: Sequence[dict[str, Any]]) -> tuple[list[_Planned], list[tuple[str, str]]]:
         """The cases that can be run, and why the others cannot."""
         tokens_of = self._target.read(case[name] for case in cases for name in ("base_prompt", "source_prompt"))
-        plans, dropped = [], []
-        for row, case in enumerate(cases):
-            try:
-                plans.append(self._planned(row, case, tokens_of))
-            except Unusable as reason:
-                dropped.append((case["case_id"], str(reason)))
-        return plans, dropped
+        numbered = ((case["case_id"], (row, case)) for row, case in enumerate(cases))
+        return usable(numbered, lambda one: self._planned(*one, tokens_of))
 
     def _planned(self, row: int, case: dict[str, Any], tokens_of: Callable[[str], PromptTokens]) -> _Planned:
         self._target.check_layers(case["first_layer"], case["last_layer"])
@@ -123,24 +119,12 @@ class PatchingStage:
                 found[row] = outcome
         return found
 
-    def _effects(
-        self,
-        table: pa.Table,
-        plans: Sequence[_Planned],
-        vectors: Sequence[np.ndarray],
-        found: Sequence[Outcome | None],
-    ) -> pa.Table:
-        kept = [(plan.row, own, outcome) for plan, own, outcome in zip(plans, vectors, found) if outcome is not None]
+    def _effects(self, table: pa.Table, kept: Sequence[tuple[_Planned, np.ndarray, Outcome]]) -> pa.Table:
         columns = {
             "vectors": records.vectors_array([own for _, own, _ in kept], self._target.layout.d_model),
-            "base_answer": [outcome.before for *_, outcome in kept],
-            "patched_answer": [outcome.after for *_, outcome in kept],
-            "changed": [outcome.changed for *_, outcome in kept],
-            "base_logprob": [outcome.before_logprob for *_, outcome in kept],
-            "patched_logprob": [outcome.after_logprob for *_, outcome in kept],
-            "kl": [outcome.kl for *_, outcome in kept],
+            **outcome_columns([outcome for *_, outcome in kept], "base", "patched"),
         }
-        return rows_with(table, [row for row, *_ in kept], columns, self.schema_out)
+        return rows_with(table, [plan.row for plan, *_ in kept], columns, self.schema_out)
 
 
 def _check_positions(positions: Sequence[int], length: int) -> None:

@@ -126,8 +126,10 @@ def _comparisons(data: ReportData) -> str:
 
 
 def _targets(data: ReportData) -> str:
-    labels = list(dict.fromkeys(label for values in data.targets.values() for label in values))
-    lines = [[label, *[numbers.anything(values.get(label)) for values in data.targets.values()]] for label in labels]
+    lines = [
+        [label, *[numbers.anything(values.get(label)) for values in data.targets.values()]]
+        for label in data.target_labels
+    ]
     return "## Targets\n\n" + table(["", *[escaped(name) for name in data.targets]], lines) if lines else ""
 
 
