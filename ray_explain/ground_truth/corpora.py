@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -43,7 +44,7 @@ def windows(path: str, field: str, tokenizer: PreTrainedTokenizerBase, *, n: int
         OSError: a file cannot be read.
     """
     dropped: list[tuple[str, str]] = []
-    made = _cut(texts(path, field, dropped), tokenizer, n=n, tokens=tokens)
+    made = windows_of_texts(texts(path, field, dropped), tokenizer, n=n, tokens=tokens)
     if made.num_rows < 2:
         raise ValueError(f"the corpus {path} gives {made.num_rows} windows of {SHORTEST} to {tokens} tokens: give more")
     return Result(made, dropped)
@@ -51,7 +52,14 @@ def windows(path: str, field: str, tokenizer: PreTrainedTokenizerBase, *, n: int
 
 def windows_of_texts(given: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, n: int, tokens: int) -> pa.Table:
     """As `windows`, for texts at hand."""
-    return _cut(given, tokenizer, n=n, tokens=tokens)
+    rows: list[dict[str, Any]] = []
+    left = iter(given)
+    while len(rows) < n and (some := list(islice(left, _TEXTS_AT_A_TIME))):
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            parts = [ids[start : start + tokens] for start in range(0, len(ids), tokens)]
+            long = [part for part in parts if len(part) >= min(SHORTEST, tokens)]
+            rows += [{"window": len(rows) + i, "tokens": part} for i, part in enumerate(long)]
+    return records.rows_table(rows[:n], WINDOWS)
 
 
 def texts(path: str, field: str, dropped: list[tuple[str, str]]) -> Iterator[str]:
@@ -100,29 +108,6 @@ def rows_where(folder: str, condition: pc.Expression) -> pa.Table:
     system, path = storage.filesystem(folder)
     data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
     return data.to_table(filter=condition)
-
-
-def _cut(given: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, n: int, tokens: int) -> pa.Table:
-    rows: list[dict[str, Any]] = []
-    for some in _batches(given, _TEXTS_AT_A_TIME):
-        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            parts = [ids[start : start + tokens] for start in range(0, len(ids), tokens)]
-            long = [part for part in parts if len(part) >= min(SHORTEST, tokens)]
-            rows += [{"window": len(rows) + i, "tokens": part} for i, part in enumerate(long)]
-        if len(rows) >= n:
-            break
-    return records.rows_table(rows[:n], WINDOWS)
-
-
-def _batches(given: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in given:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _files(path: str) -> list[str]:

@@ -189,15 +189,11 @@ class DescribeStage:
         features = table.to_pylist()
         asks = [self._ask(feature["windows"], i) for feature in features for i in range(self._candidates)]
         replies = iter(self._model.replies(asks, description_in))
-        rows, dropped = [], []
-        for feature in features:
-            own = list(dict.fromkeys(text for text in (next(replies) for _ in range(self._candidates)) if text))
-            if own:
-                told = [{"description": text, "origin": self._origin} for text in own]
-                rows.append(feature | {"descriptions": told})
-            else:
-                dropped.append((feature["case_id"], UNDESCRIBED))
-        return Result(records.rows_table(rows, DESCRIBED), dropped, self._model.usage_so_far())
+        told = []
+        for _ in features:
+            own = dict.fromkeys(text for text in (next(replies) for _ in range(self._candidates)) if text)
+            told.append([{"description": text, "origin": self._origin} for text in own])
+        return _described(features, told)._replace(measured=self._model.usage_so_far())
 
     def _ask(self, windows: Sequence[dict[str, Any]], candidate: int) -> Ask:
         passages = "\n".join(f"{i}. {marked(window)}" for i, window in enumerate(shown(windows)[:SHOWN_TOP], start=1))
@@ -224,13 +220,7 @@ class ImportStage:
 
     def __call__(self, table: pa.Table) -> Result:
         features, labels = table.to_pylist(), self._labels(table)
-        rows, dropped = [], []
-        for feature in features:
-            if own := labels.get((feature["layer"], feature["feature_id"])):
-                rows.append(feature | {"descriptions": own})
-            else:
-                dropped.append((feature["case_id"], UNDESCRIBED))
-        return Result(records.rows_table(rows, DESCRIBED), dropped)
+        return _described(features, [labels.get((row["layer"], row["feature_id"]), []) for row in features])
 
     def _labels(self, table: pa.Table) -> dict[tuple[int, int], list[dict[str, str]]]:
         found: dict[tuple[int, int], list[dict[str, str]]] = {}
@@ -240,6 +230,13 @@ class ImportStage:
                 told = {"description": row["description"], "origin": row["origin"]}
                 found.setdefault((row["layer"], row["feature_id"]), []).append(told)
         return found
+
+
+def _described(features: Sequence[dict[str, Any]], told: Sequence[list[dict[str, str]]]) -> Result:
+    """The features with what is told of each; dropped are those of which nothing is."""
+    both = list(zip(features, told, strict=True))
+    rows = [feature | {"descriptions": own} for feature, own in both if own]
+    return Result(records.rows_table(rows, DESCRIBED), [(row["case_id"], UNDESCRIBED) for row, own in both if not own])
 
 
 def marked(window: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth.mmlu import LETTERS, SYSTEM, Item
-from ray_explain.ground_truth.outcomes import NOT_FINITE
+from ray_explain.ground_truth.outcomes import NOT_FINITE, vectors_table
 from ray_explain.ground_truth.pairs import Pair, SubjectPrompt, ablation_case, patching_case
 from ray_explain.ground_truth.positions import Unusable, prompt_tokens, usable
 from ray_explain.ground_truth.target import NO_SUCH_POSITION
@@ -118,14 +118,7 @@ def read_patching(table: pa.Table, tokenizer: PreTrainedTokenizerBase, *, split:
     if not rows:
         raise ValueError(f"none of {table.num_rows} rows can be read: {sorted({reason for _, reason in dropped})}")
     vectors = [row["vectors"] for row in rows]
-    schema = records.patching_effects(vectors[0].shape[1])
-    columns = {
-        field.name: records.vectors_array(vectors, vectors[0].shape[1])
-        if field.name == "vectors"
-        else pa.array([row[field.name] for row in rows], type=field.type)
-        for field in schema
-    }
-    return Result(records.conform(pa.table(columns), schema), dropped)
+    return Result(vectors_table(rows, vectors, records.patching_effects(vectors[0].shape[1])), dropped)
 
 
 def _numbered(table: pa.Table, schema: pa.Schema) -> list[tuple[str, dict[str, Any]]]:
