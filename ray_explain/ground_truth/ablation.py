@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from ray_explain import records
 from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcome_columns, outcomes, rows_with
-from ray_explain.ground_truth.positions import PromptTokens, checked_span, usable
+from ray_explain.ground_truth.positions import PromptTokens, checked_span, usable_rows
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.ablation import ablated_logits
 from ray_explain.stages import Result
@@ -36,8 +36,7 @@ class AblationStage:
             checked_span(case["prompt"], (case["span_start"], case["span_end"]))
             return full, tokens_of(_without_span(case))
 
-        numbered = ((case["case_id"], (row, case)) for row, case in enumerate(cases))
-        pairs, dropped = usable(numbered, lambda one: (one[0], pair(one[1])))
+        pairs, dropped = usable_rows(cases, pair)
         found = [(row, outcome) for (row, _), outcome in zip(pairs, self._run([both for _, both in pairs]))]
         dropped += [(cases[row]["case_id"], NOT_FINITE) for row, outcome in found if outcome is None]
         kept = [(row, outcome) for row, outcome in found if outcome is not None]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth.outcomes import NOT_FINITE, rows_with
-from ray_explain.ground_truth.positions import PromptTokens, Unusable, reading, usable
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, reading, usable, usable_rows
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import residuals
@@ -110,8 +110,7 @@ class ActivationStage:
         cases = table.to_pylist()
         names = ("prompt", "minus_prompt")
         tokens_of = self._target.read(case[name] for case in cases for name in names if case[name] is not None)
-        numbered = ((case["case_id"], (row, case)) for row, case in enumerate(cases))
-        made, dropped = usable(numbered, lambda one: (one[0], self._places(one[1], tokens_of)))
+        made, dropped = usable_rows(cases, lambda case: self._places(case, tokens_of))
         read = self._read(sorted({place for _, places in made for place in places}))
         vectors = [(row, read[at[0]] - read[at[1]] if len(at) > 1 else read[at[0]]) for row, at in made]
         dropped += [(cases[row]["case_id"], NOT_FINITE) for row, own in vectors if not np.isfinite(own).all()]

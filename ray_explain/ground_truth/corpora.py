@@ -65,9 +65,7 @@ def windows_of_texts(given: Iterable[str], tokenizer: PreTrainedTokenizerBase, *
 def texts(path: str, field: str, dropped: list[tuple[str, str]]) -> Iterator[str]:
     """The texts of a corpus, in order; (place, reason) of each line without one goes to `dropped`.
 
-    Raises:
-        ValueError: no file there, or of another kind.
-        OSError: a file cannot be read.
+    Raises: as `windows`.
     """
     for file in _files(path):
         if file.endswith(".parquet"):

@@ -108,11 +108,10 @@ class SearchStage:
         return pa.concat_tables(self._table(layer, found[layer]) for layer in layers)
 
     def _empty(self, layer: int) -> TopWindows:
-        sizes = self._config["exemplars"]
         return TopWindows(
             len(self._features[layer]),
             self._config["positions"],
-            **sizes,
+            **self._config["exemplars"],
             seed=self._config["seed"],
             device=self._target.layout.device,
             numbers=self._features[layer],

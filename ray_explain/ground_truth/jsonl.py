@@ -62,22 +62,14 @@ def read_lines(path: str | Path) -> Lines:
 def patching_cases(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, *, blocks: Sequence[Block], n: Mapping[str, int]
 ) -> Result:
-    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order."""
     lines = read_lines(path)
     rows, dropped = usable(lines.rows, lambda row: _patching_rows(row, tokenizer, blocks))
     return _limited(rows, n, lines.dropped + dropped, records.PATCHING_CASES)
 
 
 def ablation_cases(path: str | Path, *, n: Mapping[str, int]) -> Result:
-    """Up to `n` cases of each split (records.ABLATION_CASES), lines in order.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Up to `n` cases of each split (records.ABLATION_CASES), lines in order."""
     lines = read_lines(path)
     rows, dropped = usable(lines.rows, lambda row: [_ablation_row(row)])
     return _limited(rows, n, lines.dropped + dropped, records.ABLATION_CASES)

@@ -75,7 +75,10 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
         elif (layer, number, text.strip()) in found:
             dropped.append((place, REPEATED))
         else:
-            _one_source(sources, layer, str(row["layer"]), path)
+            source = str(row["layer"])
+            if sources.setdefault(layer, source) != source:
+                several = f"{sources[layer]!r} and {source!r}"
+                raise BadInput(f"the export {path} has layer {layer} of several SAEs, {several}: keep one of them")
             found[layer, number, text.strip()] = str(row.get("explanationModelName") or "neuronpedia")
     tokens = _top_tokens([file for file in files if "/activations/" in file], set(layers), dropped)
     rows = [
@@ -175,13 +178,6 @@ def _top_tokens(
 def _feature(row: dict[str, Any]) -> tuple[int | None, int | None]:
     layer, number = re.match(r"\d+", str(row.get("layer", ""))), str(row.get("index", ""))
     return int(layer.group()) if layer else None, int(number) if number.isdigit() else None
-
-
-def _one_source(sources: dict[int, str], layer: int, source: str, path: str) -> None:
-    if sources.setdefault(layer, source) != source:
-        raise BadInput(
-            f"the export {path} has layer {layer} of several SAEs, {sources[layer]!r} and {source!r}: keep one of them"
-        )
 
 
 def _rows(files: Sequence[str], dropped: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:

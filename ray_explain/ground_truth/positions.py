@@ -5,7 +5,7 @@ Works for every fast tokenizer, through its offsets. A token belongs to a span i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +35,14 @@ def usable(cases: Iterable[tuple[str, Case]], make: Callable[[Case], Made]) -> t
         except Unusable as reason:
             dropped.append((name, str(reason)))
     return made, dropped
+
+
+def usable_rows(
+    cases: Sequence[dict[str, Any]], make: Callable[[dict[str, Any]], Made]
+) -> tuple[list[tuple[int, Made]], list[tuple[str, str]]]:
+    """As `usable`, of the cases of a table; what is made goes with its row."""
+    numbered = ((case["case_id"], (row, case)) for row, case in enumerate(cases))
+    return usable(numbered, lambda one: (one[0], make(one[1])))
 
 
 class PromptTokens(NamedTuple):

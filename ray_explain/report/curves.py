@@ -60,7 +60,7 @@ def learning_curves(task: str, data: ReportData, scores: Scores) -> list[Plot]:
             grouped[target, row_of(data, score["explainer"], target), score["fraction"]].append(score)
     found = {key: pooled(rows) for key, rows in grouped.items()}
     places = list(zip(_places(data.fractions), [f"{100 * f:.3g}{numbers.THIN}%" for f in data.fractions]))
-    title = f"{numbers.metric_label(metric)}, {numbers.by_label(by)}"
+    title = numbers.score_label(metric, by)
     plots = []
     for target in data.targets_of(task):
         rows = [*scores.explainers(task, target), *_lookup(task, target, scores)]

@@ -54,15 +54,14 @@ def verdict_of_all(rows: Iterable[dict[str, Any]]) -> Verdict:
 
 def difference_text(row: dict[str, Any], *, p_value: bool = True) -> str:
     """`+.21 exact match (95 % interval +.17 to +.25, Holm p < .001)`."""
-    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
-    where = "" if row["by"] == "all" else f" on {numbers.by_label(row['by'])}"
-    head = f"{numbers.signed(row['difference'], digits)} {numbers.metric_label(row['metric'])}{where}"
+    difference, low, high = numbers.difference_parts(row)
+    what = numbers.metric_label(row["metric"]) + ("" if row["by"] == "all" else f" on {numbers.by_label(row['by'])}")
     if row["difference"] is None:
-        return f"{numbers.metric_label(row['metric'])}{where} undefined"
-    if row["low"] is None or row["high"] is None:
-        return f"{head} (no interval)"
-    bounds = f"{numbers.signed(row['low'], digits)} to {numbers.signed(row['high'], digits)}"
-    return f"{head} (95{numbers.THIN}% interval {bounds}{_p_text(row) if p_value else ''})"
+        return f"{what} undefined"
+    if not low:
+        return f"{difference} {what} (no interval)"
+    p_text = _p_text(row) if p_value else ""
+    return f"{difference} {what} (95{numbers.THIN}% interval {low} to {high}{p_text})"
 
 
 def _p_text(row: dict[str, Any]) -> str:
@@ -258,11 +257,8 @@ def _fall(row: dict[str, Any]) -> str:
 def _amount(row: dict[str, Any]) -> str:
     if row["difference"] is None:
         return "undefined"
-    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
-    text = numbers.signed(row["difference"], digits)
-    if row["low"] is None or row["high"] is None:
-        return text
-    return f"{text} ({numbers.signed(row['low'], digits)} to {numbers.signed(row['high'], digits)})"
+    difference, low, high = numbers.difference_parts(row)
+    return f"{difference} ({low} to {high})" if low else difference
 
 
 def _list(items: Sequence[str]) -> str:

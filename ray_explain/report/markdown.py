@@ -58,7 +58,7 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
     ]
     if not columns:
         return ""
-    head = ["explainer", *[escaped(f"{numbers.metric_label(m)}, {numbers.by_label(by)}") for m, by in columns], "n"]
+    head = ["explainer", *[escaped(numbers.score_label(metric, by)) for metric, by in columns], "n"]
     lines = []
     for row in rows:
         estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
