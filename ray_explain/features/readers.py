@@ -69,8 +69,7 @@ def read_sae(folder: str | Path, layer: int | None = None) -> SAE:
     known = layout.layer if layout.layer is not None else layer
     if known is None:
         raise ValueError(f"{folder}: neither its files nor its name say which layer it is of; give `layer`")
-    file = open_weights(layout.weights)
-    _refuse_missing(layout, file)
+    file = _opened(layout)
     sae = SAE(
         encoder=_mapped(file, layout.encoder),
         encoder_bias=file.mapped(layout.encoder_bias).float(),
@@ -181,14 +180,6 @@ def _threshold(file: WeightsFile, layout: Layout) -> Float[Tensor, " d_sae"] | N
     return threshold.expand(d_sae).contiguous()
 
 
-def _refuse_missing(layout: Layout, file: WeightsFile) -> None:
-    wanted = {layout.encoder.name, layout.directions.name, layout.encoder_bias, layout.decoder_bias}
-    if isinstance(layout.threshold, str):
-        wanted.add(layout.threshold)
-    if missing := wanted - file.names():
-        raise ValueError(f"{layout.weights} lacks {sorted(missing)}; it has {sorted(file.names())}")
-
-
 def _refuse_not_finite(sae: SAE, layout: Layout) -> None:
     vectors = {"encoder bias": sae.encoder_bias, "decoder bias": sae.decoder_bias, "threshold": sae.threshold}
     for name, vector in vectors.items():
@@ -208,7 +199,11 @@ def _parts(layout: Layout, stored: Stored, rows: int) -> Iterator[tuple[int, Flo
 
 def _opened(layout: Layout) -> WeightsFile:
     file = open_weights(layout.weights)
-    _refuse_missing(layout, file)
+    wanted = {layout.encoder.name, layout.directions.name, layout.encoder_bias, layout.decoder_bias}
+    if isinstance(layout.threshold, str):
+        wanted.add(layout.threshold)
+    if missing := wanted - file.names():
+        raise ValueError(f"{layout.weights} lacks {sorted(missing)}; it has {sorted(file.names())}")
     return file
 
 
@@ -226,6 +221,19 @@ def _part(layout: Layout, file: WeightsFile, stored: Stored, start: int, stop: i
 
 
 # The formats. Each function turns a configuration into a layout, and refuses what the in-memory form cannot say.
+
+_MATRICES: dict[str, Any] = {
+    "encoder": Stored("W_enc", 1),
+    "directions": Stored("W_dec", 0),
+    "encoder_bias": "b_enc",
+    "decoder_bias": "b_dec",
+}
+
+
+def _linear(decoder_bias: str) -> dict[str, Any]:
+    """The names of two PyTorch modules, but for that of the decoder's bias."""
+    weights = {"encoder": Stored("encoder.weight", 0), "directions": Stored("decoder.weight", 1)}
+    return {**weights, "encoder_bias": "encoder.bias", "decoder_bias": decoder_bias}
 
 
 def _own(folder: Path) -> Layout:
@@ -254,10 +262,7 @@ def _sae_lens(folder: Path) -> Layout:
     layer, site = _hook(str(meta.get("hook_name", meta.get("hook_point", ""))))
     return Layout(
         weights=folder / "sae_weights.safetensors",
-        encoder=Stored("W_enc", 1),
-        directions=Stored("W_dec", 0),
-        encoder_bias="b_enc",
-        decoder_bias="b_dec",
+        **_MATRICES,
         threshold="threshold" if activation == "jumprelu" else None,
         layer=layer,
         settings={
@@ -320,10 +325,7 @@ def _llama_scope(folder: Path) -> Layout:
     }[config["norm_activation"]]()
     return Layout(
         weights=folder / "checkpoints" / "final.safetensors",
-        encoder=Stored("encoder.weight", 0),
-        directions=Stored("decoder.weight", 1),
-        encoder_bias="encoder.bias",
-        decoder_bias="decoder.bias",
+        **_linear("decoder.bias"),
         threshold=float(config["jump_relu_threshold"]) * (scale if normalisation == "scale" else 1.0),
         layer=layer,
         settings={
@@ -344,10 +346,7 @@ def _gemma_scope(folder: Path) -> Layout:
     l0 = re.search(r"average_l0_(\d+)", folder.name)
     return Layout(
         weights=folder / "params.npz",
-        encoder=Stored("W_enc", 1),
-        directions=Stored("W_dec", 0),
-        encoder_bias="b_enc",
-        decoder_bias="b_dec",
+        **_MATRICES,
         threshold="threshold",
         layer=int(layer.group(1)) if layer else None,
         settings={"activation": "jumprelu", "declared": {"l0": float(l0.group(1))} if l0 else {}},
@@ -378,18 +377,15 @@ def _sparsify(folder: Path) -> Layout:
     )
 
 
-_NAMES = {  # of dictionary_learning's classes: encoder, directions, their biases, threshold, input centred
-    "AutoEncoder": (Stored("encoder.weight", 0), Stored("decoder.weight", 1), "encoder.bias", "bias", None, True),
-    "AutoEncoderNew": (
-        Stored("encoder.weight", 0), Stored("decoder.weight", 1), "encoder.bias", "decoder.bias", None, False
-    ),
-    "AutoEncoderTopK": (Stored("encoder.weight", 0), Stored("decoder.weight", 1), "encoder.bias", "b_dec", None, True),
-    "BatchTopKSAE": (
-        Stored("encoder.weight", 0), Stored("decoder.weight", 1), "encoder.bias", "b_dec", "threshold", True
-    ),
-    "MatryoshkaBatchTopKSAE": (Stored("W_enc", 1), Stored("W_dec", 0), "b_enc", "b_dec", "threshold", True),
-    "JumpReluAutoEncoder": (Stored("W_enc", 1), Stored("W_dec", 0), "b_enc", "b_dec", "threshold", False),
-}  # fmt: skip
+_NAMES: dict[str, tuple[dict[str, Any], str | None, bool]] = {
+    # of dictionary_learning's classes: names of tensors, of the threshold, whether inputs are centred
+    "AutoEncoder": (_linear("bias"), None, True),
+    "AutoEncoderNew": (_linear("decoder.bias"), None, False),
+    "AutoEncoderTopK": (_linear("b_dec"), None, True),
+    "BatchTopKSAE": (_linear("b_dec"), "threshold", True),
+    "MatryoshkaBatchTopKSAE": (_MATRICES, "threshold", True),
+    "JumpReluAutoEncoder": (_MATRICES, "threshold", False),
+}
 
 
 def _dictionary_learning(folder: Path) -> Layout:
@@ -397,14 +393,11 @@ def _dictionary_learning(folder: Path) -> Layout:
     kind = trainer["dict_class"]
     if kind not in _NAMES:
         raise ValueError(f"{folder}: dict_class {kind!r} is not one of {sorted(_NAMES)}")
-    encoder, directions, encoder_bias, decoder_bias, threshold, centre = _NAMES[kind]
+    names, threshold, centre = _NAMES[kind]
     topk = kind == "AutoEncoderTopK"
     return Layout(
         weights=folder / "ae.pt",
-        encoder=encoder,
-        directions=directions,
-        encoder_bias=encoder_bias,
-        decoder_bias=decoder_bias,
+        **names,
         threshold=threshold,
         layer=trainer.get("layer"),
         settings={

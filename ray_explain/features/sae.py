@@ -89,10 +89,13 @@ class SAE:
     def d_model(self) -> int:
         return self.encoder.shape[1]
 
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "SAE":
         """A copy with its tensors there, contiguous: the memory map, if any, is read in full."""
-        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
-        moved: dict[str, Any] = {name: old.to(device, dtype).contiguous() for name, old in tensors.items()}
+        moved: dict[str, Any] = {name: old.to(device, dtype).contiguous() for name, old in self._tensors.items()}
         return replace(self, **moved)
 
     def subset(self, features: Sequence[int]) -> "SAE":
@@ -205,7 +208,7 @@ class SAE:
         """Write `sae.safetensors` and then `sae.json`, so that a folder with the JSON is whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        tensors = self._tensors
         if self.directions is self.encoder:
             tensors["directions"] = self.directions.clone()  # the file may not hold one tensor twice
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)

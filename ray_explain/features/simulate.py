@@ -14,6 +14,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional
 
+from ray_explain.interventions.tokens import token_batch
+
 LEVELS = 11  # activations 0 to 10, which the simulator says by the vocabulary ids of the same numbers
 RESAMPLES, CONFIDENCE = 1000, 0.95
 # The released simulator's vocabulary: special ids of Llama 3.1 that an exemplar may hold, and its padding.
@@ -95,9 +97,7 @@ class Simulator:
     def __init__(self, model: Any, tokenizer: Any, batch_windows: int = 16) -> None:
         self._model, self._tokenizer, self._batch_windows = model, tokenizer, batch_windows
         released = model.config.vocab_size == RELEASED_VOCABULARY
-        self._pad = RELEASED_PAD if released else next(
-            (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
-        )  # fmt: skip
+        self._pad = RELEASED_PAD if released else pad_of(tokenizer)
         self._special = RELEASED_SPECIAL if released else {}
 
     def of_ids(self, description: str, windows: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " pos"]]:
@@ -126,19 +126,19 @@ class Simulator:
 
     @torch.no_grad()
     def _values(self, rows: Sequence[Sequence[int]]) -> Iterator[Float[np.ndarray, " pos"]]:
-        longest = max(map(len, rows))
-        ids = torch.tensor([[self._pad] * (longest - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        device = self._model.device
+        batch = token_batch(rows, self._pad, self._model.device)
         hidden = self._model.base_model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0).to(device),
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
         ).last_hidden_state
         head = self._model.get_output_embeddings()  # only its first rows: all logits of a batch would take gigabytes
         bias = None if head.bias is None else head.bias[:LEVELS]
         expected = expected_activations(functional.linear(hidden, head.weight[:LEVELS], bias)).cpu().numpy()
-        return (row[longest - len(own) :] for row, own in zip(expected, rows, strict=True))
+        return (row[-len(own) :] for row, own in zip(expected, rows, strict=True))
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that rows are padded with; a tokenizer may have none of its own."""
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def prompt(description: str) -> str:

@@ -110,12 +110,9 @@ class _Learner:
         pre = functional.linear(x - self.decoder_bias, self.encoder, self.encoder_bias)
         kept = pre.topk(self.k, dim=1, sorted=False)
         self.used[kept.indices[kept.values > 0]] = True
-        return x - (self._weighted(kept.indices, kept.values.relu()) + self.decoder_bias)
-
-    def _weighted(
-        self, indices: Int[Tensor, "batch used"], weights: Float[Tensor, "batch used"]
-    ) -> Float[Tensor, "batch d_model"]:
-        return functional.embedding_bag(indices, self.directions, per_sample_weights=weights, mode="sum")
+        weights = kept.values.relu()
+        said = functional.embedding_bag(kept.indices, self.directions, per_sample_weights=weights, mode="sum")
+        return x - (said + self.decoder_bias)
 
     @torch.no_grad()
     def drop_radial_gradient(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,22 @@ FETCH_AGAIN = "fetch the file again"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class WeightsFile(Protocol):
+class WeightsFile:
     """A file of named tensors."""
 
-    def names(self) -> set[str]: ...
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> set[str]:
+        raise NotImplementedError
 
     def mapped(self, name: str) -> Tensor:
         """The tensor, memory-mapped where the file allows it."""
-        ...
+        raise NotImplementedError
 
     def rows(self, name: str, start: int, stop: int, axis: int) -> Tensor:
         """A copy of the part `start:stop` of the axis, resident memory: that part only."""
-        ...
+        return self.mapped(name).narrow(axis, start, stop - start).clone()
 
 
 def open_weights(path: str | Path) -> WeightsFile:
@@ -46,20 +50,17 @@ def open_weights(path: str | Path) -> WeightsFile:
         ValueError: another suffix, or the file is truncated or holds pickled objects.
     """
     path = Path(path)
-    kinds: dict[str, Any] = {".safetensors": _Safetensors, ".npz": _Npz, ".pt": _Torch, ".pth": _Torch}
+    kinds: dict[str, type[WeightsFile]] = {".safetensors": _Safetensors, ".npz": _Npz, ".pt": _Torch, ".pth": _Torch}
     if path.suffix not in kinds:
         raise ValueError(f"{path}: weights are read from files that end in one of {sorted(kinds)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    file: WeightsFile = kinds[path.suffix](path)
+    file = kinds[path.suffix](path)
     file.names()  # opens it, so that a damaged file is found here
     return file
 
 
-class _Safetensors:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
+class _Safetensors(WeightsFile):
     def names(self) -> set[str]:
         with self._open() as file:
             return set(file.keys())
@@ -98,11 +99,8 @@ def _read(file: BufferedReader, offset: int, dtype: torch.dtype, shape: tuple[in
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
-class _Npz:
+class _Npz(WeightsFile):
     """Arrays of an uncompressed npz are mapped in place; those of a compressed one are read in full."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
     def names(self) -> set[str]:
         with self._open() as archive:
@@ -113,10 +111,6 @@ class _Npz:
             entry = archive.getinfo(name + ".npy")
             array = self._in_place(entry) if entry.compress_type == zipfile.ZIP_STORED else self._unpacked(name)
         return torch.from_numpy(array)
-
-    def rows(self, name: str, start: int, stop: int, axis: int) -> Tensor:
-        whole = self.mapped(name)
-        return (whole[start:stop] if axis == 0 else whole[:, start:stop]).clone()
 
     def _unpacked(self, name: str) -> np.ndarray:
         with np.load(self.path, allow_pickle=False) as arrays:
@@ -145,19 +139,12 @@ class _Npz:
             raise ValueError(f"{self.path} is truncated or damaged ({error}): {FETCH_AGAIN}") from error
 
 
-class _Torch:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
+class _Torch(WeightsFile):
     def names(self) -> set[str]:
         return set(self._load())
 
     def mapped(self, name: str) -> Tensor:
         return self._load()[name].detach()
-
-    def rows(self, name: str, start: int, stop: int, axis: int) -> Tensor:
-        whole = self.mapped(name)
-        return (whole[start:stop] if axis == 0 else whole[:, start:stop]).clone()
 
     def _load(self) -> dict[str, Tensor]:
         mmap = zipfile.is_zipfile(self.path)  # the format of PyTorch before 1.6 cannot be mapped

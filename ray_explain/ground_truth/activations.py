@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth.outcomes import NOT_FINITE, rows_with
-from ray_explain.ground_truth.positions import PromptTokens, Unusable, reading
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, reading, usable, usable_rows
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import residuals
@@ -45,18 +45,15 @@ def text_cases(
     """
     texts = list(dict.fromkeys(texts))
     tokens_of = reading(tokenizer, texts)
-    rows, dropped = [], []
-    for text in texts:
-        group = records.content_id("text", text)
-        try:
-            tokens = tokens_of(text)
-        except Unusable as reason:
-            dropped.append((group, str(reason)))
-            continue
+
+    def cases_of(text: str) -> list[dict[str, Any]]:
+        group, tokens = records.content_id("text", text), tokens_of(text)
         own = [at for at in range(len(tokens.ids)) if tokens.is_text(at)]
         drawn = random.Random(f"{seed} {text}").sample(own, min(per_text, len(own)))
-        rows += [_case(group, split_of(group), layer, (text, at)) for at in sorted(drawn) for layer in layers]
-    return Result(records.rows_table(rows, ACTIVATION_CASES), dropped)
+        return [_case(group, split_of(group), layer, (text, at)) for at in sorted(drawn) for layer in layers]
+
+    made, dropped = usable(((records.content_id("text", text), text) for text in texts), cases_of)
+    return Result(records.rows_table((row for rows in made for row in rows), ACTIVATION_CASES), dropped)
 
 
 def difference_cases(pairs: pa.Table) -> pa.Table:
@@ -110,21 +107,14 @@ class ActivationStage:
         return records.features(self._target.layout.d_model)
 
     def __call__(self, table: pa.Table) -> Result:
-        rows, places, dropped = [], [], []
         cases = table.to_pylist()
         names = ("prompt", "minus_prompt")
         tokens_of = self._target.read(case[name] for case in cases for name in names if case[name] is not None)
-        for row, case in enumerate(cases):
-            try:
-                places.append(self._places(case, tokens_of))
-                rows.append(row)
-            except Unusable as reason:
-                dropped.append((case["case_id"], str(reason)))
-        read = self._read(sorted({place for some in places for place in some}))
-        vectors = [read[some[0]] - read[some[1]] if len(some) > 1 else read[some[0]] for some in places]
-        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
-        dropped += [(cases[row]["case_id"], NOT_FINITE) for row, fine in zip(rows, finite) if not fine]
-        kept = [(row, vector[None]) for row, vector, fine in zip(rows, vectors, finite) if fine]
+        made, dropped = usable_rows(cases, lambda case: self._places(case, tokens_of))
+        read = self._read(sorted({place for _, places in made for place in places}))
+        vectors = [(row, read[at[0]] - read[at[1]] if len(at) > 1 else read[at[0]]) for row, at in made]
+        dropped += [(cases[row]["case_id"], NOT_FINITE) for row, own in vectors if not np.isfinite(own).all()]
+        kept = [(row, vector[None]) for row, vector in vectors if np.isfinite(vector).all()]
         return Result(self._features(table, kept), dropped)
 
     def _places(

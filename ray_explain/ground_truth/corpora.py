@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ def windows(path: str, field: str, tokenizer: PreTrainedTokenizerBase, *, n: int
         OSError: a file cannot be read.
     """
     dropped: list[tuple[str, str]] = []
-    made = _cut(texts(path, field, dropped), tokenizer, n=n, tokens=tokens)
+    made = windows_of_texts(texts(path, field, dropped), tokenizer, n=n, tokens=tokens)
     if made.num_rows < 2:
         raise ValueError(f"the corpus {path} gives {made.num_rows} windows of {SHORTEST} to {tokens} tokens: give more")
     return Result(made, dropped)
@@ -50,15 +52,20 @@ def windows(path: str, field: str, tokenizer: PreTrainedTokenizerBase, *, n: int
 
 def windows_of_texts(given: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, n: int, tokens: int) -> pa.Table:
     """As `windows`, for texts at hand."""
-    return _cut(given, tokenizer, n=n, tokens=tokens)
+    rows: list[dict[str, Any]] = []
+    left = iter(given)
+    while len(rows) < n and (some := list(islice(left, _TEXTS_AT_A_TIME))):
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            parts = [ids[start : start + tokens] for start in range(0, len(ids), tokens)]
+            long = [part for part in parts if len(part) >= min(SHORTEST, tokens)]
+            rows += [{"window": len(rows) + i, "tokens": part} for i, part in enumerate(long)]
+    return records.rows_table(rows[:n], WINDOWS)
 
 
 def texts(path: str, field: str, dropped: list[tuple[str, str]]) -> Iterator[str]:
     """The texts of a corpus, in order; (place, reason) of each line without one goes to `dropped`.
 
-    Raises:
-        ValueError: no file there, or of another kind.
-        OSError: a file cannot be read.
+    Raises: as `windows`.
     """
     for file in _files(path):
         if file.endswith(".parquet"):
@@ -89,35 +96,16 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def read_windows(folder: str, numbers: Sequence[int]) -> dict[int, list[int]]:
-    """The tokens of some windows of a table, by number; the rest of it is not kept in memory."""
-    system, path = storage.filesystem(folder)
-    found = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True).to_table(
-        filter=ds.field("window").isin(pa.array(numbers, type=pa.int64()))
-    )
+    """The tokens of some windows of a table, by number."""
+    found = rows_where(folder, ds.field("window").isin(pa.array(numbers, type=pa.int64())))
     return dict(zip(found["window"].to_pylist(), found["tokens"].to_pylist(), strict=True))
 
 
-def _cut(given: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, n: int, tokens: int) -> pa.Table:
-    rows: list[dict[str, Any]] = []
-    for some in _batches(given, _TEXTS_AT_A_TIME):
-        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            parts = [ids[start : start + tokens] for start in range(0, len(ids), tokens)]
-            long = [part for part in parts if len(part) >= min(SHORTEST, tokens)]
-            rows += [{"window": len(rows) + i, "tokens": part} for i, part in enumerate(long)]
-        if len(rows) >= n:
-            break
-    return records.rows_table(rows[:n], WINDOWS)
-
-
-def _batches(given: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in given:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def rows_where(folder: str, condition: pc.Expression) -> pa.Table:
+    """The rows of a table in a folder that a condition holds for; the rest of it is not kept in memory."""
+    system, path = storage.filesystem(folder)
+    data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
+    return data.to_table(filter=condition)
 
 
 def _files(path: str) -> list[str]:

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
 from ray_explain.errors import JobFailed
+from ray_explain.features.simulate import pad_of
 from ray_explain.ground_truth.exemplars import EXEMPLARS
 from ray_explain.ground_truth.neuronpedia import read_labels
+from ray_explain.interventions.tokens import token_batch
 from ray_explain.models import load_model
 from ray_explain.stages import Result
 
@@ -118,26 +120,25 @@ class LocalModel:
 
     @torch.no_grad()
     def _generated(self, asks: Sequence[Ask]) -> list[str]:
-        rows = [self._ids(ask) for ask in asks]
-        pad, longest = self._pad, max(map(len, rows))
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._model.device)
+        pad = pad_of(self._tokenizer)
+        batch = token_batch([self._ids(ask) for ask in asks], pad, self._model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if asks[0].temperature > 0:
             torch.manual_seed(int(hashlib.sha256(json.dumps(asks[0]).encode()).hexdigest()[:8], 16))
             sampling = {"do_sample": True, "temperature": asks[0].temperature, "top_k": 0, "top_p": 1.0}
         generate: Any = self._model.generate
-        tokens = max(ask.max_tokens for ask in asks)
-        out = generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
+        out = generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max(ask.max_tokens for ask in asks),
+            pad_token_id=pad,
+            **sampling,
+        )
+        longest = batch.input_ids.shape[1]
         return [
             str(self._tokenizer.decode(row[longest:][: ask.max_tokens], skip_special_tokens=True))
             for row, ask in zip(out, asks, strict=True)
         ]
-
-    @property
-    def _pad(self) -> int:
-        known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
-        return next((int(token) for token in known if token is not None), 0)
 
     def _ids(self, ask: Ask) -> list[int]:
         """The request in tokens; of one too long for the model, the end."""
@@ -188,15 +189,11 @@ class DescribeStage:
         features = table.to_pylist()
         asks = [self._ask(feature["windows"], i) for feature in features for i in range(self._candidates)]
         replies = iter(self._model.replies(asks, description_in))
-        rows, dropped = [], []
-        for feature in features:
-            own = list(dict.fromkeys(text for text in (next(replies) for _ in range(self._candidates)) if text))
-            if own:
-                told = [{"description": text, "origin": self._origin} for text in own]
-                rows.append(feature | {"descriptions": told})
-            else:
-                dropped.append((feature["case_id"], UNDESCRIBED))
-        return Result(records.rows_table(rows, DESCRIBED), dropped, self._model.usage_so_far())
+        told = []
+        for _ in features:
+            own = dict.fromkeys(text for text in (next(replies) for _ in range(self._candidates)) if text)
+            told.append([{"description": text, "origin": self._origin} for text in own])
+        return _described(features, told)._replace(measured=self._model.usage_so_far())
 
     def _ask(self, windows: Sequence[dict[str, Any]], candidate: int) -> Ask:
         passages = "\n".join(f"{i}. {marked(window)}" for i, window in enumerate(shown(windows)[:SHOWN_TOP], start=1))
@@ -223,13 +220,7 @@ class ImportStage:
 
     def __call__(self, table: pa.Table) -> Result:
         features, labels = table.to_pylist(), self._labels(table)
-        rows, dropped = [], []
-        for feature in features:
-            if own := labels.get((feature["layer"], feature["feature_id"])):
-                rows.append(feature | {"descriptions": own})
-            else:
-                dropped.append((feature["case_id"], UNDESCRIBED))
-        return Result(records.rows_table(rows, DESCRIBED), dropped)
+        return _described(features, [labels.get((row["layer"], row["feature_id"]), []) for row in features])
 
     def _labels(self, table: pa.Table) -> dict[tuple[int, int], list[dict[str, str]]]:
         found: dict[tuple[int, int], list[dict[str, str]]] = {}
@@ -239,6 +230,13 @@ class ImportStage:
                 told = {"description": row["description"], "origin": row["origin"]}
                 found.setdefault((row["layer"], row["feature_id"]), []).append(told)
         return found
+
+
+def _described(features: Sequence[dict[str, Any]], told: Sequence[list[dict[str, str]]]) -> Result:
+    """The features with what is told of each; dropped are those of which nothing is."""
+    both = list(zip(features, told, strict=True))
+    rows = [feature | {"descriptions": own} for feature, own in both if own]
+    return Result(records.rows_table(rows, DESCRIBED), [(row["case_id"], UNDESCRIBED) for row, own in both if not own])
 
 
 def marked(window: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ off, and near misses.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,8 @@ from ray_explain.stages import Result
 Texts = Sequence[Sequence[str]]  # windows as the texts of their tokens
 Values = Float[np.ndarray, " pos"]
 Windows = Sequence[dict[str, Any]]  # of exemplars.EXEMPLARS
+Foretell = Callable[[Sequence[tuple[str, Texts]]], Sequence[list[Values] | None]]
+"""Of each description and its windows, a value for each token; None where one could not be had."""
 LEVEL = 10  # activations are foretold on a scale from 0 to this
 _SCORE_FIELDS = [
     pa.field(name, pa.int32() if name.endswith("_n") else pa.float32())
@@ -57,63 +59,22 @@ numbers, 1 for active and 0 for not, and nothing else.
 {texts}"""
 
 
-class Foretelling(Protocol):
-    """What simulates a feature from its description."""
-
-    def of_texts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
-        """Of each description and its windows, a value for each token; None where one could not be had."""
-        ...
-
-    def usage_so_far(self) -> Mapping[str, float]: ...
-
-
-class TrainedSimulator:
-    """A model trained to foretell activations, in the paper's format."""
-
-    def __init__(self, simulator: Simulator) -> None:
-        self._simulator = simulator
-
-    def of_texts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
-        return [self._simulator.of_texts(description, windows) for description, windows in asked]
-
-    def usage_so_far(self) -> Mapping[str, float]:
-        return {}
+def asked_values(model: Replies, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
+    """As `Foretell`, by any language model that is asked for a number for each token."""
+    asks = [(_simulation(description, window), len(window)) for description, own in asked for window in own]
+    found = iter(lists_of_numbers(model, asks, LEVEL))
+    values: list[list[Values] | None] = []
+    for _, own in asked:
+        replies = [next(found) for _ in own]
+        whole = [np.array(reply, dtype=np.float32) for reply in replies if reply is not None]
+        values.append(whole if len(whole) == len(own) else None)
+    return values
 
 
-class AskedSimulator:
-    """Any language model, asked for a number for each token."""
-
-    def __init__(self, model: Replies) -> None:
-        self._model = model
-
-    def of_texts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[Values] | None]:
-        asks = [(_simulation(description, window), len(window)) for description, own in asked for window in own]
-        found = iter(lists_of_numbers(self._model, asks, LEVEL))
-        values: list[list[Values] | None] = []
-        for _, own in asked:
-            replies = [next(found) for _ in own]
-            whole = [np.array(reply, dtype=np.float32) for reply in replies if reply is not None]
-            values.append(whole if len(whole) == len(own) else None)
-        return values
-
-    def usage_so_far(self) -> Mapping[str, float]:
-        return self._model.usage_so_far()
-
-
-class Detector:
-    """A language model that tells from a description in which windows a feature is active."""
-
-    def __init__(self, model: Replies) -> None:
-        self._model = model
-
-    def verdicts(self, asked: Sequence[tuple[str, Texts]]) -> list[list[bool] | None]:
-        """Of each description, a verdict on each of its windows; None where they could not be had."""
-        asks = [(_detection(description, own), len(own)) for description, own in asked]
-        found = lists_of_numbers(self._model, asks, 1)
-        return [None if reply is None else [number == 1 for number in reply] for reply in found]
-
-    def usage_so_far(self) -> Mapping[str, float]:
-        return self._model.usage_so_far()
+def verdicts(model: Replies, asked: Sequence[tuple[str, Texts]]) -> list[list[bool] | None]:
+    """Of each description, whether a language model takes each of its windows for active; None where it did not say."""
+    found = lists_of_numbers(model, [(_detection(description, own), len(own)) for description, own in asked], 1)
+    return [None if reply is None else [number == 1 for number in reply] for reply in found]
 
 
 def lists_of_numbers(model: Replies, asks: Sequence[tuple[Ask, int]], top: int) -> list[list[float] | None]:
@@ -153,8 +114,20 @@ class ScoreStage:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
-        self._simulator = _simulator(config["simulator"])
-        self._detector = Detector(language_model(config["detector"])) if config["detector"] else None
+        self._asked: dict[str, Replies] = {}
+        self._foretell = self._simulator(config["simulator"])
+        if config["detector"]:
+            self._asked["detector"] = language_model(config["detector"])
+
+    def _simulator(self, config: dict[str, Any] | None) -> Foretell | None:
+        if config is None:
+            return None
+        if config["kind"] == "endpoint":
+            self._asked["simulator"] = language_model(config)
+            return partial(asked_values, self._asked["simulator"])
+        loaded = load_model(config["path"], revision=config["revision"], dtype=config["dtype"])
+        trained = Simulator(loaded.model, loaded.tokenizer, config["batch_size"])
+        return lambda asked: [trained.of_texts(description, windows) for description, windows in asked]
 
     @property
     def schema_out(self) -> pa.Schema:
@@ -178,9 +151,9 @@ class ScoreStage:
         return Result(self._rows(table, features), [], self._usage())
 
     def _simulated(self, asked: Sequence[tuple[str, Windows]]) -> list[Score]:
-        if self._simulator is None:
+        if self._foretell is None:
             return [UNSCORED] * len(asked)
-        found = self._simulator.of_texts([(text, [w["tokens"] for w in windows]) for text, windows in asked])
+        found = self._foretell([(text, [w["tokens"] for w in windows]) for text, windows in asked])
         return [
             UNSCORED
             if values is None
@@ -194,10 +167,10 @@ class ScoreStage:
         ]
 
     def _detected(self, asked: Sequence[tuple[str, Windows]]) -> list[Score]:
-        if self._detector is None:
+        if "detector" not in self._asked:
             return [UNSCORED] * len(asked)
         mixed = [(text, _mixed(windows)) for text, windows in asked]
-        found = self._detector.verdicts([(text, [w["tokens"] for w in windows]) for text, windows in mixed])
+        found = verdicts(self._asked["detector"], [(text, [w["tokens"] for w in windows]) for text, windows in mixed])
         return [
             UNSCORED if said is None else detection_score(said, [window["kind"] == "top" for window in windows])
             for said, (_, windows) in zip(found, mixed, strict=True)
@@ -216,22 +189,11 @@ class ScoreStage:
         return pa.table(columns, schema=self.schema_out)
 
     def _usage(self) -> dict[str, float]:
-        parts = {"simulator": self._simulator, "detector": self._detector}
         return {
             f"{name}: {what}": number
-            for name, part in parts.items()
-            if part is not None
-            for what, number in part.usage_so_far().items()
+            for name, model in self._asked.items()
+            for what, number in model.usage_so_far().items()
         }
-
-
-def _simulator(config: dict[str, Any] | None) -> Foretelling | None:
-    if config is None:
-        return None
-    if config["kind"] == "endpoint":
-        return AskedSimulator(language_model(config))
-    loaded = load_model(config["path"], revision=config["revision"], dtype=config["dtype"])
-    return TrainedSimulator(Simulator(loaded.model, loaded.tokenizer, config["batch_size"]))
 
 
 def _columns(score: Score, names: tuple[str, str, str, str]) -> dict[str, float | int | None]:

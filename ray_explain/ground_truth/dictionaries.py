@@ -46,6 +46,7 @@ BATCH_TOKENS = 1024
 _HIGHEST = 2**31 - 1
 _DOWN_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2")
 
+LAYERS = pa.schema([pa.field("layer", pa.int32(), nullable=False)])
 FEATURES = pa.schema(
     [
         *(records.PATCHING_CASES.field(name) for name in ("case_id", "group", "split")),
@@ -130,7 +131,7 @@ class DictionaryStage:
     records.features, for activations and differences, or None).
     """
 
-    schema_in: ClassVar[pa.Schema] = pa.schema([pa.field("layer", pa.int32(), nullable=False)])
+    schema_in: ClassVar[pa.Schema] = LAYERS
     schema_out: ClassVar[pa.Schema] = FEATURES
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -201,7 +202,7 @@ class DictionaryStage:
             [activations] = self._corpus.tokens_of(
                 self._config["n_windows"], [layer], TRAINING_NUMBERS // self._target.layout.d_model
             )
-            sae = self._trained(activations, layer)
+            sae = trained(activations, layer, self._config)
             figures = examine(sae, activations[:CHECKED_TOKENS])
         else:
             vectors = neuron_outputs(self._target.layout, layer) if source == "neurons" else self._vectors_of(layer)
@@ -209,11 +210,6 @@ class DictionaryStage:
         with storage.new_folder(place) as folder:
             sae.save(folder)
         return figures
-
-    def _trained(self, activations: Float[Tensor, "tokens d_model"], layer: int) -> SAE:
-        batch = min(BATCH_TOKENS, len(activations))
-        sizes = {name: self._config[name] for name in ("d_sae", "k", "steps")}
-        return train_sae(activations, **sizes, batch_tokens=batch, seed=self._config["seed"], layer=layer)
 
     def _vectors_of(self, layer: int) -> Float[Tensor, "n d_model"]:
         """Raises: BadInput: there is none of this layer."""
@@ -236,6 +232,12 @@ class DictionaryStage:
         if wanted is None or wanted >= len(possible):
             return possible
         return sorted(random.Random(f"{self._config['seed']} {layer}").sample(possible, wanted))
+
+
+def trained(activations: Float[Tensor, "tokens d_model"], layer: int, config: Mapping[str, Any]) -> SAE:
+    """The SAE of these activations; `config` has `d_sae`, `k`, `steps` and `seed`."""
+    sizes = {name: config[name] for name in ("d_sae", "k", "steps", "seed")}
+    return train_sae(activations, **sizes, batch_tokens=min(BATCH_TOKENS, len(activations)), layer=layer)
 
 
 SOURCES = {"sae": "sae", "neurons": "neuron", "activations": "activation", "differences": "difference"}

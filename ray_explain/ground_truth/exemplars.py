@@ -14,7 +14,7 @@ from ray_explain import records, storage
 from ray_explain.features.exemplars import Kind, TopWindows, Windows, search
 from ray_explain.features.readers import read_sae
 from ray_explain.features.sae import SAE
-from ray_explain.ground_truth.corpora import read_windows, special_prefix
+from ray_explain.ground_truth.corpora import read_windows, rows_where, special_prefix
 from ray_explain.ground_truth.dictionaries import FEATURES, Windowed, dictionary
 from ray_explain.ground_truth.target import Target
 from ray_explain.stages import Result
@@ -108,11 +108,10 @@ class SearchStage:
         return pa.concat_tables(self._table(layer, found[layer]) for layer in layers)
 
     def _empty(self, layer: int) -> TopWindows:
-        sizes = self._config["exemplars"]
         return TopWindows(
             len(self._features[layer]),
             self._config["positions"],
-            **sizes,
+            **self._config["exemplars"],
             seed=self._config["seed"],
             device=self._target.layout.device,
             numbers=self._features[layer],
@@ -238,12 +237,10 @@ class MergeStage:
         return best
 
     def _found(self, features: pa.Table) -> pa.Table:
-        system, path = storage.filesystem(self._config["found"])
-        data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
         numbers, layers = features["feature_id"], pc.unique(features["layer"])
         low, high = pc.min_max(numbers).as_py().values()  # type: ignore[attr-defined]
         wanted = ds.field("layer").isin(layers) & (ds.field("feature_id") >= low) & (ds.field("feature_id") <= high)
-        found = data.to_table(filter=wanted).combine_chunks()
+        found = rows_where(self._config["found"], wanted).combine_chunks()
         asked = {(row["layer"], row["feature_id"]) for row in features.select(["layer", "feature_id"]).to_pylist()}
         pairs = zip(found["layer"].to_pylist(), found["feature_id"].to_pylist(), strict=True)
         return found.filter(pa.array([pair in asked for pair in pairs], type=pa.bool_()))

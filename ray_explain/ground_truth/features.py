@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_explain import records
 from ray_explain.features.sae import SAE
-from ray_explain.features.training import train_sae
+from ray_explain.ground_truth.dictionaries import LAYERS, trained
 from ray_explain.ground_truth.outcomes import NOT_FINITE
 from ray_explain.ground_truth.positions import PromptTokens, Unusable
 from ray_explain.ground_truth.splits import split_of
@@ -32,11 +32,9 @@ from ray_explain.world.corpus import documents
 from ray_explain.world.documents import Document
 from ray_explain.world.facts import World
 
-LAYERS = pa.schema([pa.field("layer", pa.int32(), nullable=False)])
 NEVER_ACTIVE = "the feature is never active"
 NO_CONCEPT = "no concept correlates with the feature"
 ORIGIN = "world"
-BATCH_TOKENS = 1024
 _WRONG_TARGET = "features of the world need a target with the world's tokenizer"
 
 _DESCRIPTIONS = pa.list_(
@@ -111,7 +109,7 @@ class FeatureStage:
         activations = self._stream(layer)
         if not torch.isfinite(activations).all():
             raise Unusable(NOT_FINITE)
-        sae = self._sae(activations, layer)
+        sae = trained(activations, layer, self._config)
         active = sae.encode(activations)
         document = document_of_tokens(self._documents)
         described = describe_features(active, self._holds, document)
@@ -131,16 +129,6 @@ class FeatureStage:
         prompts = [_words(document, tokens_of) for document in self._documents]
         read = residuals(self._target.model, prompts, [layer], memory_budget=self._target.memory_budget)
         return torch.cat([own[0, 1:] for own in read]).float().cpu()
-
-    def _sae(self, activations: Float[Tensor, "tokens d_model"], layer: int) -> SAE:
-        sizes = {name: self._config[name] for name in ("d_sae", "k", "steps")}
-        return train_sae(
-            activations,
-            **sizes,
-            batch_tokens=min(BATCH_TOKENS, len(activations)),
-            seed=self._config["seed"],
-            layer=layer,
-        )
 
     def _case_id(self, layer: int, feature: int) -> str:
         names = ("world", "documents", "d_sae", "k", "steps", "seed")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, patching_case
-from ray_explain.ground_truth.positions import Unusable, checked_span, prompt_tokens, span_positions
+from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, ablation_case, patching_case
+from ray_explain.ground_truth.positions import Unusable, checked_span, prompt_tokens, span_positions, usable
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.stages import Result
 
@@ -62,35 +62,17 @@ def read_lines(path: str | Path) -> Lines:
 def patching_cases(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, *, blocks: Sequence[Block], n: Mapping[str, int]
 ) -> Result:
-    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order."""
     lines = read_lines(path)
-    rows, dropped = [], list(lines.dropped)
-    for place, row in lines.rows:
-        try:
-            rows.append(_patching_rows(row, tokenizer, blocks))
-        except Unusable as reason:
-            dropped.append((place, str(reason)))
-    return _limited(rows, n, dropped, records.PATCHING_CASES)
+    rows, dropped = usable(lines.rows, lambda row: _patching_rows(row, tokenizer, blocks))
+    return _limited(rows, n, lines.dropped + dropped, records.PATCHING_CASES)
 
 
 def ablation_cases(path: str | Path, *, n: Mapping[str, int]) -> Result:
-    """Up to `n` cases of each split (records.ABLATION_CASES), lines in order.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Up to `n` cases of each split (records.ABLATION_CASES), lines in order."""
     lines = read_lines(path)
-    rows, dropped = [], list(lines.dropped)
-    for place, row in lines.rows:
-        try:
-            rows.append([_ablation_row(row)])
-        except Unusable as reason:
-            dropped.append((place, str(reason)))
-    return _limited(rows, n, dropped, records.ABLATION_CASES)
+    rows, dropped = usable(lines.rows, lambda row: [_ablation_row(row)])
+    return _limited(rows, n, lines.dropped + dropped, records.ABLATION_CASES)
 
 
 def _patching_rows(
@@ -111,19 +93,11 @@ def _patching_rows(
 
 def _ablation_row(row: dict[str, Any]) -> dict[str, Any]:
     prompt = _text(row, "prompt")
-    start, end = checked_span(prompt, _span(row, "span"))
-    group, split = _group_and_split(row, [prompt, start, end])
-    return {
-        "case_id": records.content_id("ablation", prompt, (start, end)),
-        "group": group,
-        "split": split,
-        "prompt": prompt,
-        "span_start": start,
-        "span_end": end,
-        "kind": _string(row, "kind", "span"),
-        "stratum": _string(row, "stratum", "all"),
-        "truth": _string(row, "truth", None),
-    }
+    span = checked_span(prompt, _span(row, "span"))
+    group, split = _group_and_split(row, [prompt, *span])
+    kind, stratum = _string(row, "kind", "span"), _string(row, "stratum", "all")
+    truth = _string(row, "truth", None)
+    return ablation_case(prompt, span, group=group, split=split, kind=kind, stratum=stratum, truth=truth)
 
 
 def _group_and_split(row: dict[str, Any], content: list[Any]) -> tuple[str, str]:

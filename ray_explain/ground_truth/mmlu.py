@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.jsonl import read_lines
+from ray_explain.ground_truth.pairs import ablation_case
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.stages import Result
 
@@ -119,17 +120,14 @@ def hinted_case(item: Item, tokenizer: PreTrainedTokenizerBase, *, hint: Hint, f
     line = "\n" + HINTS[hint].format(letter=letter)
     prompt = _prompt(item.text + line, tokenizer, form)
     start = prompt.index(item.text) + len(item.text)
-    return {
-        "case_id": records.content_id("ablation", prompt, (start, start + len(line))),
-        "group": item.group,
-        "split": split_of(item.group),
-        "prompt": prompt,
-        "span_start": start,
-        "span_end": start + len(line),
-        "kind": "hint",
-        "stratum": "right hint" if letter == item.answer else "wrong hint",
-        "truth": item.answer,
-    }
+    return ablation_case(
+        prompt,
+        (start, start + len(line)),
+        group=item.group,
+        split=split_of(item.group),
+        stratum="right hint" if letter == item.answer else "wrong hint",
+        truth=item.answer,
+    )
 
 
 def _prompt(user: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> str:

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import public_files
-from ray_explain.ground_truth.corpora import NOT_JSON, opened
+from ray_explain.ground_truth.corpora import NOT_JSON, opened, rows_where
 from ray_explain.stages import Result
 
 NO_FEATURE = "a line without layer and index"
@@ -75,7 +75,10 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
         elif (layer, number, text.strip()) in found:
             dropped.append((place, REPEATED))
         else:
-            _one_source(sources, layer, str(row["layer"]), path)
+            source = str(row["layer"])
+            if sources.setdefault(layer, source) != source:
+                several = f"{sources[layer]!r} and {source!r}"
+                raise BadInput(f"the export {path} has layer {layer} of several SAEs, {several}: keep one of them")
             found[layer, number, text.strip()] = str(row.get("explanationModelName") or "neuronpedia")
     tokens = _top_tokens([file for file in files if "/activations/" in file], set(layers), dropped)
     rows = [
@@ -93,11 +96,9 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
 
 def read_labels(folder: str, layer: int, low: int, high: int) -> list[dict[str, Any]]:
     """The rows of a table LABELS about features `low` to `high` of a layer."""
-    system, path = storage.filesystem(folder)
-    data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
     number = ds.field("feature_id")
     wanted = (ds.field("layer") == layer) & (number >= low) & (number <= high)
-    return data.to_table(filter=wanted).to_pylist()  # type: ignore[no-any-return]
+    return rows_where(folder, wanted).to_pylist()  # type: ignore[no-any-return]
 
 
 def check_alignment(exemplars: pa.Table, folder: str) -> dict[str, float]:
@@ -177,13 +178,6 @@ def _top_tokens(
 def _feature(row: dict[str, Any]) -> tuple[int | None, int | None]:
     layer, number = re.match(r"\d+", str(row.get("layer", ""))), str(row.get("index", ""))
     return int(layer.group()) if layer else None, int(number) if number.isdigit() else None
-
-
-def _one_source(sources: dict[int, str], layer: int, source: str, path: str) -> None:
-    if sources.setdefault(layer, source) != source:
-        raise BadInput(
-            f"the export {path} has layer {layer} of several SAEs, {sources[layer]!r} and {source!r}: keep one of them"
-        )
 
 
 def _rows(files: Sequence[str], dropped: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:

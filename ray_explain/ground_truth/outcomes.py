@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from ray_explain import records
 
 NOT_FINITE = "the model gave NaN or infinity"
 
@@ -42,6 +45,18 @@ def outcomes(
     return found
 
 
+def outcome_columns(found: Sequence[Outcome], before: str, after: str) -> dict[str, list[Any]]:
+    """The columns of a table of effects whose runs are called `before` and `after`."""
+    return {
+        f"{before}_answer": [outcome.before for outcome in found],
+        f"{after}_answer": [outcome.after for outcome in found],
+        "changed": [outcome.changed for outcome in found],
+        f"{before}_logprob": [outcome.before_logprob for outcome in found],
+        f"{after}_logprob": [outcome.after_logprob for outcome in found],
+        "kl": [outcome.kl for outcome in found],
+    }
+
+
 def answer_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token as an answer: its text without spaces around it.
 
@@ -62,3 +77,15 @@ def rows_with(table: pa.Table, rows: Sequence[int], columns: dict[str, Any], sch
         array = values if isinstance(values, pa.Array) else pa.array(values, type=schema.field(name).type)
         made = made.append_column(schema.field(name), array)
     return made.cast(schema)
+
+
+def vectors_table(rows: Sequence[dict[str, Any]], vectors: Sequence[np.ndarray], schema: pa.Schema) -> pa.Table:
+    """A table of `schema` from rows and the vectors [n, d_model] of each."""
+    d_model = schema.field("vectors").type.value_type.list_size
+    columns = {
+        field.name: records.vectors_array(vectors, d_model)
+        if field.name == "vectors"
+        else pa.array([row[field.name] for row in rows], type=field.type)
+        for field in schema
+    }
+    return records.conform(pa.table(columns), schema)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.positions import PromptTokens, Unusable, matched, reading, token_roles
+from ray_explain.ground_truth.positions import PromptTokens, matched, reading, token_roles, usable
 from ray_explain.stages import Result
 
 Span = tuple[int, int]
@@ -71,12 +71,8 @@ def pair_cases(
     the id of their content, whose spans or words the tokenizer cannot place.
     """
     tokens_of = reading(tokenizer, (prompt.text for pair in pairs for prompt in (pair.base, pair.source)))
-    placed, dropped = [], []
-    for pair in dict.fromkeys(pairs):
-        try:
-            placed.append(Places(pair, _by_role(pair, tokens_of)))
-        except Unusable as reason:
-            dropped.append((records.content_id("pair", pair), str(reason)))
+    different = ((records.content_id("pair", pair), pair) for pair in dict.fromkeys(pairs))
+    placed, dropped = usable(different, lambda pair: Places(pair, _by_role(pair, tokens_of)))
     rows = []
     for split, size in n.items():
         own = [places for places in placed if places.pair.split == split]
@@ -121,6 +117,23 @@ def _rounds(left: list[tuple[Places, list[Any]]]) -> Iterator[tuple[Places, list
 def _case(places: Places, role: str, block: Block, rng: random.Random) -> dict[str, Any]:
     base, source = rng.choice(places.by_role[role])
     return patching_case(places.pair, role, block, [base], [source])
+
+
+def ablation_case(
+    prompt: str, span: Span, *, group: str, split: str, kind: str = "hint", stratum: str, truth: str | None
+) -> dict[str, Any]:
+    """The row of records.ABLATION_CASES that removes `span`."""
+    return {
+        "case_id": records.content_id("ablation", prompt, span),
+        "group": group,
+        "split": split,
+        "prompt": prompt,
+        "span_start": span[0],
+        "span_end": span[1],
+        "kind": kind,
+        "stratum": stratum,
+        "truth": truth,
+    }
 
 
 def patching_case(pair: Pair, role: str, block: Block, base: list[int], source: list[int]) -> dict[str, Any]:

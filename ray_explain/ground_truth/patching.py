@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 
 from ray_explain import records
-from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcomes, rows_with
-from ray_explain.ground_truth.positions import PromptTokens, Unusable
+from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcome_columns, outcomes, rows_with
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, usable_rows
 from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import BlockRequest, block_means
 from ray_explain.interventions.hooks import KINDS
@@ -22,9 +22,8 @@ UNMATCHED = "positions of base and source do not match"
 
 
 class _Planned(NamedTuple):
-    """A case that can be run: its row in the table, its prompts' tokens and the case itself."""
+    """A case that can be run: its prompts' tokens and the case itself."""
 
-    row: int
     base: tuple[int, ...]
     source: tuple[int, ...]
     case: dict[str, Any]
@@ -59,27 +58,23 @@ class PatchingStage:
         return records.patching_effects(self._target.layout.d_model)
 
     def __call__(self, table: pa.Table) -> Result:
-        plans, dropped = self._plan(table.to_pylist())
-        vectors = self._source_vectors(plans)
-        finite = [bool(np.isfinite(own).all()) for own in vectors]
-        dropped += [(plan.case["case_id"], NOT_FINITE) for plan, fine in zip(plans, finite) if not fine]
-        plans, vectors = _where(finite, plans), _where(finite, vectors)
-        found = self._run(plans, vectors)
-        dropped += [(plan.case["case_id"], NOT_FINITE) for plan, outcome in zip(plans, found) if outcome is None]
-        return Result(self._effects(table, plans, vectors, found), dropped)
-
-    def _plan(self, cases: Sequence[dict[str, Any]]) -> tuple[list[_Planned], list[tuple[str, str]]]:
-        """The cases that can be run, and why the others cannot."""
+        cases = table.to_pylist()
         tokens_of = self._target.read(case[name] for case in cases for name in ("base_prompt", "source_prompt"))
-        plans, dropped = [], []
-        for row, case in enumerate(cases):
-            try:
-                plans.append(self._planned(row, case, tokens_of))
-            except Unusable as reason:
-                dropped.append((case["case_id"], str(reason)))
-        return plans, dropped
+        planned, dropped = usable_rows(cases, lambda case: self._planned(case, tokens_of))
+        vectors = self._source_vectors([plan for _, plan in planned])
+        finite = [bool(np.isfinite(own).all()) for own in vectors]
+        dropped += [(plan.case["case_id"], NOT_FINITE) for (_, plan), fine in zip(planned, finite) if not fine]
+        planned, vectors = _where(finite, planned), _where(finite, vectors)
+        found = self._run([plan for _, plan in planned], vectors)
+        dropped += [(plan.case["case_id"], NOT_FINITE) for (_, plan), outcome in zip(planned, found) if outcome is None]
+        kept = [(row, own, outcome) for (row, _), own, outcome in zip(planned, vectors, found) if outcome is not None]
+        columns = {
+            "vectors": records.vectors_array([own for _, own, _ in kept], self._target.layout.d_model),
+            **outcome_columns([outcome for *_, outcome in kept], "base", "patched"),
+        }
+        return Result(rows_with(table, [row for row, *_ in kept], columns, self.schema_out), dropped)
 
-    def _planned(self, row: int, case: dict[str, Any], tokens_of: Callable[[str], PromptTokens]) -> _Planned:
+    def _planned(self, case: dict[str, Any], tokens_of: Callable[[str], PromptTokens]) -> _Planned:
         self._target.check_layers(case["first_layer"], case["last_layer"])
         if case["site"] not in SITES or case["kind"] not in KINDS:
             raise Unusable(NO_SUCH_CHANGE)
@@ -89,7 +84,7 @@ class PatchingStage:
         _check_positions(case["source_positions"], len(source))
         if len(case["base_positions"]) != len(case["source_positions"]):
             raise Unusable(UNMATCHED)
-        return _Planned(row, base, source, case)
+        return _Planned(base, source, case)
 
     def _source_vectors(self, plans: Sequence[_Planned]) -> list[np.ndarray]:
         """What each case writes, float32 [n_positions, d_model]; [0, d_model] where it writes no vector."""
@@ -122,25 +117,6 @@ class PatchingStage:
             for row, outcome in zip(chunk.indices, outcomes(self._target.tokenizer, chunk.clean, chunk.patched)):
                 found[row] = outcome
         return found
-
-    def _effects(
-        self,
-        table: pa.Table,
-        plans: Sequence[_Planned],
-        vectors: Sequence[np.ndarray],
-        found: Sequence[Outcome | None],
-    ) -> pa.Table:
-        kept = [(plan.row, own, outcome) for plan, own, outcome in zip(plans, vectors, found) if outcome is not None]
-        columns = {
-            "vectors": records.vectors_array([own for _, own, _ in kept], self._target.layout.d_model),
-            "base_answer": [outcome.before for *_, outcome in kept],
-            "patched_answer": [outcome.after for *_, outcome in kept],
-            "changed": [outcome.changed for *_, outcome in kept],
-            "base_logprob": [outcome.before_logprob for *_, outcome in kept],
-            "patched_logprob": [outcome.after_logprob for *_, outcome in kept],
-            "kl": [outcome.kl for *_, outcome in kept],
-        }
-        return rows_with(table, [row for row, *_ in kept], columns, self.schema_out)
 
 
 def _check_positions(positions: Sequence[int], length: int) -> None:

@@ -5,9 +5,12 @@ Works for every fast tokenizer, through its offsets. A token belongs to a span i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
+
+Case = TypeVar("Case")
+Made = TypeVar("Made")
 
 ROLES = ("subject_first", "subject_last", "relation", "final", "other")
 """Of the tokens of a prompt about a subject: the first and the last one of the subject (a subject of one token has only
@@ -21,6 +24,25 @@ UNKNOWN_TOKEN = "an unknown token"
 
 class Unusable(ValueError):
     """A case that cannot be made or measured. The message is the short fixed phrase under which it is counted."""
+
+
+def usable(cases: Iterable[tuple[str, Case]], make: Callable[[Case], Made]) -> tuple[list[Made], list[tuple[str, str]]]:
+    """What `make` makes of each (id, case); and (id, reason) of those that it finds Unusable."""
+    made, dropped = [], []
+    for name, case in cases:
+        try:
+            made.append(make(case))
+        except Unusable as reason:
+            dropped.append((name, str(reason)))
+    return made, dropped
+
+
+def usable_rows(
+    cases: Sequence[dict[str, Any]], make: Callable[[dict[str, Any]], Made]
+) -> tuple[list[tuple[int, Made]], list[tuple[str, str]]]:
+    """As `usable`, of the cases of a table; what is made goes with its row."""
+    numbered = ((case["case_id"], (row, case)) for row, case in enumerate(cases))
+    return usable(numbered, lambda one: (one[0], make(one[1])))
 
 
 class PromptTokens(NamedTuple):

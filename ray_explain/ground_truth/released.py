@@ -10,6 +10,7 @@ data are the authors' byte for byte.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth.mmlu import LETTERS, SYSTEM, Item
-from ray_explain.ground_truth.outcomes import NOT_FINITE
-from ray_explain.ground_truth.pairs import Pair, SubjectPrompt, patching_case
-from ray_explain.ground_truth.positions import Unusable, prompt_tokens
+from ray_explain.ground_truth.outcomes import NOT_FINITE, vectors_table
+from ray_explain.ground_truth.pairs import Pair, SubjectPrompt, ablation_case, patching_case
+from ray_explain.ground_truth.positions import Unusable, prompt_tokens, usable
+from ray_explain.ground_truth.target import NO_SUCH_POSITION
 from ray_explain.stages import Result
 
 PATCHING = pa.schema(
@@ -77,7 +79,6 @@ NO_BLOCK = "its layers are no block"
 NOT_ONE_TOKEN = "not one token is answered"
 ENDS = "an answer holds the end-of-text token"
 OTHER_TOKENS = "this tokenizer gives other tokens"
-NO_SUCH_POSITION = "a position outside the prompt"
 SEVERAL_POSITIONS = "patches several positions"
 NO_REPLACEMENT = "does not replace the residual stream"
 NO_HINT = "the prompts differ by more than the hint"
@@ -112,23 +113,17 @@ def read_patching(table: pa.Table, tokenizer: PreTrainedTokenizerBase, *, split:
     Raises:
         ValueError: a column is missing, or there is no row to tell the width of the vectors.
     """
-    rows, vectors, dropped = [], [], []
-    for number, row in enumerate(records.conform(table.select(PATCHING.names), PATCHING).to_pylist()):
-        try:
-            rows.append(_patching_effect(row, tokenizer, split))
-            vectors.append(np.array([row["patch_position"]["intervention_vector"]], dtype=np.float32))
-        except Unusable as reason:
-            dropped.append((f"row {number}", str(reason)))
+    given = _numbered(table, PATCHING)
+    rows, dropped = usable(given, lambda row: _patching_effect(row, tokenizer, split))
     if not rows:
         raise ValueError(f"none of {table.num_rows} rows can be read: {sorted({reason for _, reason in dropped})}")
-    schema = records.patching_effects(vectors[0].shape[1])
-    columns = {
-        field.name: records.vectors_array(vectors, vectors[0].shape[1])
-        if field.name == "vectors"
-        else pa.array([row[field.name] for row in rows], type=field.type)
-        for field in schema
-    }
-    return Result(records.conform(pa.table(columns), schema), dropped)
+    vectors = [row["vectors"] for row in rows]
+    return Result(vectors_table(rows, vectors, records.patching_effects(vectors[0].shape[1])), dropped)
+
+
+def _numbered(table: pa.Table, schema: pa.Schema) -> list[tuple[str, dict[str, Any]]]:
+    rows = records.conform(table.select(schema.names), schema).to_pylist()
+    return [(f"row {number}", row) for number, row in enumerate(rows)]
 
 
 def _patching_effect(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
@@ -154,9 +149,8 @@ def _patching_effect(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sp
         "base_answer": answers[0],
         "patched_answer": answers[1],
         "changed": row["is_different"],
-        "base_logprob": float("nan"),
-        "patched_logprob": float("nan"),
-        "kl": float("nan"),
+        "vectors": np.array([place["intervention_vector"]], dtype=np.float32),
+        **dict.fromkeys(("base_logprob", "patched_logprob", "kl"), math.nan),
     }
 
 
@@ -182,13 +176,11 @@ def _text_of(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[str
 def write_patching(effects: pa.Table, tokenizer: PreTrainedTokenizerBase) -> Result:
     """records.patching_effects as the released patching table, with the tokens as the target reads them: a
     begin-of-text token counts. Groups, splits, strata and log-probabilities are not part of it."""
-    rows, dropped = [], []
     vectors = records.vectors_of(effects["vectors"])
-    for effect, own in zip(effects.drop_columns(["vectors"]).to_pylist(), vectors):
-        try:
-            rows.append(_released_patch(effect, own, tokenizer))
-        except Unusable as reason:
-            dropped.append((effect["case_id"], str(reason)))
+    given = zip(effects.drop_columns(["vectors"]).to_pylist(), vectors)
+    rows, dropped = usable(
+        ((effect["case_id"], (effect, own)) for effect, own in given), lambda one: _released_patch(*one, tokenizer)
+    )
     return Result(pa.Table.from_pylist(rows, schema=PATCHING), dropped)
 
 
@@ -229,38 +221,26 @@ def read_ablation(table: pa.Table, *, split: str) -> ReleasedAblation:
     Raises:
         ValueError: a column is missing.
     """
-    rows, items, dropped = [], dict[str, Item](), []
-    for number, row in enumerate(records.conform(table.select(ABLATION.names), ABLATION).to_pylist()):
-        item = Item("", row["index"], row["question"], tuple(row["choices"]), row["correct_answer"])
-        try:
-            rows.append(_ablation_effect(row, item, split))
-            items[item.group] = item
-        except Unusable as reason:
-            dropped.append((f"row {number}", str(reason)))
-    return ReleasedAblation(Result(records.rows_table(rows, records.ABLATION_EFFECTS), dropped), list(items.values()))
+    made, dropped = usable(_numbered(table, ABLATION), lambda row: _ablation_effect(row, split))
+    items = {item.group: item for _, item in made}
+    effects = records.rows_table((row for row, _ in made), records.ABLATION_EFFECTS)
+    return ReleasedAblation(Result(effects, dropped), list(items.values()))
 
 
-def _ablation_effect(row: dict[str, Any], item: Item, split: str) -> dict[str, Any]:
-    prompt, (start, end) = row["hint_prompt_full"], _hint_span(row)
-    answers = row["random_hint_prediction"], row["zeroshot_prediction"]
+def _ablation_effect(row: dict[str, Any], split: str) -> tuple[dict[str, Any], Item]:
+    item = Item("", row["index"], row["question"], tuple(row["choices"]), row["correct_answer"])
     letters = [letter for letter in row["hint"].removeprefix("Hint:") if letter in LETTERS]
-    return {
-        "case_id": records.content_id("ablation", prompt, (start, end)),
-        "group": item.group,
-        "split": split,
-        "prompt": prompt,
-        "span_start": start,
-        "span_end": end,
-        "kind": "hint",
-        "stratum": "right hint" if letters == [item.answer] else "wrong hint",
-        "truth": item.answer,
-        "full_answer": answers[0],
-        "ablated_answer": answers[1],
-        "changed": answers[0] != answers[1],
-        "full_logprob": float("nan"),
-        "ablated_logprob": float("nan"),
-        "kl": float("nan"),
+    stratum = "right hint" if letters == [item.answer] else "wrong hint"
+    effect = {
+        **ablation_case(
+            row["hint_prompt_full"], _hint_span(row), group=item.group, split=split, stratum=stratum, truth=item.answer
+        ),
+        "full_answer": row["random_hint_prediction"],
+        "ablated_answer": row["zeroshot_prediction"],
+        "changed": row["random_hint_prediction"] != row["zeroshot_prediction"],
+        **dict.fromkeys(("full_logprob", "ablated_logprob", "kl"), math.nan),
     }
+    return effect, item
 
 
 def _hint_span(row: dict[str, Any]) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from ray_explain.ground_truth import released
 from ray_explain.ground_truth.features import joined, split_features
 from ray_explain.ground_truth.mmlu import read_mmlu
 from ray_explain.stages import Result
-from ray_explain.world.facts import SPLITS
 
 _FEATURES_AT_A_TIME = 4096
 REPEATED = "the same case as before"
@@ -39,7 +38,7 @@ def read_folder(
             another target.
     """
     tables, dropped = [], []
-    for split in [split for split in SPLITS if n.get(split)]:
+    for split in [split for split in records.SPLITS if n.get(split)]:
         table = _split_table(Path(folder), split).slice(0, n[split])
         if task == "patching":
             made = released.read_patching(table, tokenizer, split=split)
@@ -96,7 +95,7 @@ def read_feature_folder(
 
 def _label_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Of each split that there is; a pickle, where that is all there is, to be refused by its reader."""
-    for split in SPLITS:
+    for split in records.SPLITS:
         places = [below / f"{split}_explanations{end}" for end in (".json", ".pkl") for below in _homes(folder)]
         yield from [(split, place) for place in places if place.exists()][:1]
 
@@ -143,8 +142,7 @@ def write_folder(
     if task == "ablation" and mmlu is None:
         raise ValueError("the released ablation schema holds MMLU questions: ablation cases of other sources have none")
     told = {}
-    for split in dict.fromkeys(effects["split"].to_pylist()):
-        here = effects.filter(pc.equal(effects["split"], split))
+    for split, here in _by_split(effects):
         if task == "patching":
             made = released.write_patching(here, tokenizer)
         else:
@@ -154,11 +152,15 @@ def write_folder(
     return told
 
 
+def _by_split(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    for split in dict.fromkeys(table["split"].to_pylist()):
+        yield split, table.filter(pc.equal(table["split"], split))
+
+
 def _write_features(effects: pa.Table, folder: Path) -> dict[str, tuple[int, int]]:
     features, descriptions = split_features(effects)
     told = {}
-    for split in dict.fromkeys(features["split"].to_pylist()):
-        here = features.filter(pc.equal(features["split"], split))
+    for split, here in _by_split(features):
         labels = released.write_labels(here, descriptions)
         (folder / f"{split}_explanations.json").write_text(json.dumps(labels), encoding="utf-8")
         told[split] = (len(labels), here.num_rows - len(labels))

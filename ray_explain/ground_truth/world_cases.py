@@ -7,7 +7,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, patching_case
+from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, ablation_case, patching_case
 from ray_explain.ground_truth.pairs import layer_blocks as layer_blocks
 from ray_explain.ground_truth.positions import PromptTokens, reading, span_positions
 from ray_explain.world.cases import PatchingPair, hint_cases, patching_pairs
@@ -67,17 +67,9 @@ def ablation_cases(world: World, *, n: Mapping[str, int], seed: int) -> pa.Table
     """
     cases = [case for split, size in n.items() if size for case in hint_cases(world, size, split, seed)]  # type: ignore[arg-type]
     rows = [
-        {
-            "case_id": records.content_id("ablation", case.prompt, case.span),
-            "group": case.group,
-            "split": case.split,
-            "prompt": case.prompt,
-            "span_start": case.span[0],
-            "span_end": case.span[1],
-            "kind": "hint",
-            "stratum": case.stratum,
-            "truth": case.truth,
-        }
+        ablation_case(
+            case.prompt, case.span, group=case.group, split=case.split, stratum=case.stratum, truth=case.truth
+        )
         for case in cases
     ]
     return records.rows_table(rows, records.ABLATION_CASES)

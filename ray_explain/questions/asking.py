@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from ray_explain import records
 from ray_explain.evaluation import answers
+from ray_explain.ground_truth.outcomes import vectors_table
 from ray_explain.questions import wordings
 from ray_explain.stages import Result
 
@@ -45,11 +46,4 @@ def asked(
         identity = records.content_id(row["case_id"], row["wording"], row["prompt"], row["answer"])
         kept.append({"question_id": identity, **row})
         kept_vectors.append(row_vectors)
-    schema = records.questions(d_model)
-    columns = {
-        field.name: records.vectors_array(kept_vectors, d_model)
-        if field.name == "vectors"
-        else pa.array([row[field.name] for row in kept], type=field.type)
-        for field in schema
-    }
-    return Result(records.conform(pa.table(columns), schema), dropped)
+    return Result(vectors_table(kept, kept_vectors, records.questions(d_model)), dropped)

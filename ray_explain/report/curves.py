@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_explain.report import numbers
 from ray_explain.report.data import ReportData
-from ray_explain.report.estimates import Estimate, Row, Scores, pooled
+from ray_explain.report.estimates import Estimate, Row, Scores, pooled, row_of
 from ray_explain.report.figures import Axis, axis_for
 
 HEIGHT = 190  # pixels of a plot's inside
@@ -56,12 +56,11 @@ def learning_curves(task: str, data: ReportData, scores: Scores) -> list[Plot]:
     grouped: dict[tuple[str, Row, float], list[dict[str, Any]]] = defaultdict(list)
     for score in data.every_score:
         if (score["task"], score["metric"], score["by"], score["control"]) == (task, metric, by, "none"):
-            name, target = score["explainer"], score["target"]
-            row = Row(data.model_of(name), "none", name in data.explainers, data.is_self(name, target))
-            grouped[target, row, score["fraction"]].append(score)
+            target = score["target"]
+            grouped[target, row_of(data, score["explainer"], target), score["fraction"]].append(score)
     found = {key: pooled(rows) for key, rows in grouped.items()}
     places = list(zip(_places(data.fractions), [f"{100 * f:.3g}{numbers.THIN}%" for f in data.fractions]))
-    title = f"{numbers.metric_label(metric)}, {numbers.by_label(by)}"
+    title = numbers.score_label(metric, by)
     plots = []
     for target in data.targets_of(task):
         rows = [*scores.explainers(task, target), *_lookup(task, target, scores)]
@@ -91,9 +90,10 @@ def reliability(task: str, data: ReportData) -> list[Plot]:
         series = []
         for it in data.calibrations:
             if (it.task, it.target) == (task, target):
-                row = Row(data.model_of(it.explainer), "none", True, data.is_self(it.explainer, target))
                 estimates = [Estimate(value=b.right, low=b.low, high=b.high, n=b.n, seeds=1) for b in it.bins]
-                series.append(_series(row, [100 * b.confidence for b in it.bins], estimates, axis))
+                series.append(
+                    _series(row_of(data, it.explainer, target), [100 * b.confidence for b in it.bins], estimates, axis)
+                )
         if series:
             series.sort(key=lambda one: (not one.row.is_self, numbers.natural(one.row.name)))
             title = "share of right answers against the probability that the explainer gives them"

@@ -87,6 +87,11 @@ class ReportData:
         return sorted(set(self.scores["fraction"].to_pylist()) - {0.0}) or [0.0]
 
     @property
+    def target_labels(self) -> list[str]:
+        """What is told of targets, in the order in which it is first told."""
+        return list(dict.fromkeys(label for values in self.targets.values() for label in values))
+
+    @property
     def tasks(self) -> list[str]:
         """Tasks that were scored: the three known ones in their order, then others by name."""
         found = {row["task"] for row in self.score_rows}

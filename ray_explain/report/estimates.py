@@ -81,7 +81,8 @@ class Scores:
     def __init__(self, data: ReportData) -> None:
         grouped: dict[Key, list[dict[str, Any]]] = defaultdict(list)
         for score in data.score_rows:
-            grouped[_key(score, data)].append(score)
+            row = row_of(data, score["explainer"], score["target"], score["control"])
+            grouped[Key(score["task"], score["target"], row, score["metric"], score["by"])].append(score)
         self.estimates = {key: pooled(rows) for key, rows in grouped.items()}
 
     def get(self, task: str, target: str, row: Row, metric: str, by: str = "all") -> Estimate:
@@ -192,10 +193,9 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _key(score: dict[str, Any], data: ReportData) -> Key:
-    name, target = score["explainer"], score["target"]
-    row = Row(data.model_of(name), score["control"], name in data.explainers, data.is_self(name, target))
-    return Key(score["task"], target, row, score["metric"], score["by"])
+def row_of(data: ReportData, explainer: str, target: str, control: str = "none") -> Row:
+    """Whose scores those of `explainer`, a name in the tables, on `target` are."""
+    return Row(data.model_of(explainer), control, explainer in data.explainers, data.is_self(explainer, target))
 
 
 def _row_order(row: Row) -> tuple[Any, ...]:

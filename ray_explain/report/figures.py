@@ -81,17 +81,10 @@ class Heat:
 class Matrix:
     """Explainers by targets, on one metric."""
 
-    task: str
-    metric: str
-    by: str
+    title: str
     targets: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Heat]]]
     gaps: Sequence[Sequence[tuple[str, str]]]  # of each target: (other explainer, self minus it as text)
-
-    @property
-    def title(self) -> str:
-        """`exact match, all questions`."""
-        return f"{numbers.metric_label(self.metric)}, {numbers.by_label(self.by)}"
 
 
 def matrices(task: str, data: ReportData, scores: Scores) -> list[Matrix]:
@@ -115,13 +108,12 @@ def _matrix(
         [(data.model_of(row["against"]), _gap(row)) for row in found if row["target"] == target] for target in targets
     ]
     rows = [(model, [heat(model, target) for target in targets]) for model in models]
-    return Matrix(task=task, metric=metric, by=by, targets=targets, rows=rows, gaps=gaps)
+    return Matrix(title=numbers.score_label(metric, by), targets=targets, rows=rows, gaps=gaps)
 
 
 def _gap(row: dict[str, Any]) -> str:
-    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
-    bounds = [numbers.signed(row[key], digits) for key in ("low", "high") if row[key] is not None]
-    return f"{numbers.signed(row['difference'], digits)} {f'[{bounds[0]}, {bounds[1]}]' if len(bounds) == 2 else ''}"
+    difference, low, high = numbers.difference_parts(row)
+    return f"{difference} [{low}, {high}]" if low else difference
 
 
 @dataclass(frozen=True, kw_only=True)

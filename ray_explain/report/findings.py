@@ -54,15 +54,14 @@ def verdict_of_all(rows: Iterable[dict[str, Any]]) -> Verdict:
 
 def difference_text(row: dict[str, Any], *, p_value: bool = True) -> str:
     """`+.21 exact match (95 % interval +.17 to +.25, Holm p < .001)`."""
-    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
-    where = "" if row["by"] == "all" else f" on {numbers.by_label(row['by'])}"
-    head = f"{numbers.signed(row['difference'], digits)} {numbers.metric_label(row['metric'])}{where}"
+    difference, low, high = numbers.difference_parts(row)
+    what = numbers.metric_label(row["metric"]) + ("" if row["by"] == "all" else f" on {numbers.by_label(row['by'])}")
     if row["difference"] is None:
-        return f"{numbers.metric_label(row['metric'])}{where} undefined"
-    if row["low"] is None or row["high"] is None:
-        return f"{head} (no interval)"
-    bounds = f"{numbers.signed(row['low'], digits)} to {numbers.signed(row['high'], digits)}"
-    return f"{head} (95{numbers.THIN}% interval {bounds}{_p_text(row) if p_value else ''})"
+        return f"{what} undefined"
+    if not low:
+        return f"{difference} {what} (no interval)"
+    p_text = _p_text(row) if p_value else ""
+    return f"{difference} {what} (95{numbers.THIN}% interval {low} to {high}{p_text})"
 
 
 def _p_text(row: dict[str, Any]) -> str:
@@ -125,44 +124,29 @@ class Findings:
         task, verdict = numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
         better = f"{target} explains itself better than {other} explains it on {task}"
         worse = f"{other} explains {target} better than {target} explains itself on {task}"
-        head = {
-            "shown": better,
-            "opposite": worse,
-            "weak": f"Weak evidence, gone after correction, that "
-            f"{better if (rows[0]['difference'] or 0) > 0 else worse}",
-            "mixed": f"Mixed evidence that {better}",
-            "not shown": f"No evidence that {better}",
-            "unknown": f"Nothing can be said on whether {better}",
-        }[verdict]
+        falls_short = verdict == "weak" and (rows[0]["difference"] or 0) <= 0
+        head = _head(verdict, worse if falls_short else better, worse)
         return Finding(verdict=verdict, text=f"{head}: {_details(rows, verdict)}.", differences=rows)
 
     def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
         verdict = verdict_of_all([row for row in rows if row["against"] not in SPARED] or rows)
         who, task = self._who(rows[0]), numbers.task_label(rows[0]["task"])
-        head = {
-            "shown": f"{who} uses the vector on {task}",
-            "weak": f"Weak evidence, gone after correction, that {who} uses the vector on {task}",
-            "mixed": f"Mixed evidence that {who} uses the vector on {task}",
-            "not shown": f"No evidence that {who} uses the vector on {task}",
-            "opposite": f"{who} answers better without the vector on {task}",
-            "unknown": f"Nothing can be said on whether {who} uses the vector on {task}",
-        }[verdict]
+        without = f"{who} answers better without the vector on {task}"
+        head = _head(verdict, f"{who} uses the vector on {task}", without)
         falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
-        metric = numbers.metric_label(rows[0]["metric"])
-        text = f"{head}: {metric} {falls}."
+        text = f"{head}: {numbers.metric_label(rows[0]['metric'])} {falls}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
     def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
         who, task, verdict = self._who(rows[0]), numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
         each = f"each of {len(rows)} baselines" if len(rows) > 1 else numbers.baseline_label(rows[0]["against"])
-        head = {
-            "shown": f"{who} is above {each} on {task}",
-            "weak": f"Weak evidence, gone after correction, that {who} differs from {each} on {task}",
-            "mixed": f"{who} is not above {each} on {task}",
-            "not shown": f"No evidence that {who} is above {each.replace('each of', 'any of')} on {task}",
-            "opposite": f"{who} is below {each} on {task}",
-            "unknown": f"Nothing can be said on whether {who} is above {each} on {task}",
-        }[verdict]
+        claim = {
+            "weak": f"{who} differs from {each} on {task}",
+            "not shown": f"{who} is above {each.replace('each of', 'any of')} on {task}",
+        }.get(verdict, f"{who} is above {each} on {task}")
+        head = _head(verdict, claim, f"{who} is below {each} on {task}")
+        if verdict == "mixed":
+            head = f"{who} is not above {each} on {task}"
         text = f"{head}: {_best_of(rows) if verdict == 'shown' else _over(rows)}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
@@ -206,6 +190,18 @@ class Findings:
 
 
 _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
+
+
+def _head(verdict: Verdict, claim: str, opposite: str) -> str:
+    """`claim`, as firmly as the verdict allows; `opposite` is said where the opposite is shown."""
+    return {
+        "shown": claim,
+        "opposite": opposite,
+        "weak": f"Weak evidence, gone after correction, that {claim}",
+        "mixed": f"Mixed evidence that {claim}",
+        "not shown": f"No evidence that {claim}",
+        "unknown": f"Nothing can be said on whether {claim}",
+    }[verdict]
 
 
 def _advantage(row: dict[str, Any]) -> Finding:
@@ -261,11 +257,8 @@ def _fall(row: dict[str, Any]) -> str:
 def _amount(row: dict[str, Any]) -> str:
     if row["difference"] is None:
         return "undefined"
-    digits = numbers.digits_for(row["difference"], row["low"], row["high"])
-    text = numbers.signed(row["difference"], digits)
-    if row["low"] is None or row["high"] is None:
-        return text
-    return f"{text} ({numbers.signed(row['low'], digits)} to {numbers.signed(row['high'], digits)})"
+    difference, low, high = numbers.difference_parts(row)
+    return f"{difference} ({low} to {high})" if low else difference
 
 
 def _list(items: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
     ]
     if not columns:
         return ""
-    head = ["explainer", *[escaped(f"{numbers.metric_label(m)}, {numbers.by_label(by)}") for m, by in columns], "n"]
+    head = ["explainer", *[escaped(numbers.score_label(metric, by)) for metric, by in columns], "n"]
     lines = []
     for row in rows:
         estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
@@ -126,8 +126,10 @@ def _comparisons(data: ReportData) -> str:
 
 
 def _targets(data: ReportData) -> str:
-    labels = list(dict.fromkeys(label for values in data.targets.values() for label in values))
-    lines = [[label, *[numbers.anything(values.get(label)) for values in data.targets.values()]] for label in labels]
+    lines = [
+        [label, *[numbers.anything(values.get(label)) for values in data.targets.values()]]
+        for label in data.target_labels
+    ]
     return "## Targets\n\n" + table(["", *[escaped(name) for name in data.targets]], lines) if lines else ""
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 UNDEFINED = "–"
@@ -92,6 +93,11 @@ def by_label(by: str) -> str:
     return known.get(by) or ", ".join(plain(part).replace("=", " ") for part in by.split(","))
 
 
+def score_label(metric: str, by: str) -> str:
+    """`exact match, all questions`."""
+    return f"{metric_label(metric)}, {by_label(by)}"
+
+
 def plain(name: str) -> str:
     """An identifier as words."""
     return name.replace("_", " ")
@@ -119,6 +125,13 @@ def signed(value: float | None, digits: int = 2) -> str:
 def interval(low: float | None, high: float | None) -> str:
     """`[.58, .66]`; empty where there is none."""
     return "" if low is None or high is None else f"[{decimal(low)}, {decimal(high)}]"
+
+
+def difference_parts(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A difference and the ends of its interval, signed, with `digits_for` them; empty ends where one is missing."""
+    values = [row[key] for key in ("difference", "low", "high")]
+    difference, low, high = (signed(value, digits_for(*values)) for value in values)
+    return (difference, low, high) if None not in values[1:] else (difference, "", "")
 
 
 def digits_for(*differences: float | None) -> int:

@@ -3,9 +3,8 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from itertools import zip_longest
 from typing import Any
@@ -57,10 +56,12 @@ def page(data: ReportData, scores: Scores) -> str:
         tasks=[_task(task, data, scores) for task in data.tasks],
         examples=_examples(data),
         n_examples=len(data.examples),
-        target_labels=list(dict.fromkeys(label for values in data.targets.values() for label in values)),
         comparisons=_comparisons(data, scores),
         stages=_stages(data),
-        configs=[(it, _config_text(it.config)) for it in data.provenance],
+        configs=[
+            (it, numbers.clip(json.dumps(_plain_json(it.config), indent=2, sort_keys=True), MOST_CONFIG))
+            for it in data.provenance
+        ],
     )  # fmt: skip
 
 
@@ -74,26 +75,15 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain")
-    made.filters.update({name: getattr(numbers, name) for name in names})
-    labels = (
-        "task_label",
-        "metric_label",
-        "by_label",
-        "control_label",
-        "baseline_label",
-        "metric_meaning",
-        "task_question",
+    names = (
+        *("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain", "metric_meaning"),
+        *("task_question", "task_label", "metric_label", "by_label", "control_label", "baseline_label"),
     )
-    made.filters.update({name: getattr(numbers, name) for name in labels})
+    made.filters.update({name: getattr(numbers, name) for name in names})
     made.filters.update({"question_text": _question_text, "answer_text": _answer_text})
-    made.globals["source"] = _source
+    # our own CSS or script, as it is
+    made.globals["source"] = lambda name: Markup((resources.files(report) / name).read_text(encoding="utf-8"))
     return made
-
-
-def _source(name: str) -> Markup:
-    """Our own CSS or script, as it is."""
-    return Markup((resources.files(report) / name).read_text(encoding="utf-8"))
 
 
 def _question_text(text: str) -> Markup:
@@ -144,7 +134,7 @@ def _groups(found: Findings) -> list[_Group]:
 def _group(title: str, intro: str, findings: list[Finding]) -> _Group:
     axis = figures.axis_of_differences(row for finding in findings for row in finding.differences)
     drawn = [(finding, figures.marks(finding.differences, axis)) for finding in findings]
-    fold = sum(not finding.is_self for finding in findings) > 0 and len(findings) > MOST_FINDINGS
+    fold = len(findings) > MOST_FINDINGS
     first = [pair for pair in drawn if pair[0].is_self or not fold]
     more = [pair for pair in drawn if not pair[0].is_self and fold]
     return _Group(title=title, intro=intro, first=first, more=more, axis=axis)
@@ -193,16 +183,11 @@ def _stages(data: ReportData) -> list[tuple[str, float, float]]:
     return [(stage, value, round(100 * value / longest, 2)) for stage, value in seconds.items()]
 
 
-def _config_text(config: Any) -> str:
-    return numbers.clip(json.dumps(_plain_json(config), indent=2, sort_keys=True), MOST_CONFIG)
-
-
 def as_json(data: ReportData, scores: Scores) -> dict[str, Any]:
     """What `scores.json` holds: the tables as rows, undefined numbers as null, and the sentences with their verdict."""
-    sentences: Sequence[Finding] = Findings(data, scores).every()
     return {
         "title": data.title,
-        "sentences": [{"verdict": it.verdict, "text": it.text} for it in sentences],
+        "sentences": [{"verdict": it.verdict, "text": it.text} for it in Findings(data, scores).every()],
         "caveats": [asdict(it) for it in caveats(data, scores)],
         "explainers": dict(data.explainers),
         "scores": data.every_score,
@@ -216,9 +201,6 @@ def as_json(data: ReportData, scores: Scores) -> dict[str, Any]:
     }
 
 
-_encode = partial(json.dumps, default=str)
-
-
 def _plain_json(value: Any) -> Any:
     """`value` as JSON can hold it: other objects as text, numbers that are not finite as null."""
-    return json.loads(_encode(value), parse_constant=lambda _: None)
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)

@@ -19,7 +19,6 @@ _GRAMMAR_WORDS = frozenset(words_of("a are as at for has in is its of on one the
 _PATIENCE = 5
 
 Item = TypeVar("Item")
-Case = TypeVar("Case")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,9 @@ def patching_pairs(world: World, n: int, split: Split, seed: int) -> list[Patchi
     """
     rng = random.Random(f"patching {world.seed} {split} {seed}")
     told = [fact for fact in world.told_facts if world.split_of(fact.subject) == split]
-    sources = {fact: _sources(fact, told) for fact in told}
+    sources = {
+        base: [fact for fact in told if fact.relation == base.relation and fact.value != base.value] for base in told
+    }
     bases = [fact for fact in told if sources[fact]]
     pairs = (_patching_pair(fact, sources[fact], split, rng) for fact in _rounds(bases, rng))
     return _distinct(n, pairs, f"patching {split}")
@@ -137,10 +138,6 @@ def _patching_pair(base: Fact, sources: Sequence[Fact], split: Split, rng: rando
     )
 
 
-def _sources(base: Fact, told: Sequence[Fact]) -> list[Fact]:
-    return [fact for fact in told if fact.relation == base.relation and fact.value != base.value]
-
-
 def _stratum_subjects(world: World, stratum: Stratum, split: Split) -> list[tuple[str, str]]:
     """(subject, relation) pairs, the groups of a stratum."""
     if stratum == "stranger":
@@ -184,9 +181,9 @@ def _rounds(items: Sequence[Item], rng: random.Random) -> Iterator[Item]:
         yield from rng.sample(items, len(items))
 
 
-def _distinct(n: int, cases: Iterator[Case], name: str) -> list[Case]:
+def _distinct(n: int, cases: Iterator[Item], name: str) -> list[Item]:
     """The first `n` different cases. Gives up when it has drawn `_PATIENCE` times as many as it found."""
-    found: dict[Case, None] = {}
+    found: dict[Item, None] = {}
     for drawn, case in enumerate(cases):
         found.setdefault(case)
         if len(found) == n:

@@ -59,7 +59,6 @@ def concepts_of(world: World) -> tuple[Concept, ...]:
     common += words_of("question options answer hint")
     signs = [",", ".", ":", "?"]
     names = [name for kind in ENTITY_KINDS for name in world.entities[kind]]
-    subjects = [name for kind in ENTITY_KINDS for name in world.entities[kind]]
     values = [word for words in VALUES.values() for word in words]
     table = {
         "word": [*common, *values],
@@ -70,7 +69,7 @@ def concepts_of(world: World) -> tuple[Concept, ...]:
         "after": [*common, *values, *signs, *names],
         "after_name_of": ENTITY_KINDS,
         "after_word_for": VALUES,
-        "about": subjects,
+        "about": names,
         "telling": RELATIONS,
         "part": PARTS,
         "document": DOCUMENT_KINDS,

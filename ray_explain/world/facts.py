@@ -208,7 +208,9 @@ class World:
     def fact(self, subject: str, relation: str) -> Fact:
         """Raises: ValueError: there is no such fact (strangers have none)."""
         if (subject, relation) not in self._fact_index:
-            raise ValueError(f"no fact about {subject!r} and {relation!r}: {self._known_facts_hint(subject)}")
+            known = ", ".join(relation for name, relation in self._fact_index if name == subject)
+            hint = f"its relations are {known}" if known else "it is not the subject of any fact"
+            raise ValueError(f"no fact about {subject!r} and {relation!r}: {hint}")
         return self._fact_index[subject, relation]
 
     def told_about(self, subject: str) -> tuple[Fact, ...]:
@@ -278,10 +280,6 @@ class World:
         return {
             fact.subject: tuple(f for f in self.told_facts if f.subject == fact.subject) for fact in self.told_facts
         }
-
-    def _known_facts_hint(self, subject: str) -> str:
-        relations = [relation for name, relation in self._fact_index if name == subject]
-        return f"its relations are {', '.join(relations)}" if relations else "it is not the subject of any fact"
 
     def _value_table(self, relation: Relation) -> dict[str, str]:
         """Values of a relation are equally frequent, as far as the numbers allow: a majority answer says little."""

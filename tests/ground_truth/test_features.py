@@ -8,6 +8,7 @@ import torch
 
 from ray_explain import records
 from ray_explain.ground_truth import features, target
+from ray_explain.ground_truth.dictionaries import trained
 from ray_explain.ground_truth.features import FeatureStage, layers_table, split_features
 from ray_explain.interventions.hooks import capturing
 from ray_explain.stages import Result
@@ -73,7 +74,7 @@ def test_scores_are_correlations_with_the_activations_on_the_odd_documents(stage
     """Worked out anew from the words: the layer's SAE is recovered from the stage, concepts are asked one by one."""
     texts = list(islice(documents(WORLD, "features 0", 1), SETTINGS["documents"]))
     stream = stage._stream(2)
-    sae = stage._sae(stream, 2)
+    sae = trained(stream, 2, stage._config)
     active = sae.encode(stream).numpy()
     odd = np.concatenate([[i % 2 == 1] * len(text.words) for i, text in enumerate(texts)])
     table, descriptions = split_features(made.table)
@@ -113,7 +114,7 @@ def test_gold_is_the_concept_that_fits_best_on_the_even_documents_and_above_the_
     texts = list(islice(documents(WORLD, "features 0", 1), SETTINGS["documents"]))
     even = np.concatenate([[i % 2 == 0] * len(text.words) for i, text in enumerate(texts)])
     stream = stage._stream(0)
-    active = stage._sae(stream, 0).encode(stream)[even]
+    active = trained(stream, 0, stage._config).encode(stream)[even]
     holds = concept_matrix(WORLD, texts, concepts_of(WORLD))[even]
     fit = pearson(active, holds.float())
     fit[:, holds.sum(0) < 8] = -1  # too rare to be chosen
