@@ -14,10 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records, storage
-from ray_explain.evaluation.answering import questions_of, without_vectors
 from ray_explain.explainer.examples import Question, Refused, encode
 from ray_explain.explainer.markers import Markers
 from ray_explain.ground_truth.splits import training_rows
+from ray_explain.questions.rows import questions_of, without_vectors
 
 _ROWS_PER_TASK = 8192  # a second or two of work
 

@@ -23,11 +23,12 @@ from ray_explain.errors import BadInput
 from ray_explain.explainer.batches import Step, training_steps
 from ray_explain.explainer.examples import TEXT_TASK, Example, Question
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.markers import Markers, make_room, markers_of
+from ray_explain.explainer.markers import Markers, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
 from ray_explain.explainer.projection import Projection
 from ray_explain.explainer.vector_file import VectorFile
+from ray_explain.explainer.vocabulary import make_room
 from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import records, storage
 from ray_explain.distributed.zero import gathered
 from ray_explain.errors import BadInput
-from ray_explain.evaluation.answering import questions_of
 from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import grade
 from ray_explain.explainer.examples import Example, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.markers import Markers
 from ray_explain.explainer.module import Explainer
+from ray_explain.questions.rows import questions_of
 
 _OWN, _SHUFFLED = "none", "shuffled"
 _MOST_PROMPTS_AT_ONCE = 64

@@ -1,7 +1,6 @@
 """Explainers asked: questions in, answers out."""
 
 import logging
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,23 +17,10 @@ from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_s
 from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
 from ray_explain.questions.prompting import selfie_label
+from ray_explain.questions.rows import questions_of, without_vectors
 from ray_explain.stages import Result
 
 logger = logging.getLogger(__name__)
-
-
-def questions_of(table: pa.Table, *, split: str | None = None) -> Iterator[Question]:
-    """The rows of a questions table as the explainer package takes them, of one split where it is given."""
-    vectors = records.vectors_of(table.column("vectors"))
-    columns = ("question_id", "task", "prompt", "answer", "layers", "split")
-    for row, own in zip(table.select(columns).to_pylist(), vectors, strict=True):
-        if split is None or row["split"] == split:
-            yield Question(row["question_id"], row["task"], row["prompt"], row["answer"], own, tuple(row["layers"]))
-
-
-def without_vectors(question: Question) -> Question:
-    """The same words, and nothing where the vectors were: all their numbers are 0."""
-    return question._replace(vectors=np.zeros_like(question.vectors))
 
 
 def _base_folder(folder: str) -> AbstractContextManager[str]:

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ray_explain.explainer.examples import Example, prompt_ids
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.markers import Markers, make_room, markers_of
+from ray_explain.explainer.markers import Markers, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.projection import Projection
+from ray_explain.explainer.vocabulary import make_room
 
 SELFIE_SCALES = (1.0, 5.0, 10.0, 25.0, 50.0)
 SELFIE_PROMPT = "What is the meaning of the word 'X'? The meaning of the word 'X' is"

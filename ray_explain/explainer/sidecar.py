@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.markers import Markers, make_room, markers_of
+from ray_explain.explainer.markers import Markers, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.projection import Projection
+from ray_explain.explainer.vocabulary import make_room
 
 SIDECAR, EXTRAS = "explainer.json", "projection.safetensors"
 _PROBE = "The output would remain unchanged from <<<Paris>>>. 12 34\n\tWhat does it encode?"

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 
 from ray_explain import records, storage
-from ray_explain.evaluation.answering import AnswerStage, questions_of
+from ray_explain.evaluation.answering import AnswerStage
 from ray_explain.evaluation.baselines import nearest_neighbour
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
@@ -36,6 +36,7 @@ from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, save_explainer, sidecar_of
 from ray_explain.models import load_model
 from ray_explain.questions import wordings
+from ray_explain.questions.rows import questions_of
 from ray_explain.world.facts import World
 from ray_explain.world.pretraining import TargetSize, new_target, save_target
 from ray_explain.world.tokenizer import world_tokenizer

@@ -5,7 +5,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from ray_explain.explainer.markers import make_room, markers_of
+from ray_explain.explainer.markers import markers_of
+from ray_explain.explainer.vocabulary import make_room
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
 

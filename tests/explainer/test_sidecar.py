@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ray_explain.explainer.examples import Question, encode_prompt
 from ray_explain.explainer.generate import generate
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.markers import make_room, markers_of
+from ray_explain.explainer.markers import markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import with_lora
 from ray_explain.explainer.projection import Projection
@@ -22,6 +22,7 @@ from ray_explain.explainer.sidecar import (
     save_explainer,
     sidecar_of,
 )
+from ray_explain.explainer.vocabulary import make_room
 
 QUESTION = Question("q", "patching", "what does <vector> encode at layer 1 ?", "paris", np.ones((1, 20)), (1,))
 
