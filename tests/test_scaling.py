@@ -33,6 +33,6 @@ def test_work_of_whole_slices_is_not_shared_by_more_gpus_than_slices(scaling: Mo
 
 
 def test_the_model_foretells_actors_that_share_two_cores(scaling: ModuleType) -> None:
-    seconds = {1: 10.0 + 60, 2: 10.0 + 30, 4: 10.0 + 30}
+    seconds = {1: 10.0 + 60, 2: 10.0 + 30, 4: 2 * 10.0 + 30, 6: 3 * 10.0 + 30}
     assert scaling.predicted(seconds, cores=2) == pytest.approx(seconds)
     assert scaling.predicted({1: 70.0, 2: 40.0, 4: 25.0}, cores=4) == pytest.approx({1: 70.0, 2: 40.0, 4: 25.0})

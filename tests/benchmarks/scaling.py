@@ -58,14 +58,15 @@ def hours(work: Work, gpus: int, given: Mapping[str, Any]) -> float:
 
 
 def predicted(seconds: Mapping[int, float], cores: int) -> dict[int, float]:
-    """What `seconds` of one actor and of two foretell for each number of actors: start + work / min(actors, cores)."""
-    work = (seconds[1] - seconds[2]) / (1 - 1 / min(2, cores))
-    return {n: seconds[1] - work + work / min(n, cores) for n in seconds}
+    """What `seconds` of one actor and of two foretell for each number of actors, on two cores at least: starting takes
+    a core for a time for each actor, and the actors share the work and the cores."""
+    work = 2 * (seconds[1] - seconds[2])
+    return {n: (seconds[1] - work) * max(1, n / cores) + work / min(n, cores) for n in seconds}
 
 
 def tables(given: Mapping[str, Any]) -> str:
     """All tables, as Markdown."""
-    parts = [_runs(given), _matrix(given), _memory(given)]
+    parts = [_runs(given), _matrix(given), _held(given)]
     if given.get("actors"):
         parts.append(_check(given["actors"]))
     return "\n\n".join(parts)
@@ -100,16 +101,17 @@ def _matrix(given: Mapping[str, Any]) -> str:
     return _table(["explainers x targets", "trials", *(f"{n} GPU{'s' * (n > 1)}" for n in GPUS), "cost"], rows)
 
 
-def _memory(given: Mapping[str, Any]) -> str:
-    width, node = given["model"]["d_model"] * 4, given["node"]
-    rows = []
+def _held(given: Mapping[str, Any]) -> str:
+    """What a node holds of the questions while it trains: vectors once, on its disk, and token ids in each worker."""
+    width, node, rows = given["model"]["d_model"] * 4, given["node"], []
     for work in works(given):
         if work.vectors:
-            held = work.vectors * width * node["gpus"]
-            verdict = "fits" if held < node["memory_bytes"] else "does not fit"
-            rows.append([work.name, f"{work.vectors:,}", f"{held / 2**30:,.1f} GiB", verdict])
-    head = ["stage", "vectors", f"held by the {node['gpus']} workers of a node", f"in {node['memory_bytes'] >> 30} GiB"]
-    return _table(head, rows)
+            ids = work.vectors * given["bytes_per_question"] * node["gpus"]
+            verdict = "fits" if ids < node["memory_bytes"] else "does not fit"
+            sizes = [f"{size / 2**30:,.1f} GiB" for size in (work.vectors * width, ids)]
+            rows.append([work.name, f"{work.vectors:,}", *sizes, verdict])
+    workers, memory = f"token ids of {node['gpus']} workers", f"in {node['memory_bytes'] >> 30} GiB of memory"
+    return _table(["stage", "questions", "vectors, on a node's disk", workers, memory], rows)
 
 
 def _check(actors: Mapping[str, Any]) -> str:
