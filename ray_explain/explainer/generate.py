@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,10 +18,13 @@ from ray_explain.explainer.drafting import Drafts
 from ray_explain.explainer.examples import Example, stop_ids
 from ray_explain.explainer.injection import keeping_positions
 from ray_explain.explainer.module import Explainer
-from ray_explain.interventions.layout import layout_of
+from ray_explain.interventions.hooks import only_at
+from ray_explain.interventions.layout import Layout, layout_of
+from ray_explain.interventions.walk import FAMILIES
 
 _LOGITS_AT_ONCE = 2**26  # numbers; bounds the drafts of large batches over large vocabularies
 _LOGITS_IN_CACHE = 2**19  # numbers that a CPU's cache holds
+_WORDS_A_BLOCK = 64  # divides the vocabularies of most models
 _LONGEST_DRAFT = 15  # tokens
 _PILOT = 8  # answers
 _WORTH_SHARING = 1 / 8  # of a batch's prompt tokens have to be saved before beginnings are read by themselves
@@ -133,7 +137,7 @@ class _Text:
         self.mask = torch.cat([self.mask, real], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
-        with keeping_positions(layout_of(self.model).unembedding, asked):
+        with _answering(layout_of(self.model), asked):
             logits = self.model(**given, past_key_values=self.cache, use_cache=True).logits[0]
         best, logprobs = torch.full_like(ids, -1), torch.zeros(ids.shape, device=self.device)
         best[asked], logprobs[asked] = _likeliest(logits)
@@ -218,14 +222,36 @@ def _n_shared(prompts: Sequence[Example], slot_id: int) -> int:
     return n if saved > _WORTH_SHARING * sum(map(len, ordered)) else 0
 
 
+@contextmanager
+def _answering(layout: Layout, asked: Bool[Tensor, "batch n"]) -> Iterator[None]:
+    """Let the unembedding, and the last block's MLP where it can, work on the `asked` tokens alone."""
+    with ExitStack() as hooks:
+        hooks.enter_context(keeping_positions(layout.unembedding, asked))
+        if layout.family in FAMILIES and not asked.all():
+            hooks.enter_context(only_at(layout.mlp(layout.n_layers - 1), asked.flatten().nonzero()[:, 0]))
+        yield
+
+
 def _likeliest(logits: Float[Tensor, "n d_vocab"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Tokens and log-probabilities; as many rows at a time as stay in a CPU's cache."""
+    """Tokens and log-probabilities; as many rows at a time as stay in a CPU's cache. `logits` are overwritten."""
     ids, logprobs = [logits.new_empty(0, dtype=torch.long)], [logits.new_empty(0, dtype=torch.float32)]
     for rows in logits.split(max(_LOGITS_IN_CACHE // logits.shape[-1], 1)):
-        best = rows.float().max(-1)
+        rows = rows.float()
+        best = _largest(rows)
         ids.append(best.indices)
-        logprobs.append(best.values - rows.float().logsumexp(-1))
+        logprobs.append(-rows.sub_(best.values[:, None]).exp_().sum(-1).log())
     return torch.cat(ids), torch.cat(logprobs)
+
+
+def _largest(rows: Float[Tensor, "n d_vocab"]) -> torch.return_types.max:
+    """As `rows.max(-1)`. PyTorch looks for a place one number at a time, for a value several at once: so first for the
+    value in each block of words, then for the place in the best block."""
+    if rows.shape[-1] % _WORDS_A_BLOCK:
+        return rows.max(-1)
+    blocks = rows.unflatten(-1, (-1, _WORDS_A_BLOCK))
+    best = blocks.amax(-1).max(-1)
+    within = blocks[torch.arange(len(rows), device=rows.device), best.indices].argmax(-1)
+    return torch.return_types.max((best.values, best.indices * _WORDS_A_BLOCK + within))
 
 
 def _n_alike(some: Sequence[int], others: Sequence[int]) -> int:

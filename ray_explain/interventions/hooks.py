@@ -112,6 +112,29 @@ def at_site(layout: Layout, layer: int, site: Site, change: Callable[[Tensor], T
         handle.remove()
 
 
+@contextmanager
+def only_at(module: nn.Module, tokens: Int[Tensor, " some"]) -> Iterator[None]:
+    """Let `module`, a function of each token alone, work on these (places in the flattened [batch pos]) and give zeros
+    for the others."""
+    shapes: list[torch.Size] = []
+
+    def selected(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        shapes.append(args[0].shape[:-1])
+        return (args[0].flatten(0, 1)[None, tokens],)
+
+    def scattered(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        shape = shapes.pop()
+        return output.new_zeros(shape.numel(), output.shape[-1]).index_copy_(0, tokens, output[0]).unflatten(0, shape)
+
+    # first of its hooks, so that those of others see all tokens
+    handles = [module.register_forward_pre_hook(selected), module.register_forward_hook(scattered, prepend=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _before(change: Callable[[Tensor], Tensor | None]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         changed = change(args[0] if args else kwargs["hidden_states"])

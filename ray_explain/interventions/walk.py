@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
-from ray_explain.interventions.hooks import at_site
+from ray_explain.interventions.hooks import at_site, only_at
 from ray_explain.interventions.layout import Layout, Site
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
@@ -297,7 +297,7 @@ def walk(
         for site, layer in inside:
             hooks.enter_context(at_site(layout, layer, site, _flat(visit, site, layer)))
         if only_ends:
-            hooks.enter_context(_only(layout.mlp(layout.n_layers - 1), packing.ends(layout.n_layers - 1)))
+            hooks.enter_context(only_at(layout.mlp(layout.n_layers - 1), packing.ends(layout.n_layers - 1)))
         hidden = _embedded(layout, packing)
         rotary = _rotary(layout, hidden, positions)
         for layer in range(until + 1):
@@ -314,27 +314,6 @@ def walk(
 
 def _flat(visit: Visit, site: Site, layer: int) -> Callable[[Tensor], Tensor]:
     return lambda activations: visit(site, layer, activations[0])[None]
-
-
-@contextmanager
-def _only(module: nn.Module, tokens: Int[Tensor, " some"]) -> Iterator[None]:
-    """Let `module` work on these tokens only and give zeros for the others, while this lasts."""
-
-    def scattered(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.new_zeros(1, widths.pop(), output.shape[-1]).index_copy_(1, tokens, output)
-
-    def selected(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        widths.append(args[0].shape[1])
-        return (args[0][:, tokens],)
-
-    widths: list[int] = []
-    # first of its hooks, so that those of others see all tokens
-    handles = [module.register_forward_pre_hook(selected), module.register_forward_hook(scattered, prepend=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _embedded(layout: Layout, packing: Packing) -> Float[Tensor, "tokens d_model"]:
