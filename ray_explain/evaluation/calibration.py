@@ -73,8 +73,8 @@ def _calibration(answers: pa.Table, series: dict[str, str], seed: int, resamples
         resamples=resamples, seed=seed,
     )  # fmt: skip
     groups = np.append((sums[:, :, 0] > 0).sum(axis=0), len(names))
-    lows, highs = intervals.percentile_interval(resampled, groups)
     n, said, hit = sums.sum(axis=0).T
+    lows, highs = _interval(values, resampled, groups, n)
     bins = [
         Bin(confidence=said[b] / n[b], right=values[b], low=_known(lows[b]), high=_known(highs[b]), n=int(n[b]))
         for b in range(n_bins)
@@ -94,6 +94,17 @@ def _values(sums: Float[np.ndarray, "*batch bins 3"]) -> Float[np.ndarray, "*bat
     accuracy = np.divide(right, n, out=np.full(n.shape, np.nan), where=n > 0)
     over = (said.sum(axis=-1) - right.sum(axis=-1)) / n.sum(axis=-1)
     return np.concatenate([accuracy, over[..., None]], axis=-1)
+
+
+def _interval(
+    values: np.ndarray, resampled: np.ndarray, groups: np.ndarray, n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each bin's accuracy, a share of answers, and of the overconfidence, a difference of two means."""
+    of_bins = intervals.wilson_interval(values[:-1], resampled[:, :-1], groups[:-1], n)
+    over = intervals.percentile_interval(resampled[:, -1:], groups[-1:])
+    low, high = (np.append(*pair) for pair in zip(of_bins, over))
+    reach = np.array([[0.0, 1.0]] * len(n) + [[-1.0, 1.0]]).T
+    return intervals.alike_interval(values, low, high, resampled, groups, reach)
 
 
 def _known(value: float) -> float | None:

@@ -63,10 +63,10 @@ def comparisons(
     A target that explains itself (the explainer has its name) is compared with every other explainer that was
     `trained`, and each of these with itself under each control and with every baseline: all other names. Both sides
     answered the same questions. Seeds of training are paired where both sides have them and their mean is compared; a
-    baseline without seeds stands against every seed of the other. Intervals hold the
-    draw of the groups, and that of the seeds where there are several (`intervals.spread_over_seeds`). p-values are
-    those of `intervals.swap_test`, or of the t test over seeds where that is larger; `p_holm` corrects over
-    the matrix: all comparisons of one task, fraction, contrast and metric on the same kind of part.
+    baseline without seeds stands against every seed of the other. Intervals hold the draw of the groups, and that of
+    the seeds where there are several (`intervals.spread_over_seeds`). p-values are those of `intervals.swap_test`, or
+    with several seeds of the t test over them where that is larger; `p_holm` corrects over the matrix: all comparisons
+    of one task, fraction, contrast and metric on the same kind of part.
 
     Both sides know the same fraction of the training data; what knows none (fraction 0) stands against every fraction.
     A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
@@ -154,7 +154,8 @@ def pilot(
     part = one[0].tally.parts[at]
     observed = np.array([[a.values[at] - b.values[at]] for a, b in zip(one, other, strict=True)])
     resampled = np.stack([a.resampled[:, at] - b.resampled[:, at] for a, b in zip(one, other, strict=True)], axis=1)
-    spread = intervals.spread_over_seeds(observed, resampled[:, :, None], np.array([part.n_groups]))
+    reach = _reach_of_difference(one[0].tally.reach[:, [at]])
+    spread = intervals.spread_over_seeds(observed, resampled[:, :, None], np.array([part.n_groups]), reach)
     return intervals.Pilot(
         group_variance=float(np.nanvar(resampled, axis=0).mean() * part.n_groups),
         questions_per_group=part.n / part.n_groups,
@@ -256,7 +257,7 @@ def _compared(one: list[Measured], other: list[Measured], permutations: int, see
     parts, n_groups = one[0].tally.parts, one[0].tally.n_groups
     observed = np.stack([a.values - b.values for a, b in zip(one, other, strict=True)])
     resampled = np.stack([a.resampled - b.resampled for a, b in zip(one, other, strict=True)], axis=1)
-    spread = intervals.spread_over_seeds(observed, resampled, n_groups)
+    spread = intervals.spread_over_seeds(observed, resampled, n_groups, _reach_of_difference(one[0].tally.reach))
     p_swap = intervals.swap_test(
         np.stack([side.tally.sums for side in one], axis=1),
         np.stack([side.tally.sums for side in other], axis=1),
@@ -264,7 +265,7 @@ def _compared(one: list[Measured], other: list[Measured], permutations: int, see
         permutations=permutations,
         seed=seed,
     )
-    p_values = np.where(spread.seed_variance > 0, np.fmax(p_swap, spread.p_value), p_swap)
+    p_values = np.fmax(p_swap, spread.p_value) if len(one) > 1 else p_swap
     for i, part in enumerate(parts):
         yield {
             "metric": part.metric.name,
@@ -275,6 +276,10 @@ def _compared(one: list[Measured], other: list[Measured], permutations: int, see
             "n_groups": part.n_groups,
             "seeds": len(one),
         }
+
+
+def _reach_of_difference(reach: Float[np.ndarray, "2 parts"]) -> Float[np.ndarray, "2 parts"]:
+    return np.stack([reach[0] - reach[1], reach[1] - reach[0]])
 
 
 def _check_same_questions(tallies: Sequence[Tally]) -> None:
@@ -307,7 +312,9 @@ def _advantage(
     observed = values(sums.sum(axis=0))[:, None]
     resampled = intervals.bootstrap(sums, values, resamples=resamples, seed=seed)[:, :, None]
     told = min(part.n_groups for row in blocks for _, part in row)
-    spread = intervals.spread_over_seeds(observed, resampled, np.array([told]))
+    part = blocks[0][0][1]
+    extremes = np.sort(weights[:, None] * np.array(part.metric.reach), axis=1).sum(axis=0)
+    spread = intervals.spread_over_seeds(observed, resampled, np.array([told]), extremes[:, None])
     return {
         **{name: defined(getattr(spread, name)[0]) for name in ("difference", "low", "high", "p_value")},
         "n_groups": told,

@@ -6,7 +6,7 @@ intervals too narrow. All of it works on sums over groups, so that a resample is
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +14,8 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 _CHUNK = 2**22  # group counts made at a time, to bound memory
+_LEVELS = 101  # of one t that the other is averaged over
+_HALVINGS = 14  # of the range of a quantile
 
 Values = Callable[[Float[np.ndarray, "*batch columns"]], Float[np.ndarray, "*batch parts"]]
 """From sums of columns to the metrics of a table's parts; NaN where one is undefined."""
@@ -52,12 +54,54 @@ def percentile_interval(
     return bounds[0], bounds[1]
 
 
-def alike_bound(n_groups: int) -> float:
-    """Width of the 95 % interval of a proportion that is 0 or 1 in all of `n_groups` groups (exact binomial).
+def wilson_interval(
+    share: Float[np.ndarray, " parts"],
+    resampled: Float[np.ndarray, "resamples parts"],
+    n_groups: Int[np.ndarray, " parts"],
+    n: Int[np.ndarray, " parts"],
+) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
+    """95 % intervals of shares of `n` answers: Wilson's, for as many independent answers as have the variance that the
+    resamples of the groups show, and with Student's t (Kott and Carr 1997).
 
-    There the bootstrap, which only ever sees what was seen, would claim to be certain.
+    Near 0 and 1 percentiles of a bootstrap hold the truth too seldom: a share of .02 over 60 groups of 5 in 88 of 100
+    studies. NaN as `percentile_interval`; where the resamples do not differ, `alike_interval` knows more.
     """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(n_groups >= 2, _t(np.maximum(n_groups - 1, 1)), np.nan)
+        variance = _nanvar(resampled) * n_groups / (n_groups - 1)
+        independent = np.minimum(share * (1 - share) / variance, n)
+        middle = (share + t**2 / (2 * independent)) / (1 + t**2 / independent)
+        half = t / (1 + t**2 / independent) * np.sqrt(share * (1 - share) / independent + (t / (2 * independent)) ** 2)
+    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+
+
+def alike_bound(n_groups: int | np.ndarray) -> Any:
+    """How large a share of groups may be unlike the `n_groups` that were seen, all alike: the width of the 95 %
+    interval of a proportion that is 0 or 1 in all of them (exact binomial)."""
     return 1 - ((1 - CONFIDENCE) / 2) ** (1 / n_groups)
+
+
+def alike_interval(
+    value: Float[np.ndarray, " parts"],
+    low: Float[np.ndarray, " parts"],
+    high: Float[np.ndarray, " parts"],
+    resampled: Float[np.ndarray, "resamples parts"],
+    n_groups: Int[np.ndarray, " parts"],
+    reach: Float[np.ndarray, "2 parts"],
+) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
+    """The interval from `low` to `high`; or, where all groups say `value` alone, what they allow.
+
+    The bootstrap, which only ever sees what was seen, would claim to be certain there. A share of `alike_bound` of all
+    groups may be otherwise, and those by as much as the `reach` (least and largest value there is) lets them.
+    """
+    known = ~np.isnan(resampled)
+    ends = [np.where(known, resampled, end).T for end in (np.inf, -np.inf)]
+    alike = (n_groups >= 2) & known.any(axis=0) & (ends[1].max(axis=1) - ends[0].min(axis=1) < 1e-12)
+    others = alike_bound(np.maximum(n_groups, 1))
+    return (
+        np.where(alike, value - others * (value - reach[0]), low),
+        np.where(alike, value + others * (reach[1] - value), high),
+    )
 
 
 class Spread(NamedTuple):
@@ -66,7 +110,7 @@ class Spread(NamedTuple):
     difference: Float[np.ndarray, " parts"]
     low: Float[np.ndarray, " parts"]
     high: Float[np.ndarray, " parts"]
-    p_value: Float[np.ndarray, " parts"]  # two-sided t test with the same variance as the interval
+    p_value: Float[np.ndarray, " parts"]  # two-sided t test with the same variances as the interval
     seed_variance: Float[np.ndarray, " parts"]  # between seeds of training, beyond what the questions explain
 
 
@@ -74,32 +118,78 @@ def spread_over_seeds(
     observed: Float[np.ndarray, "seeds parts"],
     resampled: Float[np.ndarray, "resamples seeds parts"],
     n_groups: Int[np.ndarray, " parts"],
+    reach: Float[np.ndarray, "2 parts"],
 ) -> Spread:
     """The mean difference over the seeds of training, with an interval for other questions and for other seeds.
 
-    The bootstrap over groups of the mean over seeds gives the interval for other questions. If the seeds differ by
-    more than the questions explain, it is widened by their variance component, with Satterthwaite's degrees of
-    freedom (a two-way random-effects model, groups x seeds). One seed says nothing of others: then nothing is added.
-    Where the spread of the seeds is most of it, 95 % intervals hold the truth in 93 % of studies with three seeds, in
-    90 % with two.
+    The bootstrap over groups of the mean over seeds gives the interval for other questions. Several seeds widen it (a
+    two-way random-effects model, groups x seeds): the error is the sum of what the groups share, with as many degrees
+    of freedom as there are groups but one, and of what differs between seeds, with as many as seeds but one. The
+    quantiles are those of the sum of two Student's t (Behrens and Fisher): with two seeds they lie far out. Such
+    intervals hold the truth in 95 % of studies or more, whether seeds differ or not; in up to 99 % with two seeds, 98 %
+    with three. One seed says nothing of others: then nothing is added.
+
+    Args:
+        reach: The least and the largest difference there can be.
     """
     seeds, difference = len(observed), observed.mean(axis=0)
     pooled = resampled.mean(axis=1)
     low, high = percentile_interval(pooled, n_groups)
-    groups_variance, groups_freedom = _nanvar(pooled), np.maximum(n_groups - 1, 1)
-    between, added = np.zeros_like(difference), np.zeros_like(difference)
-    if seeds > 1:
-        by_chance = _nanvar(resampled - pooled[:, None]).mean(axis=0) * seeds / (seeds - 1)
-        between = observed.var(axis=0, ddof=1)
-        added = np.maximum(between - by_chance, 0) / seeds
-    variance = groups_variance + added
-    seeds_variance = np.where(added > 0, between / seeds, 0)
+    low, high = alike_interval(difference, low, high, pooled, n_groups, reach)
+    freedom = np.maximum(n_groups - 1, 1)
+    finite = n_groups / freedom  # the variance of a bootstrap is that of n, not of n - 1
+    variance, between = _nanvar(pooled) * finite, np.zeros_like(difference)
+    if seeds == 1:
+        p_value = _two_sided(np.abs(difference), variance, freedom)
+        return Spread(difference, low, high, np.fmax(p_value, _least_p(n_groups)), between)
+    by_chance = _nanvar(resampled - pooled[:, None]).mean(axis=0) * seeds / (seeds - 1) * finite
+    between = observed.var(axis=0, ddof=1)
+    scales = np.sqrt(np.maximum(variance - by_chance / seeds, 0)), np.sqrt(between / seeds)
+    extra = _sum_of_ts_quantile(*scales, freedom, seeds - 1) - _t(freedom) * np.sqrt(variance)
+    widen = np.maximum(extra, 0)
+    p_value = 2 * _sum_of_ts_tail(np.abs(difference), *scales, freedom, seeds - 1)
+    p_value = np.fmax(np.fmax(p_value, _two_sided(np.abs(difference), variance, freedom)), _least_p(n_groups))
+    return Spread(
+        difference,
+        np.maximum(low - widen, np.minimum(reach[0], low)),
+        np.minimum(high + widen, np.maximum(reach[1], high)),
+        p_value,
+        np.maximum(between - by_chance, 0),
+    )
+
+
+def _two_sided(size: np.ndarray, variance: np.ndarray, freedom: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = variance**2 / (groups_variance**2 / groups_freedom + seeds_variance**2 / max(seeds - 1, 1))
-        p_value = 2 * stats.t.sf(np.abs(difference) / np.sqrt(variance), freedom)
-    extra = _t(freedom) * np.sqrt(variance) - _t(groups_freedom) * np.sqrt(groups_variance)
-    widen = np.where(added > 0, np.maximum(extra, 0), 0)
-    return Spread(difference, low - widen, high + widen, p_value, added * seeds)
+        return 2 * stats.t.sf(size / np.sqrt(variance), freedom)
+
+
+def _least_p(n_groups: np.ndarray) -> np.ndarray:
+    """Of n groups that all differ in one direction, which they do by chance as coins do."""
+    return 2.0 ** (1 - np.maximum(n_groups, 1))
+
+
+def _sum_of_ts_tail(
+    x: np.ndarray, scale: np.ndarray, other_scale: np.ndarray, freedom: np.ndarray, other_freedom: np.ndarray | int
+) -> Float[np.ndarray, " parts"]:
+    """How probable it is that scale x t + other_scale x t' is above `x`, t and t' Student's with these degrees."""
+    first = scale >= other_scale
+    wide, narrow = np.where(first, scale, other_scale), np.where(first, other_scale, scale)
+    of_wide, of_narrow = np.where(first, freedom, other_freedom), np.where(first, other_freedom, freedom)
+    levels = ((np.arange(_LEVELS) + 0.5) / _LEVELS)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return stats.t.sf((x - narrow * stats.t.ppf(levels, of_narrow)) / wide, of_wide).mean(axis=0)
+
+
+def _sum_of_ts_quantile(
+    scale: np.ndarray, other_scale: np.ndarray, freedom: np.ndarray, other_freedom: int
+) -> Float[np.ndarray, " parts"]:
+    """What scale x t + other_scale x t' is above, or below minus which it is, in 5 % of cases."""
+    low, high = np.zeros_like(scale), scale * _t(freedom) + other_scale * _t(np.asarray(other_freedom))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        too_low = _sum_of_ts_tail(middle, scale, other_scale, freedom, other_freedom) > (1 - CONFIDENCE) / 2
+        low, high = np.where(too_low, middle, low), np.where(too_low, high, middle)
+    return high
 
 
 def _nanvar(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ray_explain import records
 from ray_explain.evaluation import intervals
@@ -28,11 +28,12 @@ class Metric:
     value: Callable[[Float[np.ndarray, "*batch k"]], Float[np.ndarray, "*batch"]]  # NaN where undefined
     counted: Callable[[pa.Table], Bool[np.ndarray, " answers"]]  # the answers that have this metric
     counts: tuple[int, ...]  # columns, each of which has to differ from 0 in a group that tells about the metric
+    reach: tuple[float, float] = (0.0, 1.0)  # least and largest value there is
     proportion: bool = False
 
 
-def _mean_of(name: str, column: str, tasks: tuple[str, ...]) -> Metric:
-    """The mean of a column over the answers where it is not null."""
+def _mean_of(name: str, column: str, tasks: tuple[str, ...], least: float = 0.0) -> Metric:
+    """The mean of a column, of numbers from `least` to 1, over the answers where it is not null."""
 
     def counted(graded: pa.Table) -> np.ndarray:
         return graded[column].is_valid().to_numpy()
@@ -48,6 +49,7 @@ def _mean_of(name: str, column: str, tasks: tuple[str, ...]) -> Metric:
         value=lambda sums: _divide(sums[..., 0], sums[..., 1]),
         counted=counted,
         counts=(1,),
+        reach=(least, 1.0),
         proportion=pa.types.is_boolean(GRADED.field(column).type),
     )
 
@@ -88,10 +90,10 @@ METRICS = (
     ),
     _mean_of("content_match", "content", _EFFECTS),
     _mean_of("similarity", "similarity", ("features",)),
-    _mean_of("correlation", "correlation", ("features",)),
-    _mean_of("embedding", "embedding", ("features",)),
+    _mean_of("correlation", "correlation", ("features",), -1.0),
+    _mean_of("embedding", "embedding", ("features",), -1.0),
     _mean_of("judged", "judged", ("features",)),
-    _mean_of("simulated", "simulated", ("features",)),
+    _mean_of("simulated", "simulated", ("features",), -1.0),
     _mean_of("detection", "detection", ("features",)),
 )
 
@@ -122,9 +124,14 @@ class Tally:
         return np.stack([part.metric.value(sums[..., part.columns]) for part in self.parts], axis=-1)
 
     @property
-    def n_groups(self) -> np.ndarray:
+    def n_groups(self) -> Int[np.ndarray, " parts"]:
         """Groups of each part."""
         return np.array([part.n_groups for part in self.parts])
+
+    @property
+    def reach(self) -> Float[np.ndarray, "2 parts"]:
+        """Least and largest value of each part's metric."""
+        return np.array([part.metric.reach for part in self.parts]).reshape(-1, 2).T
 
 
 def measured(graded: pa.Table) -> list[Metric]:
@@ -204,16 +211,22 @@ def scores(graded: pa.Table, *, by: Sequence[str] = BY, seed: int, resamples: in
         tallied = tally(rows_of(graded, series), by, metrics)
         values = tallied.values(tallied.sums.sum(axis=0))
         resampled = intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed)
-        lows, highs = intervals.percentile_interval(resampled, tallied.n_groups)
+        lows, highs = _interval(tallied, values, resampled)
         for part, value, low, high in zip(tallied.parts, values, lows, highs, strict=True):
             rows.append(series | _score(part, float(value), float(low), float(high)))
     return records.rows_table(rows, records.SCORES)
 
 
+def _interval(tallied: Tally, values: np.ndarray, resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    sizes = tallied.n_groups, np.array([part.n for part in tallied.parts])
+    shares = np.array([part.metric.proportion for part in tallied.parts])
+    by_percentile = intervals.percentile_interval(resampled, tallied.n_groups)
+    by_wilson = intervals.wilson_interval(values, resampled, *sizes)
+    low, high = (np.where(shares, *pair) for pair in zip(by_wilson, by_percentile))
+    return intervals.alike_interval(values, low, high, resampled, tallied.n_groups, tallied.reach)
+
+
 def _score(part: Part, value: float, low: float, high: float) -> dict[str, Any]:
-    if part.metric.proportion and part.n_groups and value in (0, 1):
-        width = intervals.alike_bound(part.n_groups)
-        low, high = max(0, value - width), min(1, value + width)
     return {
         "metric": part.metric.name,
         "by": part.by,

@@ -4,53 +4,68 @@ An answer is right with a probability made of the explainer's strength, the targ
 oneself, and what all answers about a group of questions have in common.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from ray_explain.evaluation import intervals
+from ray_explain.evaluation import comparisons, intervals
 from ray_explain.evaluation.intervals import Pilot, holm, questions_needed
+from ray_explain.evaluation.metrics import METRICS, Part, Tally
 
 MODELS, GROUPS, PER_GROUP = 3, 60, 4
 PAIRINGS = [(str(e), str(t)) for e in range(MODELS) for t in range(MODELS)]
 STRENGTH, EASE = np.array([0.0, 0.1, 0.2]), np.array([0.0, 0.05, 0.1])
 
 
-def matrix(rng, advantage, groups=GROUPS):
+def matrix(rng, advantage, groups=GROUPS, luck=0.0):
     """Right answers of each group of questions: [groups of each target, explainers, targets]."""
     common = rng.normal(0, 0.12, (groups, 1, MODELS))
-    p = 0.3 + STRENGTH[:, None] + EASE + advantage * np.eye(MODELS) + common
+    p = 0.3 + STRENGTH[:, None] + EASE + advantage * np.eye(MODELS) + luck + common
     return rng.binomial(PER_GROUP, np.clip(p, 0, 1)).astype(float)
 
 
-def difference_in_differences(right):
-    """Estimate and interval, as `comparisons.self_advantage` has them: groups of one target resampled together."""
-    weights = intervals.self_weights(PAIRINGS)
-    groups = len(right)
-    sums = np.zeros((MODELS * groups, len(PAIRINGS)))
-    for i, (explainer, target) in enumerate(PAIRINGS):
-        sums[int(target) * groups : (int(target) + 1) * groups, i] = right[:, int(explainer), int(target)]
-    asked = np.zeros((MODELS * groups, len(PAIRINGS)))
-    for i, (_, target) in enumerate(PAIRINGS):
-        asked[int(target) * groups : (int(target) + 1) * groups, i] = PER_GROUP
-    both = np.concatenate([sums, asked], axis=1)
+def tallied(right):
+    """One explainer's answers about one target, as `metrics.tally` sums up exact matches over the groups."""
+    exact = next(metric for metric in METRICS if metric.name == "exact_match")
+    sums = np.stack([right, np.full(len(right), float(PER_GROUP))], axis=1)
+    n = PER_GROUP * len(right)
+    part = Part(metric=exact, by="all", columns=slice(0, 2), n=n, n_groups=len(right), unparsed=0)
+    return Tally(groups=[f"g{i:03}" for i in range(len(right))], questions=[], sums=sums, parts=[part])
 
-    def values(total):
-        return ((total[..., : len(PAIRINGS)] / total[..., len(PAIRINGS) :]) @ weights)[..., None]
 
-    resampled = intervals.bootstrap(both, values, resamples=400, seed=0)[:, :, None]
-    spread = intervals.spread_over_seeds(values(both.sum(axis=0))[None], resampled, np.array([len(both)]))
-    return spread.difference[0], spread.low[0], spread.high[0], spread.p_value[0]
+def advantage_of(seeds):
+    """`comparisons.self_advantage` of matrices, one for each seed; the groups of each target are its own."""
+    cells = {}
+    for explainer, target in PAIRINGS:
+        cells[explainer, target] = {
+            seed: replace(tally, groups=[f"{target} {name}" for name in tally.groups])
+            for seed, right in enumerate(seeds)
+            for tally in [tallied(right[:, int(explainer), int(target)])]
+        }
+    return comparisons._advantage(cells, "exact_match", "all", resamples=300, seed=0)
 
 
 @pytest.mark.parametrize("advantage", [0.0, 0.1])
 def test_the_difference_in_differences_holds_the_true_advantage_in_95_percent_of_matrices(advantage):
     rng = np.random.default_rng(1)
-    made = np.array([difference_in_differences(matrix(rng, advantage)) for _ in range(1000)])
-    held = np.mean((made[:, 1] <= advantage) & (advantage <= made[:, 2]))
-    assert 0.93 < held < 0.97
-    assert made[:, 0].mean() == pytest.approx(advantage, abs=0.005)
+    made = [advantage_of([matrix(rng, advantage)]) for _ in range(1000)]
+    assert 0.93 < np.mean([row["low"] <= advantage <= row["high"] for row in made]) < 0.97
+    assert np.mean([row["difference"] for row in made]) == pytest.approx(advantage, abs=0.005)
     if not advantage:
-        assert np.mean(made[:, 3] <= 0.05) <= 0.055
+        assert np.mean([row["p_value"] <= 0.05 for row in made]) <= 0.055
+
+
+def test_the_difference_in_differences_over_seeds_holds_the_truth_where_trainings_differ():
+    """Each training of an explainer is a little better or worse at everything about a target."""
+    rng, held, found = np.random.default_rng(4), [], []
+    for _ in range(250):
+        lucky = rng.normal(0, 0.06, (3, MODELS, MODELS))
+        row = advantage_of([matrix(rng, 0.1, luck=each) for each in lucky])
+        held.append(row["low"] <= 0.1 <= row["high"])
+        none = advantage_of([matrix(rng, 0.0, luck=each) for each in lucky])
+        found.append(none["p_value"] <= 0.05)
+    assert np.mean(held) > 0.93 and np.mean(found) <= 0.055
 
 
 def self_minus_cross(right):
