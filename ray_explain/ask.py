@@ -114,6 +114,8 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
     from ray_explain.distributed.plan import Plan
 
     plan = Plan(placed(experiment))
+    if storage.is_remote(plan.root):
+        storage.check_endpoint()
     runs = [run for run in plan.runs() if task in run.tasks and not run.text_only]
     target = arguments.target or plan.experiment.targets[0]
     by = arguments.by or target
