@@ -39,25 +39,30 @@ $(VENV)/.stamp: requirements.lock pyproject.toml
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $@
 
-demo: setup  ## the whole method on two small models, on this machine
-	$(BIN)/python jobs/pipeline.py --config $(CONFIG)
-
 # Recipes take what a user gives from the environment: nothing of it is read as shell code.
 cluster-up cluster-down cluster-status submit token: export RAY_AUTH_MODE := token
 cluster-up cluster-down cluster-status submit: export RAY_USAGE_STATS_ENABLED := 0
-cluster-up cluster-down cluster-status: export CLUSTER := $(CLUSTER)
+cluster-up cluster-down cluster-status dashboard: export CLUSTER := $(CLUSTER)
+cluster-up dashboard: export DASHBOARD_PORT := $(DASHBOARD_PORT)
+cluster-up: export CPUS := $(CPUS)
+cluster-up: export OBJECT_STORE := $(OBJECT_STORE)
 cluster-status submit: export RAY_API_SERVER_ADDRESS ?= http://127.0.0.1:$(DASHBOARD_PORT)
 submit: export JOB := $(JOB)
-submit: export CONFIG := $(CONFIG)
+demo submit: export CONFIG := $(CONFIG)
 submit: export ARGS := $(ARGS)
+dashboard: export RUN := $(RUN)
+chaos: export SEEDS := $(SEEDS)
+
+demo: setup  ## the whole method on two small models, on this machine
+	$(BIN)/python jobs/pipeline.py --config "$$CONFIG"
 
 token: setup
 	@umask 077; test -s ~/.ray/auth_token || $(BIN)/ray get-auth-token --generate >/dev/null
 
 cluster-up: token  ## a Ray cluster: this machine, or CLUSTER=cluster.yaml
 ifeq ($(CLUSTER),)
-	RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(BIN)/ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus=$(CPUS) \
-		--dashboard-host=127.0.0.1 --dashboard-port=$(DASHBOARD_PORT) --object-store-memory=$(OBJECT_STORE)
+	RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(BIN)/ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus="$$CPUS" \
+		--dashboard-host=127.0.0.1 --dashboard-port="$$DASHBOARD_PORT" --object-store-memory="$$OBJECT_STORE"
 else
 	$(BIN)/python -m ray_explain.distributed.cluster_file "$$CLUSTER"
 	$(BIN)/ray up --yes "$$CLUSTER"
@@ -97,7 +102,7 @@ test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 
 chaos: setup  ## the pipeline on several nodes and S3, while parts of it are killed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seeds $(SEEDS)
+	set -f; OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seeds $$SEEDS
 
 cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines made of namespaces (needs root)
 	$(BIN)/python -m pytest -m machines tests/distributed/test_machines.py
@@ -119,7 +124,7 @@ clean:  ## remove what runs made (not the environment)
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
 
 dashboard: setup  ## links to jobs, actors and curves of RUN; serves TensorBoard until Ctrl-C, tunnels to CLUSTER
-	@echo "Ray, with jobs, actors and Train runs: http://127.0.0.1:$(DASHBOARD_PORT) (the token: $(BIN)/ray get-auth-token)"
-	@echo "TensorBoard, with curves and HParams:  http://127.0.0.1:6006 ($(RUN)/tensorboard)"
-	@$(if $(CLUSTER),$(BIN)/ray dashboard $(CLUSTER) & trap "kill $$!" EXIT;) \
-		$(BIN)/tensorboard --logdir $(RUN)/tensorboard --host 127.0.0.1 --port 6006 --load_fast=false 2>/dev/null
+	@echo "Ray, with jobs, actors and Train runs: http://127.0.0.1:$$DASHBOARD_PORT (the token: $(BIN)/ray get-auth-token)"
+	@echo "TensorBoard, with curves and HParams:  http://127.0.0.1:6006 ($$RUN/tensorboard)"
+	@if [ -n "$$CLUSTER" ]; then $(BIN)/ray dashboard "$$CLUSTER" & trap "kill $$!" EXIT; fi; \
+		$(BIN)/tensorboard --logdir "$$RUN/tensorboard" --host 127.0.0.1 --port 6006 --load_fast=false

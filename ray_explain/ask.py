@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ import numpy as np
 from ray_explain import storage
 from ray_explain.config import Experiment, read_experiment
 from ray_explain.errors import BadInput
+from ray_explain.launch import ended_by, lasting, placed
 from ray_explain.report.numbers import clip
 
 USAGE = """
@@ -38,9 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = _kind(arguments)
         known = _known(arguments, kind)
         print(_told(_receipt(arguments, kind, known), known))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     except BadInput as error:
-        print(f"bad input: {error}", file=sys.stderr)
-        return 2
+        return ended_by(error)
+    except Exception as error:  # as in `launch`
+        with tempfile.NamedTemporaryFile("w", prefix="ask-", suffix=".log", delete=False) as log:
+            log.writelines(traceback.format_exception(error))
+        return ended_by(error, Path(log.name))
     return 0
 
 
@@ -100,10 +109,13 @@ def _known(arguments: argparse.Namespace, task: str) -> Known:
 
 
 def _of_config(arguments: argparse.Namespace, task: str) -> Known:
+    experiment = read_experiment(arguments.config, arguments.overrides)  # a mistake in it is told before these imports
     from ray_explain.artifacts import finished
     from ray_explain.distributed.plan import Plan
 
-    plan = Plan(read_experiment(arguments.config, arguments.overrides))
+    plan = Plan(placed(experiment))
+    if storage.is_remote(plan.root):
+        storage.check_endpoint()
     runs = [run for run in plan.runs() if task in run.tasks and not run.text_only]
     target = arguments.target or plan.experiment.targets[0]
     by = arguments.by or target
@@ -113,7 +125,9 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
         raise BadInput(f"no explainer {by!r} of {target!r} for {task}: there is {', '.join(there) or 'none'}")
     artifact = plan.explainer(chosen[0])
     if finished(artifact, plan.root) is None:
-        raise BadInput(f"{artifact.label} is not trained yet: run jobs/train.py with this config first")
+        raise BadInput(
+            f"{artifact.label} is not trained yet below {plan.root}: run jobs/train.py with this config first"
+        )
     return Known(plan.path(artifact), target, plan.model_place(target), plan.experiment)
 
 
@@ -122,7 +136,7 @@ def _of_folder(arguments: argparse.Namespace) -> Known:
     from ray_explain.distributed.plan import Plan
     from ray_explain.explainer.sidecar import Mismatch, read_sidecar
 
-    folder = Path(arguments.explainer).resolve()
+    folder = Path(lasting(arguments.explainer)).resolve()
     try:
         sidecar = read_sidecar(folder)
     except Mismatch as error:
@@ -155,9 +169,12 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     disable_progress_bar()
     place = {"revision": known.place["revision"]}
     with storage.local_folder(known.place["model"]) as folder:
-        n_layers = (
-            AutoConfig.from_pretrained(folder, trust_remote_code=False, **place).get_text_config().num_hidden_layers
-        )
+        try:
+            shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, **place).get_text_config()
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(f"no model can be read at {known.place['model']!r}: {reason}") from error
+        n_layers = shape.num_hidden_layers
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **place)
         sidecar = read_sidecar(known.folder)
         try:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,12 +24,27 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)  # in names of keys that people put credentials at
 
 
 class Section(BaseModel):
-    """A part of the file: no unknown key, nothing changed after reading."""
+    """A part of the file: no unknown key, no credentials in an address, nothing changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _holds_no_credentials(cls, value: Any) -> Any:
+        """What is said does not repeat the address: it would be printed and logged."""
+        for text in value.values() if isinstance(value, dict) else [value]:
+            parts = urlsplit(text) if isinstance(text, str) and "://" in text else None
+            if parts and ("@" in parts.netloc or parts.query or parts.fragment):
+                raise ValueError(
+                    "keep credentials out of it: an address has no user, password, `?` or `#` here, since configs are "
+                    "written beside the results. Keys are read from the environment: AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or what `key_variable` of an endpoint names; so is AWS_ENDPOINT_URL"
+                )
+        return value
 
 
 class WorldConfig(Section):
@@ -400,11 +416,6 @@ class Experiment(Section):
             return storage
         if scheme != "s3":
             raise ValueError("give a path, or s3://bucket/folder")
-        if "@" in rest or "?" in rest:  # it would be written into configs, manifests and logs
-            raise ValueError(
-                "keep credentials and endpoint out of it: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-                "AWS_ENDPOINT_URL are read from the environment"
-            )
         if not all(rest.rstrip("/").split("/")) or ".." in rest.split("/"):
             raise ValueError("not of the form s3://bucket/folder")
         return storage.rstrip("/")
@@ -622,13 +633,19 @@ def _told(fault: Any, section: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         valid = _keys_at(section, fault["loc"][:-1])
-        return f"`{where}` = {fault['input']!r}: no such key{_nearest(str(fault['loc'][-1]), valid)}"
+        value = "" if _SECRET.search(where) else _shown(fault["input"])
+        return f"`{where}`{value}: no such key{_nearest(str(fault['loc'][-1]), valid)}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"`{where}` is missing"
     if not where or fault["type"] == "value_error":
         return f"`{where}`: {message}" if where else message
-    return f"`{where}` = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"`{where}`{_shown(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value that is refused, unless credentials may stand in it."""
+    return "" if isinstance(value, dict) or "://" in str(value) else f" = {value!r}"
 
 
 def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:

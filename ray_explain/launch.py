@@ -45,7 +45,7 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str
     try:
         experiment = placed(read_experiment(arguments.config, arguments.overrides))
     except BadInput as error:
-        return _say(2, error)
+        return ended_by(error)
     log = _start_log(experiment)
     try:
         with _stopping_on_sigterm():
@@ -59,7 +59,7 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str
         return 130
     except Exception as error:  # the last place where an error can become a sentence
         logger.error("%s", "".join(traceback.format_exception(error)))
-        return _say(2 if _caused_by(error, BadInput) else 1, error, log)
+        return ended_by(error, log)
     return 0
 
 
@@ -86,22 +86,30 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 
 def placed(experiment: Experiment) -> Experiment:
-    """In a submitted job, storage given as a relative path lies below the home of the user who runs the cluster: Ray
-    unpacks the code into a folder that it throws away.
+    """The experiment with its storage where `lasting` leads."""
+    place = lasting(experiment.storage)
+    if place == experiment.storage:
+        return experiment
+    print(f"storage: {place} (`storage` is a relative path, and a submitted job runs in a folder that is thrown away)")
+    return experiment.model_copy(update={"storage": place})
+
+
+def lasting(path: str) -> str:
+    """Where what is written at `path` outlives the job: in a submitted one, a relative path lies below the home of the
+    user who runs the cluster, since Ray unpacks the code into a folder that it throws away.
     """
     is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for the processes of `ray job submit`
-    given = Path(experiment.storage.removeprefix("file://")).expanduser()
-    if not is_submitted or storage.is_remote(experiment.storage) or given.is_absolute():
-        return experiment
-    place = Path.home() / "ray_explain" / given
-    print(f"storage: {place} (`storage` is a relative path, and a submitted job runs in a folder that is thrown away)")
-    return experiment.model_copy(update={"storage": str(place)})
+    given = Path(path.removeprefix("file://")).expanduser()
+    if not is_submitted or storage.is_remote(path) or given.is_absolute():
+        return path
+    return str(Path.home() / "ray_explain" / given)
 
 
 def log_folder(experiment: Experiment) -> Path:
     """Where this machine's logs of the experiment go: below its storage, or here when that is remote."""
     root = storage.absolute(experiment.storage)
-    return Path(f"runs/{experiment.name}").absolute() / "logs" if storage.is_remote(root) else Path(root) / "logs"
+    here = lasting(f"runs/{experiment.name}") if storage.is_remote(root) else root
+    return Path(here).absolute() / "logs"
 
 
 def _start_log(experiment: Experiment) -> Path:
@@ -129,7 +137,9 @@ def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
     return False
 
 
-def _say(code: int, error: BaseException, log: Path | None = None) -> int:
+def ended_by(error: BaseException, log: Path | None = None) -> int:
+    """Says in a sentence what ended a job, and where the details are; returns the exit code."""
+    code = 2 if _caused_by(error, BadInput) else 1
     known = _caused_by(error, BadInput) or _caused_by(error, JobFailed)
     last_line = (str(error).strip().splitlines() or [""])[-1]
     text = _sentence(error) if known else _way_out(error) or f"{type(error).__name__}: {last_line}"

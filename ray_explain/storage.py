@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from ray_explain.errors import JobFailed
+from ray_explain.errors import BadInput, JobFailed
 
 _S3_ATTEMPTS = 12  # of each request; the pauses double from 25 ms, so a server may be gone for a minute and a half
+_PATIENCE = 5.0  # seconds that a server may take to answer a knock
 _PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds before an operation is tried again
 _P, _T = ParamSpec("_P"), TypeVar("_T")
 
@@ -47,6 +49,42 @@ def patient(operation: Callable[_P, _T]) -> Callable[_P, _T]:
     return again
 
 
+def check_endpoint() -> None:
+    """Whether somebody answers at the S3 endpoint that the environment names, where it names one.
+
+    Said before the first request: those are patient, and tried again for minutes.
+
+    Raises:
+        BadInput: nobody does.
+    """
+    if not _endpoint():
+        return
+    way_out = "start the server there, or correct AWS_ENDPOINT_URL (http://host:port; unset, it is Amazon's)"
+    parts = urlsplit(_endpoint())
+    try:
+        address = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    except ValueError:
+        address = "", 0
+    if not address[0]:
+        raise BadInput(f"AWS_ENDPOINT_URL is no address of a server: {way_out}")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return socket.create_connection(address, timeout=_PATIENCE).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                reason = error.strerror or str(error)
+                raise BadInput(
+                    f"no S3 server answers at {address[0]}:{address[1]}, where `storage` is ({reason}): {way_out}"
+                ) from error
+            time.sleep(1)
+
+
+def _endpoint() -> str:
+    """URL of the S3 server; empty for Amazon's."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
 def is_remote(uri: str) -> bool:
     """Whether `uri` names something that is not on this machine's disk."""
     return "://" in uri and not uri.startswith("file://")
@@ -63,7 +101,7 @@ class _PatientS3(fs.S3FileSystem):
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        endpoint = _endpoint()
         parts = urlsplit(endpoint)
         super().__init__(
             endpoint_override=parts.netloc or None,

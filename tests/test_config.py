@@ -113,6 +113,56 @@ def test_the_world_is_of_the_size_asked_for_and_an_impossible_one_is_refused(con
         read_experiment(config, ["world.cities=3"])
 
 
+PLACES = [
+    "storage",
+    "models.llama.path",
+    "ground_truth.patching.path",
+    "ground_truth.features.corpus.path",
+    "ground_truth.features.sae.path",
+    "ground_truth.features.sae.path.llama",
+    "ground_truth.features.describer.address",
+    "ground_truth.features.detector.address",
+    "ground_truth.features.simulator.address",
+    "evaluate.judge.url",
+    "evaluate.embedding",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "address",
+    ["https://key:5ecret@host/v1", "https://5ecret@host/v1", "s3://bucket/x?access_key=5ecret", "http://h/#5ecret"],
+)
+def test_credentials_in_an_address_are_refused_without_being_repeated(config: str, place: str, address: str) -> None:
+    """Wherever an address can stand: a config is written beside the results, and into logs."""
+    section = place.rpartition(".")[0]
+    kind = [f"{section}.kind=endpoint", f"{section}.model=m"] if place.endswith(".address") else []
+    with pytest.raises(BadInput, match="keep credentials out of it") as refused:
+        read_experiment(config, [*kind, f"{place}={address}"])
+    assert "5ecret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("evaluate.api_key=5ecret", "`evaluate.api_key`: no such key"),
+        ("evaluate.Secret=5ecret", "`evaluate.Secret`: no such key"),
+        ("evaluate.adress=http://5ecret@host", "`evaluate.adress`: no such key"),
+        ("evaluate.judge=http://5ecret@host", "`evaluate.judge`: input should be"),
+        ("ground_truth.features.describer={kind: chat, address: http://5ecret@host}", "found using 'kind'"),
+    ],
+)
+def test_credentials_at_a_wrong_place_are_not_repeated_either(config: str, override: str, said: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        read_experiment(config, [override])
+    assert said in str(refused.value) and "5ecret" not in str(refused.value)
+
+
+def test_an_address_without_credentials_is_taken(config: str) -> None:
+    read_experiment(config, ["evaluate.judge.url=http://127.0.0.1:8000/v1", "evaluate.judge.model=m"])
+    read_experiment(config, ["storage=s3://bucket/a@b/c"])
+
+
 @pytest.mark.parametrize("storage", ["s3://key:secret@bucket/x", "s3://bucket/x?endpoint_override=h&access_key=k"])
 def test_credentials_in_the_storage_are_refused_without_being_repeated(config: str, storage: str) -> None:
     with pytest.raises(BadInput, match="read from the environment") as refused:

@@ -1,6 +1,7 @@
 """Every job ends badly with one clear sentence, the right exit code, and what was made before still whole."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import yaml
 from jobs import ground_truth, pretrain
 from ray_explain import storage
 from ray_explain.config import read_experiment
-from ray_explain.launch import placed
+from ray_explain.launch import log_folder, placed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,3 +142,55 @@ def test_a_relative_storage_of_a_submitted_job_is_not_thrown_away_with_its_code(
     assert placed(experiment).storage == str(tmp_path / "ray_explain" / "runs" / "x")
     elsewhere = experiment.model_copy(update={"storage": "/data/x"})
     assert placed(elsewhere) is elsewhere
+
+
+def test_logs_beside_a_bucket_are_not_thrown_away_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = read_experiment(write_config(tmp_path, "anywhere", storage="s3://bucket/x"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert log_folder(experiment) == tmp_path / "ray_explain" / "runs" / "bad" / "logs"
+
+
+STEPS = [
+    ("pretrain", "make_models", []),
+    ("ground_truth", "make_ground_truth", []),
+    ("train", "train_explainers", []),
+    ("train", "plan_training", ["--plan"]),
+    ("evaluate", "evaluate", []),
+    ("evaluate", "say_power", ["--power"]),
+    ("report", "make_report", []),
+    ("export", "export_ground_truth", []),
+    ("pipeline", "run_pipeline", []),
+    ("sweep", "run_sweep", []),
+]
+
+
+@pytest.mark.parametrize(("job", "step", "given"), STEPS, ids=[" ".join([job, *given]) for job, _, given in STEPS])
+def test_every_job_works_below_home_when_submitted_and_ends_an_error_with_a_sentence(
+    job: str,
+    step: str,
+    given: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    roots = []
+
+    def failing(session: Any) -> None:
+        roots.append(session.plan.root)
+        raise KeyError("lost")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(f"ray_explain.distributed.pipeline.{step}", failing)
+    main = importlib.import_module(f"jobs.{job}").main
+    assert main(["--config", write_config(tmp_path, "anywhere", storage="runs/x"), *given]) == 1
+    assert roots == [str(tmp_path / "ray_explain" / "runs" / "x")]
+    said, details = capsys.readouterr().err.splitlines()
+    assert said == "failed: KeyError: 'lost'"
+    assert "in failing" in Path(details.removeprefix("(details in ").removesuffix(")")).read_text()
+
+
+def test_no_job_is_left_out() -> None:
+    jobs = {path.stem for path in (ROOT / "jobs").glob("[a-z]*.py")}
+    assert jobs == {job for job, _, _ in STEPS} | {"ask"}  # ask has tests of its own

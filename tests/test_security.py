@@ -117,29 +117,56 @@ def test_a_planted_checkpoint_runs_nothing_in_a_training_worker(tmp_path: Path) 
     assert (tmp_path / "harmed").exists(), "the plant was harmless, the test shows nothing"
 
 
-def makes(target: str, folder: Path, *given: str) -> list[str]:
-    """The arguments of what a target of the Makefile starts, with a stand-in for the environment's programs."""
-    said = folder / "said"
+def made(target: str, folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
+    """A target of the Makefile, with stand-ins for the environment's programs that note their arguments in `said`."""
     (folder / "bin").mkdir(exist_ok=True)
-    for program in ("ray", "python"):
+    for program in ("ray", "python", "tensorboard"):
         stand_in = folder / "bin" / program
-        stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$(basename $0)" "$RAY_AUTH_MODE" "$@" >> {said}\n')
+        noted = f'printf "%s\\n" "$(basename $0)" "$RAY_AUTH_MODE" "$@" >> {folder}/said-$(basename $0)'
+        stand_in.write_text(f"#!/bin/sh\n{noted}\necho $(basename $0) complains >&2\n")
         stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     command = ["make", "-s", "--old-file=setup", target, f"VENV={folder}", *given]
-    subprocess.run(command, cwd=ROOT, check=False, capture_output=True, env=os.environ | {"HOME": str(folder)})
-    return said.read_text().splitlines()
+    environment = os.environ | {"HOME": str(folder)}
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
+
+
+def makes(target: str, folder: Path, *given: str, program: str = "ray") -> list[str]:
+    """The arguments of the programs of this name that a target starts."""
+    made(target, folder, *given)
+    return (folder / f"said-{program}").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
-    "text", ["a; touch harmed", "$$(touch harmed)", "`touch harmed`", "'; touch harmed; '", "a && touch harmed"]
+    "text",
+    [
+        "a; touch harmed",
+        "$$(touch harmed)",
+        "`touch harmed`",
+        "'; touch harmed; '",
+        "a && touch harmed",
+        '"; touch harmed; "',
+    ],
 )
-def test_what_a_user_gives_to_make_reaches_the_job_as_it_is(text: str, tmp_path: Path) -> None:
+def test_what_a_user_gives_to_make_reaches_the_program_as_it_is(text: str, tmp_path: Path) -> None:
     said = makes("submit", tmp_path, f"JOB={text}", f"CONFIG={text}")
-    text = text.replace("$$", "$")  # so make spells a dollar
+    given, text = text, text.replace("$$", "$")  # so make spells a dollar
     assert said[-4:] == ["python", text, "--config", text]
+    assert makes("demo", tmp_path, f"CONFIG={given}", program="python")[-2:] == ["--config", text]
+    assert makes("chaos", tmp_path, f"SEEDS={given}", program="python")[-len(text.split()) :] == text.split()
+    numbers = [f"{name}={given}" for name in ("CPUS", "DASHBOARD_PORT", "OBJECT_STORE")]
+    start = makes("cluster-up", tmp_path, *numbers)
+    assert {f"--num-cpus={text}", f"--dashboard-port={text}", f"--object-store-memory={text}"} <= set(start)
+    shown = makes("dashboard", tmp_path, f"RUN={given}", f"DASHBOARD_PORT={given}", program="tensorboard")
+    assert shown[2:4] == ["--logdir", f"{text}/tensorboard"]
     if "$" not in text:  # a file name with one is for `make` a variable
         assert makes("cluster-down", tmp_path, f"CLUSTER={text}")[-3:] == ["down", "--yes", text]
+        assert makes("dashboard", tmp_path, f"CLUSTER={text}")[-2:] == ["dashboard", text]
     assert not (ROOT / "harmed").exists()
+
+
+def test_what_tensorboard_complains_of_is_seen(tmp_path: Path) -> None:
+    """Such as of a port that is in use."""
+    assert "tensorboard complains" in made("dashboard", tmp_path).stderr
 
 
 def test_a_cluster_of_make_asks_for_the_token_and_listens_on_loopback(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def check_storage(root: str) -> None:
     Raises:
         BadInput: it cannot; the message has the server's reason.
     """
+    storage.check_endpoint()
     probe = f"{root}/checks/{uuid.uuid4().hex[:8]}"
     try:
         storage.write_json({"by": os.environ.get("USER", "")}, f"{probe}/probe.json")

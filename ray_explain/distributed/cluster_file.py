@@ -99,6 +99,12 @@ def _node_faults(node: Mapping[str, Any]) -> Iterator[str]:
     report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node}, run)
     if report.has_errors():
         yield from report.generate_report().splitlines()
+    image = str(node.get("ImageId", ""))
+    if not re.fullmatch(r"ami-[0-9a-f]{8,17}", image):
+        yield (
+            "`ImageId`: fill in the id of an Ubuntu 22.04 or 24.04 image with NVIDIA's driver (docs/cluster.md finds "
+            f"it), this is {image!r}; without one Ray takes Ubuntu 18.04, which torch and pyarrow cannot run on"
+        )
     groups = node.get("SecurityGroupIds") or []
     if not groups:
         yield "`SecurityGroupIds` is missing: Ray would make a group that opens SSH to the world"

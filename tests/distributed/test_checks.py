@@ -1,5 +1,6 @@
 """What cannot work is said before any work, with the way out."""
 
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -97,6 +98,35 @@ def test_a_bucket_without_permission_is_said_before_any_work(
     said = capsys.readouterr().err
     assert "s3://closed/run" in said and "credentials" in said and "known-to-nobody" not in said
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("job", ["ground_truth", "ask"])
+def test_an_s3_server_that_is_not_there_is_said_before_its_client_gets_patient(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray_explain.distributed.pipeline  # noqa: F401 - its libraries take their time on a busy machine
+    from tests.test_ask import QUESTION
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    ablation = {"ablation": {"cases": {"train": 8, "test": 4}}}
+    given = write_config(tmp_path, tmp_path, storage="s3://b/run", ground_truth=ablation)
+    question = [*QUESTION, "train.mixtures=[[ablation]]"] if job == "ask" else []
+    started = time.monotonic()
+    assert importlib.import_module(f"jobs.{job}").main(["--config", given, *question]) == 2
+    assert time.monotonic() - started < 30
+    said = capsys.readouterr().err
+    assert "no S3 server answers at 127.0.0.1:1" in said and "AWS_ENDPOINT_URL" in said
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://", "http://key:5ecret@host:port"])
+def test_an_endpoint_that_is_no_address_is_told_and_not_repeated(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(BadInput, match=r"no address of a server: .*http://host:port") as refused:
+        checks.check_storage("s3://b/run")
+    assert "5ecret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

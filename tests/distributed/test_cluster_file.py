@@ -9,11 +9,13 @@ import yaml
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent.parent
 GROUP = "sg-0123456789abcdef0"
+IMAGE = "ami-0123456789abcdef0"
 
 
 def cluster() -> dict[str, Any]:
     """The one of the project, with what a user fills in."""
-    return yaml.safe_load((ROOT / "cluster.yaml").read_text().replace("sg-FILL-IN", GROUP))
+    text = (ROOT / "cluster.yaml").read_text().replace("sg-FILL-IN", GROUP).replace("ami-FILL-IN", IMAGE)
+    return yaml.safe_load(text)
 
 
 def told(config: dict[str, Any], folder: Path) -> str:
@@ -38,7 +40,9 @@ def test_the_file_as_it_comes_says_what_to_fill_in(capsys: pytest.CaptureFixture
     from ray_explain.distributed.cluster_file import main
 
     assert main([str(ROOT / "cluster.yaml")]) == 2
-    assert "fill in the id of a security group" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "fill in the id of a security group" in told
+    assert "fill in the id of an Ubuntu 22.04 or 24.04 image" in told
 
 
 def test_workers_scale_from_zero_on_spot_and_on_demand_and_the_head_has_no_gpu() -> None:
@@ -68,6 +72,8 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("available_node_types.gpu_spot.node_config.InstanceMarketOptions", {"MarketTyp": "spot"}, "MarketTyp"),
     ("available_node_types.gpu_spot.node_config.SecurityGroupIds", [], "opens SSH to the world"),
     ("available_node_types.gpu_spot.node_config.IamInstanceProfile", None, "IamInstanceProfile"),
+    ("available_node_types.gpu_spot.node_config.ImageId", None, "without one Ray takes Ubuntu 18.04"),
+    ("available_node_types.gpu_spot.node_config.ImageId", "latest_dlami", "this is 'latest_dlami'"),
     ("file_mounts", {}, "every node needs the same token"),
     ("worker_start_ray_commands", ["ray start --address=$RAY_HEAD_IP:6379"], "without RAY_AUTH_MODE=token"),
     (
@@ -96,6 +102,7 @@ def test_every_file_that_nodes_get_is_there_and_the_environment_comes_from_the_l
     mounted = {here for here in config["file_mounts"].values() if not here.startswith("~")}
     assert all((ROOT / here).exists() for here in mounted) and "requirements.lock" in mounted
     assert any("-r ~/ray_explain/requirements.lock" in command for command in config["setup_commands"])
+    assert "\nboto3==" in (ROOT / "requirements.lock").read_text()  # with which the head starts workers
 
 
 def test_ray_itself_makes_of_the_file_what_was_meant() -> None:
@@ -105,5 +112,28 @@ def test_ray_itself_makes_of_the_file_what_was_meant() -> None:
     prepared = prepare_config(cluster())
     for node_type in prepared["available_node_types"].values():
         assert node_type["node_config"]["SecurityGroupIds"] == [GROUP]
+        assert node_type["node_config"]["ImageId"] == IMAGE
         assert node_type["node_config"]["IamInstanceProfile"] == {"Name": "ray-explain"}
     assert prepared["provider"]["cache_stopped_nodes"] is False
+
+
+def test_the_autoscaler_on_kubernetes_reads_workers_from_zero_with_a_gpu_each() -> None:
+    """By what Ray itself makes of the manifest, in a container beside the head."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    manifest = yaml.safe_load((ROOT / "deploy/kuberay/raycluster.yaml").read_text())
+    manifest["metadata"]["namespace"] = "default"
+    config = _derive_autoscaling_config_from_ray_cr(manifest)
+    types = config["available_node_types"]
+    assert types[config["head_node_type"]]["resources"] | {"memory": 0} == {"CPU": 4, "GPU": 0, "memory": 0}
+    assert (types["gpu"]["min_workers"], types["gpu"]["max_workers"], config["idle_timeout_minutes"]) == (0, 8, 10)
+    assert types["gpu"]["resources"] | {"memory": 0} == {"CPU": 7, "GPU": 1, "memory": 0}
+
+
+def test_the_image_for_kubernetes_holds_what_the_lock_pins_and_the_jobs() -> None:
+    lines = (ROOT / "deploy/Dockerfile").read_text()
+    copied = {word for line in lines.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]}
+    assert copied == {"requirements.lock", "pyproject.toml", "README.md", "LICENSE", "ray_explain", "jobs"}
+    pinned = {line.split("==")[1].split()[0] for line in lines.splitlines() if "uv==" in line}
+    [uv] = [command for command in cluster()["setup_commands"] if "uv==" in command]
+    assert pinned == {uv.split("==")[1].split()[0]}

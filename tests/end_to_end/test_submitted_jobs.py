@@ -19,6 +19,7 @@ import yaml
 
 from ray_explain.artifacts import MANIFEST
 from tests.end_to_end.test_sweep import SWEEP
+from tests.test_ask import QUESTION
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -119,7 +120,7 @@ def config_in(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def test_the_pipeline_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
+def test_the_pipeline_runs_as_a_submitted_job_and_its_explainer_can_be_asked(head: Head, tmp_path: Path) -> None:
     ended = head.submit("python", "jobs/pipeline.py", "--config", config_in(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     root = head.home / "ray_explain" / "runs" / "tiny"  # a relative path would be thrown away with the upload
@@ -128,6 +129,8 @@ def test_the_pipeline_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> Non
     assert [made for made in root.glob("explainers/*") if (made / MANIFEST).exists()]
     [run] = head.get("/api/train/v2/runs/v1")["train_runs"]  # the Train page of the dashboard
     assert run["name"].startswith("llama-of-llama-ablation-s0") and run["status"] == "FINISHED"
+    asked = head.submit("python", "jobs/ask.py", "--config", config_in(tmp_path), *QUESTION)
+    assert asked.returncode == 0 and "verdict" in asked.stdout, asked.stdout + asked.stderr
 
 
 def test_the_dashboard_asks_for_the_token(head: Head) -> None:

@@ -202,6 +202,13 @@ def test_an_explainer_whose_target_or_words_are_not_known_is_told(explainer, cap
     assert "give either --explainer" in capsys.readouterr().err
 
 
+def test_a_target_that_is_nowhere_is_told(explainer, capsys, tmp_path):
+    question = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
+    assert run("--explainer", explainer, "--target", tmp_path / "nowhere", *question) == 2
+    told = capsys.readouterr().err
+    assert f"no model can be read at '{tmp_path}/nowhere'" in told and len(told.splitlines()) == 1
+
+
 def test_an_explainer_trained_on_other_words_is_refused(explainer, world_target, capsys):
     sidecar = explainer / "explainer.json"
     before = sidecar.read_text()
