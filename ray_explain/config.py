@@ -356,6 +356,14 @@ class EvaluateConfig(Section):
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 
+class AddedNodes(Section):
+    """Nodes beside the head that an autoscaler may add, all alike."""
+
+    nodes: Positive  # at a time, those that run already among them
+    cpus: Positive  # of each
+    gpus: Count = 0
+
+
 class ClusterConfig(Section):
     """How much of the cluster is used; changes nothing in the results."""
 
@@ -365,6 +373,7 @@ class ClusterConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     concurrent_trainings: Positive = 1
     max_dropped: Fraction = 0.05  # a stage that drops more of its rows fails
+    may_add: list[AddedNodes] = []  # where the autoscaler is not one that `ray up` has started on the driver's machine
 
 
 class AshaConfig(Section):

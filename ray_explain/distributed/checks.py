@@ -1,27 +1,35 @@
 """What would keep a job waiting, or fail it late and obscurely: found out before any work, and said with a way out."""
 
 import hashlib
+import logging
 import os
 import platform
 import socket
+import sys
 import uuid
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pyarrow as pa
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ray_explain
 from ray_explain import storage
 from ray_explain.config import ClusterConfig
+from ray_explain.distributed.capacity import MAY_ADD, fleet
 from ray_explain.errors import BadInput
 
+logger = logging.getLogger(__name__)
 _PATIENCE = 5  # seconds that a cluster may take to answer a knock
-_CODE_PATIENCE = 60  # seconds that its nodes may take to start a worker
+_CODE_PATIENCE = 20  # seconds that its nodes may take to start a worker
+_SAME_CODE = (
+    "install the same commit on every node, or send the code along: ray job submit --working-dir . -- python jobs/..."
+)
 
 
 def check_address(address: str) -> None:
@@ -60,39 +68,58 @@ def _speaks_grpc(address: str) -> bool:
 
 
 def check_gpus(wanted: ClusterConfig) -> None:
-    """Ray must be running. GPUs of nodes that an autoscaler may add count.
+    """Ray must be running. Nodes that may be added count.
 
     Raises:
-        BadInput: GPUs are asked for where there never will be one.
+        BadInput: an actor or a worker is to have more GPUs than any one node has or will have.
     """
-    asked = {"gpus_per_actor": wanted.gpus_per_actor, "gpus_per_worker": wanted.gpus_per_worker}
-    later = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    most = max(ray.cluster_resources().get("GPU", 0.0), later.get("GPU", 0.0))
-    for key, gpus in asked.items():
+    most = fleet(wanted).gpus_of_a_node
+    for key, gpus in {"gpus_per_actor": wanted.gpus_per_actor, "gpus_per_worker": wanted.gpus_per_worker}.items():
         if gpus > most:
             raise BadInput(
-                f"`cluster.{key}` = {gpus:g}, but the cluster has {most:g} GPUs and adds none: set it to "
-                f"{'0, and the work is done on CPUs' if not most else f'{most:g} or less'}, or add a node with GPUs"
+                f"`cluster.{key}` = {gpus:g}, but no node that the cluster has or may add has more than {most:g} GPUs: "
+                f"set it to {'0, and the work is done on CPUs' if not most else f'{most:g} or less'}, add a node with "
+                f"more, {MAY_ADD}"
             )
 
 
 def check_same_code() -> None:
-    """Ray must be running. Every node runs the code that this process runs.
+    """Ray must be running. The nodes that are there run the code that this process runs.
+
+    A node that does not answer in time is told of, and no more: it may have been lost a moment ago, which Ray notices
+    after up to a minute, and workers that start on it later compare their code themselves (`check_worker`).
 
     Raises:
-        BadInput: one has another version of the package; the message says which node and how to mend it.
+        BadInput: one has another version of the package, or cannot run it; the message says which node and how to mend
+            it.
     """
     here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    look = ray.remote(num_cpus=0)(_look)
-    asked = {
-        node["NodeManagerHostname"] + " " + node["NodeID"][:8]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in others
-    }
-    found = dict(zip(asked, ray.get(list(asked.values()), timeout=_CODE_PATIENCE)))
-    check_codes(code_here(), found)
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[look.options(scheduling_strategy=there).remote()] = _name(node)
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_CODE_PATIENCE) if asked else ([], [])
+    codes = {}
+    for answer in answered:
+        try:
+            codes[asked[answer]] = ray.get(answer)
+        except RayTaskError as error:
+            raise BadInput(
+                f"node {asked[answer]} cannot run this package ({str(error).strip().splitlines()[-1]}): {_SAME_CODE}"
+            ) from error
+        except RayError:  # it was lost meanwhile
+            silent.append(answer)
+    check_codes(code_here(), codes)
+    for one in silent:
+        said = f"node {asked[one]} does not answer, and its version of this package is not known; going on without it"
+        logger.warning(said)
+        print(said, file=sys.stderr)
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} {node['NodeID'][:8]}"
 
 
 def check_codes(own: str, found: Mapping[str, str]) -> None:
@@ -104,9 +131,22 @@ def check_codes(own: str, found: Mapping[str, str]) -> None:
     for node, code in found.items():
         if code != own:
             raise BadInput(
-                f"node {node} runs another version of this package ({code}) than this process ({own}): install the "
-                "same commit on every node, or send the code along: ray job submit --working-dir . -- python jobs/..."
+                f"node {node} runs another version of this package ({code}) than the driver ({own}): {_SAME_CODE}"
             )
+
+
+def check_worker(root: str, code: str) -> None:
+    """For a worker as it starts, since its node may have come after the driver looked. `code` is the driver's.
+
+    Raises:
+        BadInput: this node runs other code, or does not see the storage.
+    """
+    check_codes(code, {platform.node(): code_here()})
+    if not storage.is_remote(root) and not Path(root).is_dir():
+        raise BadInput(
+            f"node {platform.node()} does not see the storage {root!r}, a path of another machine: set `storage` to "
+            "s3://... or to a path that every node mounts, given as file://..."
+        )
 
 
 def _look() -> str:
@@ -153,7 +193,8 @@ def way_out(error: BaseException) -> str | None:
         )
     if isinstance(error, OutOfDiskError):
         return (
-            "the disk that Ray writes to is full: free some, or start the cluster with another --temp-dir; what is "
-            "finished is whole, and the job goes on when it is started again"
+            "Ray's object store is full, and so is the disk that takes what does not fit: free some, or start the "
+            "cluster with more (ray start --object-store-memory=...) or another --temp-dir; what is finished is whole, "
+            "and the job goes on when it is started again"
         )
     return None

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import ray
 import ray.data
 
+from ray_explain.config import ClusterConfig
+from ray_explain.distributed.capacity import fleet
 from ray_explain.distributed.checks import check_address, check_same_code
 from ray_explain.errors import BadInput
 
@@ -18,15 +20,15 @@ _OBJECT_STORE_BYTES = 300 * 2**20  # we stream; Ray's default takes 30 % of the 
 
 
 @contextmanager
-def cluster(root: str) -> Iterator[None]:
+def cluster(root: str, wanted: ClusterConfig) -> Iterator[None]:
     """Ray for the block: an address in RAY_ADDRESS (as `ray job submit` sets it), one that runs already, or our own.
 
     On this machine there are at least four logical CPUs, since Ray Data's readers and Ray Train's controllers need a
     place beside the workers; the real cores are shared out by `concurrent_trainings` and `actors`.
 
     Raises:
-        BadInput: there is no cluster at the address, it runs other code than this process, or it has several nodes
-            and the storage is a path of one of them.
+        BadInput: there is no cluster at the address, it runs other code than this process, or it has or may get several
+            nodes and the storage is a path of one of them.
     """
     ours, at_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if ours and os.environ.get("RAY_ADDRESS"):
@@ -44,7 +46,7 @@ def cluster(root: str) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own would print a stack and end us without a word
     try:
-        _check_storage(root)
+        check_shared(root, wanted)
         check_same_code()
         _log_what_ray_prints()
         _quiet_data()
@@ -54,12 +56,21 @@ def cluster(root: str) -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_storage(root: str) -> None:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len({node["NodeManagerHostname"] for node in nodes}) > 1 and "://" not in root:
+def check_shared(root: str, wanted: ClusterConfig) -> None:
+    """All nodes see the storage: those that are there, and those that an autoscaler may add. Ray must be running.
+
+    Raises:
+        BadInput: it is a path of one of several.
+    """
+    if "://" in root:
+        return
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    may_come = fleet(wanted).most
+    if len(machines) > 1 or may_come:
+        has = f"has {len(machines)} nodes" + (f" and may add {may_come}" if may_come else "")
         raise BadInput(
-            f"storage {root!r} is a path of one machine, and the cluster has {len(nodes)} nodes which could not read "
-            "each other's files: set `storage` to s3://... or to a path that every node mounts, given as file://..."
+            f"storage {root!r} is a path of one machine, and the cluster {has}, which could not read each other's "
+            "files: set `storage` to s3://... or to a path that every node mounts, given as file://..."
         )
 
 

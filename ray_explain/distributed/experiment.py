@@ -73,11 +73,14 @@ class Session:
         """
         # These take a second that a finished experiment can save.
         from ray_explain.distributed.checks import check_gpus
-        from ray_explain.distributed.cluster import cluster
+        from ray_explain.distributed.cluster import check_shared, cluster
 
-        if not self._started:
-            self._stack.enter_context(cluster(self.plan.experiment.storage))
-            check_gpus(self.plan.experiment.cluster)
+        wanted = self.plan.experiment.cluster
+        if self._started:
+            check_shared(self.plan.experiment.storage, wanted)  # nodes may have come since
+        else:
+            self._stack.enter_context(cluster(self.plan.experiment.storage, wanted))
+            check_gpus(wanted)
             self._started = True
 
     def say(self, text: str) -> None:

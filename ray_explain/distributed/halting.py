@@ -12,6 +12,8 @@ import ray.train
 import ray.train.torch
 import torch
 
+from ray_explain.distributed.progress import on_this_node
+
 REPORTS = 10  # of a training, evenly over its steps
 
 
@@ -46,6 +48,11 @@ class Verdicts:
             KeyError: it was not.
         """
         return self._ends[name]
+
+
+def verdicts_here() -> Any:
+    """New ones, on the node of this process: no lost worker takes them along, and all trainings go on hearing."""
+    return Verdicts.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
 
 
 class Hearing:

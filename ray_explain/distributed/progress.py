@@ -120,12 +120,15 @@ class _Lines:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For an actor that is to live as long as this process' node, so that no lost worker takes it along."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 @contextmanager
 def watching() -> Iterator[Any]:
     """A board for the block's workers to tell, drawn until the block ends. Ray must be running."""
-    # On the driver's own machine, so that no lost worker takes it along.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    board = Board.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     console = Console(stderr=False)
     over = threading.Event()
     has_bars = console.is_terminal and not console.is_dumb_terminal

@@ -21,6 +21,7 @@ import ray.data
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import ClusterConfig
+from ray_explain.distributed.checks import check_worker, code_here
 from ray_explain.distributed.progress import Teller, watching
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.records import conform
@@ -48,8 +49,8 @@ class StageJob:
 class _Worker:
     """An actor: keeps the stage of the job it works on, and changes it when a slice of another job comes."""
 
-    def __init__(self, jobs: Sequence[StageJob], root: str) -> None:
-        self._jobs, self._root = jobs, root
+    def __init__(self, jobs: Sequence[StageJob], root: str, code: str) -> None:
+        self._jobs, self._root, self._code = jobs, root, code
         self._stage: tuple[int, Stage] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -59,6 +60,7 @@ class _Worker:
         """
         started, wrong = time.monotonic(), ["", ""]
         try:
+            check_worker(self._root, self._code)
             self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
         except tuple(_TOLD.values()) as error:
             wrong = [type(error).__name__, str(error)]
@@ -121,7 +123,7 @@ def run_stages(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> list
 
     Raises:
         JobFailed: a stage dropped more than `pool.max_dropped` of its cases; the first are shown. Or a stage raised it.
-        BadInput: a stage raised it.
+        BadInput: a stage raised it, or an actor's node has other code than the driver or does not see the storage.
     """
     open_jobs = [job for job in jobs if finished(job.artifact, root) is None]
     if open_jobs:
@@ -172,7 +174,7 @@ def make_here(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> None:
     Raises:
         JobFailed: a stage dropped more than `pool.max_dropped` of its cases.
     """
-    worker = _Worker(jobs, root)
+    worker = _Worker(jobs, root, code_here())
     for number, job in enumerate(jobs):
         if finished(job.artifact, root) is None:
             started, size = time.monotonic(), count_rows(job.source)
@@ -189,7 +191,7 @@ def _slices_made(
     # Half a CPU each: actors that took every CPU would leave none for the tasks that feed them.
     made = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         _Worker,
-        fn_constructor_args=(list(jobs), root),
+        fn_constructor_args=(list(jobs), root, code_here()),
         batch_size=1,
         batch_format="numpy",
         compute=_actors(min(pool.actors, len(todo))),

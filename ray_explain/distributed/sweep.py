@@ -28,7 +28,7 @@ from rich.table import Table
 from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
-from ray_explain.distributed.capacity import check_capacity, places
+from ray_explain.distributed.capacity import check_capacity, fleet
 from ray_explain.distributed.experiment import (
     TABLE,
     Session,
@@ -38,7 +38,7 @@ from ray_explain.distributed.experiment import (
     make_ground_truth,
     train_run,
 )
-from ray_explain.distributed.halting import Verdicts
+from ray_explain.distributed.halting import verdicts_here
 from ray_explain.distributed.pipeline import make_report
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.progress import watching
@@ -183,21 +183,20 @@ def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
     """How many of the trials fit into the cluster side by side. Ray must be running.
 
     A trial takes its workers' CPUs and GPUs, and after its training one CPU for its answers: it never waits for more
-    than it has while others wait for it. Nodes that an autoscaler may add count. On one machine no more CPUs count
-    than it really has.
+    than it has while others wait for it. Nodes that may be added count. On one machine no more CPUs count than it
+    really has.
 
     Raises:
         JobFailed: the workers of a trial fit into no cluster that there will be.
     """
     workers = max(trial.train.train.workers for trial in trials)
     gpus = max(cluster.gpus_per_worker, cluster.gpus_per_actor)
-    check_capacity(workers, gpus_per_worker=gpus)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    now = sum(places(node, gpus) for node in nodes)
-    if len(nodes) == 1 and not gpus:
-        now = min(now, os.cpu_count() or 1)
-    later = ray._private.state.state.get_max_resources_from_cluster_config()  # None without an autoscaler
-    return max(1, max(now, places(later or {}, gpus)) // workers)
+    nodes = fleet(cluster)
+    check_capacity(workers, nodes, gpus_per_worker=gpus)
+    most = nodes.places(gpus)
+    if len(nodes.now) == 1 and not nodes.most and not gpus:
+        most = min(most, os.cpu_count() or 1)
+    return max(1, most // workers)
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
     """Run the trials, `n` at a time; returns why some failed, by name."""
     rules, outcomes = plan.experiment.sweep, _Outcomes()
     system, logs = storage.filesystem(f"{plan.root}/tensorboard")
-    verdicts = Verdicts.remote()  # type: ignore[attr-defined]
+    verdicts = verdicts_here()
     with watching() as board:
         known = {"trials": {trial.name: trial for trial in trials}, "root": plan.root, "verdicts": verdicts}
         trainable = tune.with_parameters(_trial, **known, board=board, cluster=plan.experiment.cluster)

@@ -12,7 +12,8 @@ import ray.train.torch
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import ClusterConfig, TrainConfig
-from ray_explain.distributed.capacity import check_capacity
+from ray_explain.distributed.capacity import check_capacity, fleet
+from ray_explain.distributed.checks import check_worker, code_here
 from ray_explain.distributed.progress import watching
 from ray_explain.distributed.trackers import check_installed
 from ray_explain.errors import JobFailed
@@ -56,9 +57,10 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
         JobFailed: the cluster can never have the workers, which is said before any work; or some explainers could not
             be trained: the message says which and why.
     """
+    nodes = fleet(cluster)
     for run in runs:
         check_installed(run.train.trackers)
-        check_capacity(run.train.workers, gpus_per_worker=cluster.gpus_per_worker)
+        check_capacity(run.train.workers, nodes, gpus_per_worker=cluster.gpus_per_worker)
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:
         with watching() as board:
@@ -88,7 +90,7 @@ def fit(
     system, checkpoints = storage.filesystem(f"{root}/ray_train")
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
-        train_loop_config={"run": run, "root": root, "board": board, "verdicts": verdicts},
+        train_loop_config={"run": run, "root": root, "board": board, "verdicts": verdicts, "code": code_here()},
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.train.workers,
             use_gpu=gpus > 0,
@@ -130,6 +132,7 @@ def _why_stopped(run: TrainRun, root: str) -> str | None:
 
 def _on_worker(config: dict[str, Any]) -> None:
     """Imports what is heavy only where it is needed: in the workers, not in Ray Train's controllers."""
+    check_worker(config["root"], config["code"])
     from ray_explain.distributed.training_loop import train_on_worker
 
     train_on_worker(config["run"], config["root"], config["board"], config["verdicts"])

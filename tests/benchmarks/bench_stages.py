@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as root, cluster(root):
+    with tempfile.TemporaryDirectory() as root, cluster(root, ClusterConfig()):
         target = Path(root) / "target"
         target.mkdir()
         save_random_target(target)

@@ -225,7 +225,7 @@ def _on_ray(run: Any, folder: str) -> list[float]:
     from ray_explain.distributed.cluster import cluster
     from ray_explain.distributed.train import train_all
 
-    with cluster(folder):
+    with cluster(folder, ClusterConfig()):
         train_all([run], folder, ClusterConfig())
     lines = Path(run.artifact.path(folder), "training.jsonl").read_text().splitlines()
     shutil.rmtree(run.artifact.path(folder))

@@ -1,6 +1,9 @@
-"""Questions to train on, about a random target."""
+"""Questions to train on, about a random target, and more nodes for the session's Ray."""
 
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +34,33 @@ def questions(world_target: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     asked = ablation_questions(ablated.table, d_model=32, wording="brief", seed=0)
     storage.write_table(asked.table, f"{folder}/ablation/table.parquet")
     return f"{folder}/patching", f"{folder}/ablation"
+
+
+@pytest.fixture
+def add_node(running_ray: None) -> Iterator[Callable[..., Any]]:
+    """Starts another raylet on this machine, with these arguments of Ray's, joined to the session's Ray."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    def is_alive(node: Any) -> bool:
+        return any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes())
+
+    def add(**given: Any) -> Any:
+        cluster = Cluster()
+        cluster.head_node = ray._private.worker._global_node
+        added.append(cluster.add_node(wait=False, object_store_memory=80 * 2**20, **given))
+        _wait(lambda: is_alive(added[-1]), "the node did not join")
+        return added[-1]
+
+    added: list[Any] = []
+    yield add
+    for node in added:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    _wait(lambda: not any(map(is_alive, added)), "a node is not taken for dead")
+
+
+def _wait(until: Callable[[], bool], complaint: str) -> None:
+    deadline = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.2)

@@ -2,18 +2,24 @@
 
 import importlib
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
-from ray_explain.config import ClusterConfig
+import ray_explain
+from ray_explain.config import ClusterConfig, TrainConfig
 from ray_explain.distributed import checks
 from ray_explain.distributed.cluster import cluster
 from ray_explain.errors import BadInput
+from tests.distributed.training_runs import run_of
 from tests.serving import serving
 from tests.test_launch import write_config
 
@@ -27,7 +33,7 @@ def test_no_cluster_at_the_address_is_said_within_seconds(
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", address)
     started = time.monotonic()
-    with pytest.raises(BadInput, match=r"(?s)RAY_ADDRESS = .*make cluster-up"), cluster(str(tmp_path)):
+    with pytest.raises(BadInput, match=r"(?s)RAY_ADDRESS = .*make cluster-up"), cluster(str(tmp_path), ClusterConfig()):
         pass
     assert time.monotonic() - started < 30
 
@@ -44,6 +50,72 @@ def test_a_node_with_another_version_of_the_package_is_named() -> None:
     checks.check_codes(own, {"head 1": own, "worker 2": own})
     with pytest.raises(BadInput, match=r"node worker 2 .*working-dir"):
         checks.check_codes(own, {"head 1": own, "worker 2": "Python 3.11.7, code 0123456789ab"})
+
+
+@pytest.mark.ray
+def test_a_real_node_with_another_version_of_the_package_is_named(add_node: Callable[..., Any], tmp_path: Path) -> None:
+    package = Path(ray_explain.__file__).parent
+    shutil.copytree(package, tmp_path / "ray_explain", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "ray_explain" / "errors.py").open("a") as file:
+        file.write("# one line more\n")
+    # Ray puts the driver's folder before all others in its workers, which on one machine is there for both nodes.
+    (tmp_path / "sitecustomize.py").write_text("import ray_explain")
+    node, started = add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path)}), time.monotonic()
+    with pytest.raises(BadInput, match=rf"node \S+ {node.node_id[:8]} runs another version .*{checks.code_here()}"):
+        checks.check_same_code()
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.ray
+def test_a_node_that_hangs_or_is_lost_is_named_and_nothing_else_suffers(
+    add_node: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from ray_explain.distributed.halting import verdicts_here
+
+    node = add_node(num_cpus=4)
+    verdicts = [verdicts_here() for _ in range(6)]
+    ray.get([one.stop.remote("a") for one in verdicts])
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    raylet.suspend()
+    monkeypatch.setattr(checks, "_CODE_PATIENCE", 3)
+    checks.check_same_code()
+    assert f"{node.node_id[:8]} does not answer" in capsys.readouterr().err
+    for process in [raylet, *raylet.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    checks.check_same_code()
+    assert all(ray.get([one.is_stopped.remote("a") for one in verdicts], timeout=60))
+    for one in verdicts:
+        ray.kill(one)
+
+
+def test_an_actor_that_starts_later_on_a_node_with_other_code_says_so(tmp_path: Path) -> None:
+    from ray_explain.distributed.run_stages import _Worker
+
+    batch = {"job": np.array([0]), "start": np.array([0]), "stop": np.array([1])}
+    kind, sentence = _Worker([], str(tmp_path), "Python 3.11.7, code 0123456789ab")(batch)["wrong"][0]
+    assert kind == "BadInput" and "code 0123456789ab" in sentence and checks.code_here() in sentence
+    kind, sentence = _Worker([], str(tmp_path / "elsewhere"), checks.code_here())(batch)["wrong"][0]
+    assert kind == "BadInput" and "does not see the storage" in sentence
+
+
+@pytest.mark.ray
+def test_a_training_with_workers_on_a_node_with_other_code_says_so(
+    running_ray: None,
+    questions: tuple[str, str],
+    world_target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray_explain.distributed import train
+    from ray_explain.errors import JobFailed
+
+    monkeypatch.setattr(train, "code_here", lambda: "Python 3.11.7, code 0123456789ab")
+    run = run_of(TrainConfig(max_failures=0), "elsewhere", questions, world_target)
+    with pytest.raises(JobFailed, match=rf"elsewhere: .*runs another version .*{checks.code_here()}.* 0123456789ab"):
+        train.train_all([run], str(tmp_path), ClusterConfig())
 
 
 def test_the_version_is_told_by_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +222,6 @@ def test_a_full_store_is_told_with_what_to_do(
 @pytest.mark.ray
 @pytest.mark.parametrize("key", ["gpus_per_actor", "gpus_per_worker"])
 def test_gpus_are_refused_where_there_are_none(running_ray: None, key: str) -> None:
-    with pytest.raises(BadInput, match=rf"`cluster.{key}` = 1, but the cluster has 0 GPUs.*set it to 0"):
+    with pytest.raises(BadInput, match=rf"`cluster.{key}` = 1, but no node .* more than 0 GPUs: set it to 0"):
         checks.check_gpus(ClusterConfig.model_validate({key: 1}))
     checks.check_gpus(ClusterConfig())

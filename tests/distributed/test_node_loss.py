@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,39 +34,11 @@ def cases() -> pa.Table:
     return pa.Table.from_pylist(rows, schema=made.schema)
 
 
-@pytest.fixture
-def second_node(running_ray: None) -> Iterator[Any]:
-    """Another raylet on this machine, with room for three actors, joined to the session's Ray."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster()
-    cluster.head_node = ray._private.worker._global_node
-    node = cluster.add_node(wait=False, num_cpus=2, object_store_memory=80 * 2**20)
-    _wait(lambda: node.node_id in _alive(), "the second node did not join")
-    yield node
-    node.kill_all_processes(check_alive=False, allow_graceful=False)
-    _wait(lambda: node.node_id not in _alive(), "the second node is not taken for dead")
-
-
 def _is_actor(process: psutil.Process) -> bool:
     try:
         return process.cmdline()[0].startswith("ray::MapWorker")
     except (psutil.Error, IndexError):
         return False
-
-
-def _alive() -> set[str]:
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-def _wait(until: Any, complaint: str) -> None:
-    deadline = time.monotonic() + 120
-    while not until():
-        assert time.monotonic() < deadline, complaint
-        time.sleep(0.2)
 
 
 def _run(cases: pa.Table, target: Path, root: Path, actors: int, meanwhile: Any = None) -> tuple[Any, Any]:
@@ -98,9 +70,9 @@ def _exact(artifact: Artifact, root: Path) -> tuple[list[dict[str, Any]], list[t
 
 
 def test_rows_do_not_depend_on_the_number_of_actors_nor_on_a_lost_node(
-    second_node: Any, cases: pa.Table, world_target: Path, tmp_path: Path
+    add_node: Callable[..., Any], cases: pa.Table, world_target: Path, tmp_path: Path
 ) -> None:
-    lost_with = list[int]()
+    second_node, lost_with = add_node(num_cpus=2), list[int]()  # room for three actors
 
     def lose_the_node(folder: str) -> None:
         """Once it has actors and there are parts, raylet and workers go at once, as when a machine is taken away."""

@@ -1,6 +1,7 @@
 """What a sweep decides: how many trials at a time, which of them stop, and which setting did best."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig, TrainConfig
 from ray_explain.distributed import sweep
+from ray_explain.distributed.capacity import HEAD, Fleet, Kind
 from ray_explain.distributed.plan import Run
 from ray_explain.distributed.run_stages import make_here
 from ray_explain.distributed.train import TrainRun
@@ -86,26 +88,20 @@ def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, be
     rules.on_trial_complete(None, trials["bad"], {"stopped": True})
 
 
-def cluster_of(
-    monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float], later: dict[str, float] | None = None
-) -> None:
-    state = SimpleNamespace(state=SimpleNamespace(get_max_resources_from_cluster_config=lambda: later))
-    monkeypatch.setattr("ray._private.state", state)
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
-
-
 def test_as_many_trials_run_as_the_cluster_has_places_for(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = [trial(1e-3)], [trial(1e-3), trial(1e-4, workers=2)]
-    cluster_of(monkeypatch, {"CPU": 4.0})  # more than the machine has
-    assert [sweep.concurrent(each, ClusterConfig()) for each in (one, two)] == [2, 1]
-    cluster_of(monkeypatch, {"CPU": 4.0}, {"CPU": 5.0})
-    assert [sweep.concurrent(each, ClusterConfig()) for each in (one, two)] == [9, 4]
-    cluster_of(monkeypatch, {"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0})  # the head has no GPU
-    assert sweep.concurrent(two, ClusterConfig(gpus_per_worker=1, gpus_per_actor=1)) == 1
-    cluster_of(monkeypatch, {"CPU": 8.0}, later={"CPU": 64.0, "GPU": 8.0})  # none there yet
-    assert sweep.concurrent(two, ClusterConfig(gpus_per_worker=1)) == 4
+
+    def at_a_time(trials: list[sweep.Trial], *nodes: dict[str, float], come: Sequence[Kind] = (), gpus: int = 0) -> int:
+        found = Fleet(list(nodes), list(come), sum(kind.most for kind in come))
+        monkeypatch.setattr(sweep, "fleet", lambda _: found)
+        return sweep.concurrent(trials, ClusterConfig(gpus_per_worker=gpus))
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert [at_a_time(each, {"CPU": 4.0}) for each in (one, two)] == [2, 1]  # more than the machine has
+    assert [at_a_time(each, {"CPU": 4.0}, {"CPU": 5.0}) for each in (one, two)] == [9, 4]
+    assert at_a_time(two, {"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, gpus=1) == 1  # the head has no GPU
+    assert at_a_time(two, {"CPU": 8.0}, come=[Kind({"CPU": 8, "GPU": 1}, 8)], gpus=1) == 4  # none there yet
+    assert at_a_time(one, {"CPU": 4.0, HEAD: 1.0}, come=[Kind({"CPU": 8}, 2)]) == 20
 
 
 def test_a_setting_is_judged_by_the_mean_of_its_runs_on_the_largest_fraction(tmp_path: Path) -> None:
