@@ -374,6 +374,9 @@ class ClusterConfig(Section):
     concurrent_trainings: Positive = 1
     max_dropped: Fraction = 0.05  # a stage that drops more of its rows fails
     may_add: list[AddedNodes] = []  # where the autoscaler is not one that `ray up` has started on the driver's machine
+    # Bytes that a target's rows may take at once beside its weights, on each actor; a row that alone needs more is
+    # dropped. Unset: half of what is free on the actor's device, or of its share of it.
+    memory_budget: Positive | None = None
 
 
 class AshaConfig(Section):

@@ -339,7 +339,7 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
     from ray_explain.ground_truth.features import FeatureStage
     from ray_explain.ground_truth.patching import PatchingStage
 
-    config = plan.model_place(target)
+    config = plan.target_place(target)
     if task == "features":
         section = plan.experiment.ground_truth.features
         assert section is not None

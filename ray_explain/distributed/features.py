@@ -76,7 +76,7 @@ class _Steps:
     def __init__(self, session: "Session", target: str, layers: Sequence[int]) -> None:
         self.session, self.target, self.layers = session, target, list(layers)
         self.plan = FeaturePlan(session.plan, target)
-        self.section, self.place = self.plan.section, session.plan.model_place(target)
+        self.section, self.place = self.plan.section, session.plan.target_place(target)
 
     def make_inputs(self) -> None:
         """Raises: BadInput: the corpus, the export or the pairs cannot be read."""

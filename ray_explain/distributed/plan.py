@@ -96,6 +96,14 @@ class Plan:
         place = config.path if config.path is not None else self.path(self.model(name))
         return {"model": place, "revision": config.revision, "dtype": config.dtype}
 
+    def target_place(self, name: str) -> dict[str, Any]:
+        """Config of `ground_truth.target.Target` for it: where it is, and the memory that its rows may take. Nothing of
+        it is in an artifact's config."""
+        pool = self.experiment.cluster
+        # Without GPUs, all actors may be on one machine.
+        share = min(1.0, pool.gpus_per_actor) or 1 / pool.actors
+        return self.model_place(name) | {"memory_budget": pool.memory_budget, "memory_share": share}
+
     # -- ground truth -------------------------------------------------------------------------------------------------
 
     def cases(self, task: Task, target: str) -> Artifact:

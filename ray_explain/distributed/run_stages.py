@@ -2,7 +2,7 @@
 
 The driver hands out *slices* (row ranges of the cases' Parquet file), not rows: each actor reads its slice from storage
 and writes what it made as one file named after the slice. So nothing large travels, a slice that an actor lost half-way
-is simply done again, and going on after a stop means doing the slices that have no file yet.
+is simply done again, and going on after a stop means cutting what no file holds yet into slices.
 """
 
 import json
@@ -89,6 +89,24 @@ def _part_name(start: int, stop: int) -> str:
     return f"part-{start:010d}-{stop:010d}.parquet"
 
 
+def _ranges(folder: str, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the rows that each part of an artifact was made from, in order.
+
+    Raises:
+        JobFailed: two parts are of the same row, or one is of rows beyond `size`.
+    """
+    names = storage.list_files(folder, ".parquet")
+    words = [name.removesuffix(".parquet").split("-") for name in names]
+    ranges = [(int(start), int(stop)) for _, start, stop in words]
+    for (_, stop), (start, _) in zip(ranges, [*ranges[1:], (size, size)]):
+        if stop > start:
+            raise JobFailed(
+                f"{folder}: its parts {ranges} hold row {start} of {size} twice, or one that is not there: was it made "
+                "by two jobs at once? Remove the folder, and it is made anew"
+            )
+    return ranges
+
+
 @storage.patient
 def _rows(folder: str, start: int, stop: int) -> pa.Table:
     """Rows `start` to `stop` of a table, reading only the row groups they lie in."""
@@ -161,11 +179,13 @@ def _run_slices(
 
 
 def _missing_slices(job: StageJob, size: int, root: str, pool: ClusterConfig) -> list[tuple[int, int]]:
-    """(start, stop) of the slices that have no part yet."""
-    parts = set(storage.list_files(job.artifact.path(root), ".parquet"))
-    step = job.rows_per_slice or pool.rows_per_slice
-    slices = [(start, min(start + step, size)) for start in range(0, size, step)]
-    return [(start, stop) for start, stop in slices if _part_name(start, stop) not in parts]
+    """(start, stop) of the slices to be made: the rows that no part holds, whatever slices the parts were made in."""
+    step, at = job.rows_per_slice or pool.rows_per_slice, 0
+    slices: list[tuple[int, int]] = []
+    for start, stop in [*_ranges(job.artifact.path(root), size), (size, size)]:
+        slices += [(low, min(low + step, start)) for low in range(at, start, step)]
+        at = stop
+    return slices
 
 
 def make_here(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> None:
@@ -231,6 +251,7 @@ def _numbers(folder: str) -> dict[str, float]:
 
 
 def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
+    """Raises: JobFailed: too many cases were dropped, or rows and dropped are not as many as the cases."""
     folder = job.artifact.path(root)
     dropped = dropped_rows(folder)
     if not job.expands and len(dropped) > max_dropped * size:
@@ -241,4 +262,6 @@ def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: fl
         )
     reasons = Counter(reason for _, reason in dropped)
     rows, numbers = count_rows(folder), _numbers(folder)
+    if not job.expands and rows + len(dropped) != size:
+        raise JobFailed(f"{folder}: {rows} rows and {len(dropped)} dropped of {size} cases: remove it and start again")
     finish(job.artifact, root, rows=rows, dropped=reasons, seconds=seconds, measured=numbers)

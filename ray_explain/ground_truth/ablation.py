@@ -8,7 +8,7 @@ from ray_explain import records
 from ray_explain.ground_truth.outcomes import NOT_FINITE, Outcome, outcome_columns, outcomes, rows_with
 from ray_explain.ground_truth.positions import PromptTokens, checked_span, usable_rows
 from ray_explain.ground_truth.target import Target
-from ray_explain.interventions.ablation import ablated_logits
+from ray_explain.interventions.ablation import ablated_logits, pair_bytes
 from ray_explain.stages import Result
 
 
@@ -22,6 +22,7 @@ class AblationStage:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._target = Target(config)
+        self._bytes = pair_bytes(self._target.layout)
 
     @property
     def schema_out(self) -> pa.Schema:
@@ -34,7 +35,9 @@ class AblationStage:
         def pair(case: dict[str, Any]) -> tuple[PromptTokens, PromptTokens]:
             full = tokens_of(case["prompt"])
             checked_span(case["prompt"], (case["span_start"], case["span_end"]))
-            return full, tokens_of(_without_span(case))
+            ablated = tokens_of(_without_span(case))
+            self._target.check_fits(self._bytes(full.ids, ablated.ids))
+            return full, ablated
 
         pairs, dropped = usable_rows(cases, pair)
         found = [(row, outcome) for (row, _), outcome in zip(pairs, self._run([both for _, both in pairs]))]

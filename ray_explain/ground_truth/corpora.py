@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records, storage
+from ray_explain.ground_truth.jsonl import json_object
+from ray_explain.ground_truth.positions import Unusable
 from ray_explain.stages import Result
 
-NOT_JSON = "a line that is not a JSON object"
 NO_TEXT = "a line or row without the text field"
 SHORTEST = 8  # tokens of a text's last window; what is shorter says too little
 _TEXTS_AT_A_TIME = 256
@@ -141,14 +141,14 @@ def _of_lines(file: str, field: str, dropped: list[tuple[str, str]]) -> Iterator
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                row = None
-            text = row.get(field) if isinstance(row, dict) else None
+                text = json_object(line).get(field)
+            except Unusable as reason:
+                dropped.append((f"{file} line {number}", str(reason)))
+                continue
             if isinstance(text, str):
                 yield text
             else:
-                dropped.append((f"{file} line {number}", NO_TEXT if isinstance(row, dict) else NOT_JSON))
+                dropped.append((f"{file} line {number}", NO_TEXT))
 
 
 def _of_text(file: str) -> Iterator[str]:

@@ -16,9 +16,9 @@ from ray_explain import records
 from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.jsonl import Lines, read_lines
 from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, pair_cases
-from ray_explain.ground_truth.positions import Unusable
+from ray_explain.ground_truth.positions import Unusable, is_text
 from ray_explain.ground_truth.splits import split_of
-from ray_explain.stages import Result
+from ray_explain.stages import READ, Result
 
 Form = Literal["completion", "choice", "chat"]
 """The statement alone; the paper's multiple choice after it, for base models; the same as a chat's user turn."""
@@ -73,9 +73,13 @@ def read_counterfact(path: str | Path) -> tuple[list[Fact], list[tuple[str, str]
 
 
 def _original(path: str | Path) -> Lines:
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    forms = "a .json file holds one list of records, as the original does; JSON lines, a record a line, end in .jsonl"
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no CounterFact file ({error}): {forms}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path} is no CounterFact file: it holds a {type(rows).__name__}, not a list of records")
+        raise ValueError(f"{path} is no CounterFact file, it holds a {type(rows).__name__}: {forms}")
     return Lines([(f"record {i}", row) for i, row in enumerate(rows)], [])
 
 
@@ -91,7 +95,7 @@ def _fact(row: Any) -> Fact | None:
     except (KeyError, TypeError, AttributeError):
         return None
     texts = [template, fact.subject, fact.relation, *answers]
-    fine = all(isinstance(text, str) and text.strip() for text in texts) and template.count("{}") == 1
+    fine = all(isinstance(text, str) and text.strip() and is_text(text) for text in texts) and template.count("{}") == 1
     return fact if fine else None
 
 
@@ -112,7 +116,7 @@ def counterfact_cases(
     facts, dropped = read_counterfact(path)
     pairs, unpaired = counterfact_pairs(facts, tokenizer, form=form, seed=seed)
     made = pair_cases(pairs, tokenizer, blocks=blocks, n=n, seed=seed)
-    return Result(made.table, [*dropped, *unpaired, *made.dropped])
+    return Result(made.table, [*dropped, *unpaired, *made.dropped], {READ: len(facts) + len(dropped)})
 
 
 def counterfact_pairs(

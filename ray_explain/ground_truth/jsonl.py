@@ -16,12 +16,21 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, ablation_case, patching_case
-from ray_explain.ground_truth.positions import Unusable, checked_span, prompt_tokens, span_positions, usable
+from ray_explain.ground_truth.positions import (
+    HALF_CHARACTER,
+    Unusable,
+    checked_span,
+    prompt_tokens,
+    span_positions,
+    usable,
+)
 from ray_explain.ground_truth.splits import split_of
-from ray_explain.stages import Result
+from ray_explain.stages import READ, Result
 
 NOT_JSON = "not JSON"
 NOT_AN_OBJECT = "no JSON object"
+TOO_DEEP = "brackets in brackets, thousands deep"
+LONG_NUMBER = "a number of thousands of digits"
 NO_TEXT = "a prompt is missing or no text"
 NO_SPAN = "a span is missing or not [start, end]"
 NO_SPLIT = "an unknown split"
@@ -36,6 +45,10 @@ class Lines(NamedTuple):
     rows: list[tuple[str, Any]]
     dropped: list[tuple[str, str]]
 
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.dropped)
+
 
 def read_lines(path: str | Path) -> Lines:
     """The JSON objects of a file with one a line; empty lines say nothing.
@@ -43,20 +56,32 @@ def read_lines(path: str | Path) -> Lines:
     Raises:
         OSError: the file cannot be read.
     """
-    rows, dropped = [], []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            dropped.append((f"line {number}", NOT_JSON))
-            continue
-        if isinstance(row, dict):
-            rows.append((f"line {number}", row))
-        else:
-            dropped.append((f"line {number}", NOT_AN_OBJECT))
-    return Lines(rows, dropped)
+    numbered = enumerate(Path(path).read_bytes().split(b"\n"), start=1)
+    lines = ((f"line {number}", line) for number, line in numbered if line.strip())
+    return Lines(*usable(((place, (place, line)) for place, line in lines), lambda one: (one[0], json_object(one[1]))))
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """What a line of JSON says.
+
+    Raises:
+        Unusable: it is no JSON object, or one that Python or a tokenizer cannot take.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():  # where a surrogate is written, its other half may be missing
+            json.dumps(row, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Unusable(NOT_JSON) from error
+    except UnicodeEncodeError as error:
+        raise Unusable(HALF_CHARACTER) from error
+    except RecursionError as error:
+        raise Unusable(TOO_DEEP) from error
+    except ValueError as error:
+        raise Unusable(LONG_NUMBER) from error
+    if not isinstance(row, dict):
+        raise Unusable(NOT_AN_OBJECT)
+    return row
 
 
 def patching_cases(
@@ -65,14 +90,14 @@ def patching_cases(
     """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order."""
     lines = read_lines(path)
     rows, dropped = usable(lines.rows, lambda row: _patching_rows(row, tokenizer, blocks))
-    return _limited(rows, n, lines.dropped + dropped, records.PATCHING_CASES)
+    return _limited(rows, n, lines, dropped, records.PATCHING_CASES)
 
 
 def ablation_cases(path: str | Path, *, n: Mapping[str, int]) -> Result:
     """Up to `n` cases of each split (records.ABLATION_CASES), lines in order."""
     lines = read_lines(path)
     rows, dropped = usable(lines.rows, lambda row: [_ablation_row(row)])
-    return _limited(rows, n, lines.dropped + dropped, records.ABLATION_CASES)
+    return _limited(rows, n, lines, dropped, records.ABLATION_CASES)
 
 
 def _patching_rows(
@@ -133,11 +158,12 @@ def _string(row: dict[str, Any], name: str, otherwise: Any) -> Any:
 def _limited(
     rows_of_lines: Sequence[list[dict[str, Any]]],
     n: Mapping[str, int],
-    dropped: list[tuple[str, str]],
+    lines: Lines,
+    unusable: list[tuple[str, str]],
     schema: Any,
 ) -> Result:
     """The first `n` cases of each split; a case that was there before is dropped."""
-    counts, kept, seen = Counter[str](), [], set[str]()
+    counts, kept, seen, dropped = Counter[str](), [], set[str](), lines.dropped + unusable
     for row in (row for rows in rows_of_lines for row in rows):
         if row["case_id"] in seen:
             dropped.append((row["case_id"], REPEATED))
@@ -145,4 +171,4 @@ def _limited(
             kept.append(row)
             counts[row["split"]] += 1
         seen.add(row["case_id"])
-    return Result(records.rows_table(kept, schema), dropped)
+    return Result(records.rows_table(kept, schema), dropped, {READ: lines.size})

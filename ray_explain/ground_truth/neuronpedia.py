@@ -6,7 +6,6 @@ line of explanations has `layer` (the source, such as "19-llamascope-res-131k"),
 `explanationModelName`; one of activations `layer`, `index`, `tokens`, `values` and `maxValueTokenIndex`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +18,9 @@ from scipy.stats import binomtest
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import public_files
-from ray_explain.ground_truth.corpora import NOT_JSON, opened, rows_where
+from ray_explain.ground_truth.corpora import opened, rows_where
+from ray_explain.ground_truth.jsonl import json_object
+from ray_explain.ground_truth.positions import Unusable
 from ray_explain.stages import Result
 
 NO_FEATURE = "a line without layer and index"
@@ -187,13 +188,12 @@ def _rows(files: Sequence[str], dropped: list[tuple[str, str]]) -> Iterator[tupl
                 for number, line in enumerate(lines, start=1):
                     place = f"{file} line {number}"
                     try:
-                        row = json.loads(line) if line.strip() else {}
-                    except (json.JSONDecodeError, UnicodeDecodeError):
-                        row = None
-                    if isinstance(row, dict) and row:
+                        row = json_object(line) if line.strip() else {}
+                    except Unusable as reason:
+                        dropped.append((place, str(reason)))
+                        continue
+                    if row:
                         yield place, row
-                    elif row != {}:
-                        dropped.append((place, NOT_JSON))
             except (EOFError, OSError) as error:
                 raise BadInput(f"{file} is truncated or damaged ({error}): fetch it again") from error
 

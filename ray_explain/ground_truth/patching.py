@@ -14,7 +14,7 @@ from ray_explain.ground_truth.target import NO_SUCH_POSITION, Target
 from ray_explain.interventions.extraction import BlockRequest, block_means
 from ray_explain.interventions.hooks import KINDS
 from ray_explain.interventions.layout import SITES
-from ray_explain.interventions.patching import Intervention, paired_sweep
+from ray_explain.interventions.patching import Intervention, paired_sweep, sweep_bytes
 from ray_explain.stages import Result
 
 NO_SUCH_CHANGE = "an unknown site or kind"
@@ -52,6 +52,7 @@ class PatchingStage:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._target = Target(config)
+        self._bytes = sweep_bytes(self._target.layout)
 
     @property
     def schema_out(self) -> pa.Schema:
@@ -84,6 +85,7 @@ class PatchingStage:
         _check_positions(case["source_positions"], len(source))
         if len(case["base_positions"]) != len(case["source_positions"]):
             raise Unusable(UNMATCHED)
+        self._target.check_fits(self._bytes(len(base), min(case["base_positions"])))
         return _Planned(base, source, case)
 
     def _source_vectors(self, plans: Sequence[_Planned]) -> list[np.ndarray]:

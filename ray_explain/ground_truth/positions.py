@@ -20,6 +20,7 @@ EMPTY_PROMPT = "the prompt is empty"
 OUTSIDE = "a span outside the text"
 NO_TOKEN = "a span without a token"
 UNKNOWN_TOKEN = "an unknown token"
+HALF_CHARACTER = "half a character (a lone surrogate)"
 
 
 class Unusable(ValueError):
@@ -63,7 +64,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptToke
     A prompt that begins with the begin-of-text token, as a rendered chat does, gets no second one.
 
     Raises:
-        Unusable: the prompt is empty, or holds a word that the tokenizer does not know.
+        Unusable: the prompt is empty, no text, or holds a word that the tokenizer does not know.
         ValueError: the tokenizer is not a fast one.
     """
     return reading(tokenizer, [prompt])(prompt)
@@ -77,10 +78,10 @@ def reading(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Calla
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no offsets: load the fast tokenizer of this model")
-    found: dict[str, PromptTokens | str] = dict.fromkeys(prompts, EMPTY_PROMPT)
+    found: dict[str, PromptTokens | str] = {p: EMPTY_PROMPT if is_text(p) else HALF_CHARACTER for p in prompts}
     begin = tokenizer.bos_token
     for begun in (True, False):
-        some = [p for p in found if p.strip() and (begin is not None and p.startswith(begin)) == begun]
+        some = [p for p in found if p.strip() and is_text(p) and (begin is not None and p.startswith(begin)) == begun]
         if some:
             found |= zip(some, _encoded(tokenizer, some, begun))
 
@@ -102,6 +103,15 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: list[str], begun: bool
         tokens = PromptTokens(tuple(ids), tuple(offsets))
         known = unknown not in ids or not any(i == unknown and tokens.is_text(at) for at, i in enumerate(ids))
         yield tokens if known else UNKNOWN_TOKEN
+
+
+def is_text(string: str) -> bool:
+    """Whether it is made of whole characters: JSON can hold halves of them, which no tokenizer or table takes."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def span_positions(tokens: PromptTokens, prompt: str, span: tuple[int, int]) -> list[int]:

@@ -8,10 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.ground_truth.positions import UNKNOWN_TOKEN, PromptTokens, Unusable, reading
 from ray_explain.interventions.layout import Layout, layout_of
-from ray_explain.interventions.patching import MEMORY_BUDGET
+from ray_explain.interventions.memory import free_budget
+from ray_explain.interventions.walk import row_bytes
 from ray_explain.models import load_model
 
 TOO_LONG = "the prompt is longer than the context"
+TOO_LARGE = "it alone needs more than `cluster.memory_budget`"
 NO_SUCH_LAYER = "a layer that the model does not have"
 NO_SUCH_POSITION = "a position outside the prompt"
 
@@ -19,7 +21,8 @@ NO_SUCH_POSITION = "a position outside the prompt"
 class Target:
     """A loaded model and its tokenizer.
 
-    Config: `model` (folder, s3:// or hub id), `revision`, `dtype`, and `memory_budget` in bytes if not the default.
+    Config: `model` (folder, s3:// or hub id), `revision`, `dtype`; `memory_budget` in bytes, or without one
+    `memory_share`, the share of the device that is this process's (default: all of it).
     """
 
     model: PreTrainedModel
@@ -32,13 +35,16 @@ class Target:
             loaded = load_model(folder, revision=config.get("revision"), dtype=config["dtype"])
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.layout = layout_of(loaded.model)
-        self.memory_budget = config.get("memory_budget", MEMORY_BUDGET)
+        self.memory_budget = config.get("memory_budget") or free_budget(
+            self.layout.device, config.get("memory_share", 1.0)
+        )
+        self._reading_bytes = row_bytes(self.layout, logits=False)
 
     def read(self, prompts: Iterable[str]) -> Callable[[str], PromptTokens]:
         """What gives the tokens of one of these prompts.
 
-        It raises Unusable where a prompt is empty or longer than the context, or has a token that the model does not
-        know.
+        It raises Unusable where a prompt is empty, longer than the context or over the memory budget, or has a token
+        that the model does not know.
         """
         tokens_of = reading(self.tokenizer, prompts)
         return lambda prompt: self._readable(tokens_of(prompt))
@@ -48,7 +54,13 @@ class Target:
             raise Unusable(TOO_LONG)
         if max(tokens.ids) >= self.layout.embedding.weight.shape[0]:
             raise Unusable(UNKNOWN_TOKEN)
+        self.check_fits(self._reading_bytes(len(tokens.ids)))
         return tokens
+
+    def check_fits(self, needed: int) -> None:
+        """Raises: Unusable: a row that needs so many bytes is over the memory budget, even alone."""
+        if needed > self.memory_budget:
+            raise Unusable(TOO_LARGE)
 
     def check_layers(self, first: int, last: int) -> None:
         """Raises: Unusable: `first` to `last` is no block of layers of this model."""

@@ -1,6 +1,6 @@
 """What a model answers with and without a span of its input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ray_explain.interventions.layout import Layout, last_logits, layout_of
 from ray_explain.interventions.patching import MEMORY_BUDGET, checked_prompts, clean_logits
-from ray_explain.interventions.walk import Packing, Row, budgeted, obstacle, row_bytes, walk, whole
+from ray_explain.interventions.walk import Packing, Row, best_bytes, budgeted, obstacle, row_bytes, walk, whole
 
 
 def ablated_logits(
@@ -24,7 +24,7 @@ def ablated_logits(
 
     Raises:
         ValueError: as `patching.checked_prompts`; not as many ablated prompts as full ones; one pair alone needs more
-            than `memory_budget` bytes (`walk.row_bytes` of both).
+            than `memory_budget` bytes (`pair_bytes`).
     """
     if len(full) != len(ablated):
         raise ValueError(f"{len(full)} full prompts, but {len(ablated)} ablated ones")
@@ -36,14 +36,21 @@ def ablated_logits(
         return clean_logits(model, full, **budget), clean_logits(model, ablated, **budget)
     both = torch.empty(2, len(full), layout.d_vocab, device=layout.device)
     order = sorted(range(len(full)), key=lambda i: len(full[i]))
-    cost = row_bytes(layout)
-
-    def pair(i: int) -> int:
-        return cost(len(full[i])) + cost(len(ablated[i]), len(ablated[i]) - _shared(full[i], ablated[i]))
-
-    for some in budgeted(order, pair, memory_budget):
+    cost, best = pair_bytes(layout), best_bytes(layout, MEMORY_BUDGET)
+    for some in budgeted(order, lambda i: cost(full[i], ablated[i]), memory_budget, best=best):
         both[:, some] = _walked_pairs(layout, [full[i] for i in some], [ablated[i] for i in some])
     return both[0], both[1]
+
+
+def pair_bytes(layout: Layout) -> Callable[[Sequence[int], Sequence[int]], int]:
+    """How many bytes a full and an ablated prompt need at most where they run alone (`walk.row_bytes`)."""
+    cost = row_bytes(layout)
+
+    def of(full: Sequence[int], ablated: Sequence[int]) -> int:
+        together = cost(len(full)) + cost(len(ablated), len(ablated) - _shared(full, ablated))
+        return max(together, cost(len(ablated)))  # where nothing can be shared, each runs for itself
+
+    return of
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ray_explain.interventions.hooks import KINDS, Kind, at_site, check_kind
 from ray_explain.interventions.layout import SITES, Layout, Site, last_logits, layout_of
-from ray_explain.interventions.walk import Packing, Row, budgeted, obstacle, row_bytes, walk, whole
+from ray_explain.interventions.walk import Packing, Row, best_bytes, budgeted, obstacle, row_bytes, walk, whole
 
 log = logging.getLogger(__name__)
-MEMORY_BUDGET = 1 << 30  # bytes
+MEMORY_BUDGET = 1 << 30  # bytes; on a CPU, no more than these run at once under a larger budget either
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +85,8 @@ def clean_logits(
     logits = torch.empty(len(prompts), layout.d_vocab, device=layout.device)
     cost = row_bytes(layout)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for some in budgeted(order, lambda i: cost(len(prompts[i])), memory_budget):
+    best = best_bytes(layout, MEMORY_BUDGET)
+    for some in budgeted(order, lambda i: cost(len(prompts[i])), memory_budget, best=best):
         logits[some] = _logits(layout, [prompts[i] for i in some], [], [], with_clean=True)[0]
     return logits
 
@@ -123,6 +124,19 @@ def paired_sweep(
 ) -> Iterator[PairedChunk]:
     """As `patch_sweep`, with the logits of each row's clean base run beside the patched ones."""
     return _sweep(model, bases, interventions, memory_budget, with_clean=True)
+
+
+def sweep_bytes(layout: Layout) -> Callable[[int, int], int]:
+    """How many bytes an intervention needs at most where it runs alone, its clean run included (`walk.row_bytes`), as a
+    function of the tokens of its base and the first of its positions."""
+    patched, clean = _patched_bytes(layout), row_bytes(layout)
+    return lambda length, first: patched(length, first) + clean(length)
+
+
+def _patched_bytes(layout: Layout) -> Callable[[int, int], int]:
+    """As `sweep_bytes`, without the clean run."""
+    cost, why_not = row_bytes(layout), cache(lambda length: obstacle(layout, length))
+    return lambda length, first: cost(length, length - first if why_not(length) is None else None)
 
 
 def checked_prompts(layout: Layout, prompts: Sequence[Sequence[int]]) -> None:
@@ -183,15 +197,14 @@ def _chunks(
         return len(bases[interventions[i].base])
 
     def row(i: int) -> int:
-        return cost(length(i), length(i) - min(interventions[i].positions) if walked[length(i)] else None)
+        return patched(length(i), min(interventions[i].positions))
 
     def clean(i: int) -> tuple[int, int]:
         return interventions[i].base, cost(length(i))
 
-    cost = row_bytes(layout)
-    walked = {n: obstacle(layout, n) is None for n in {len(ids) for ids in bases}}
+    cost, patched = row_bytes(layout), _patched_bytes(layout)
     order = sorted(range(len(interventions)), key=key)
-    for chunk in budgeted(order, row, memory_budget, clean):
+    for chunk in budgeted(order, row, memory_budget, clean, best=best_bytes(layout, MEMORY_BUDGET)):
         yield sorted(chunk, key=lambda i: interventions[i].join)
 
 

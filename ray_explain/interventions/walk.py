@@ -111,9 +111,10 @@ def row_bytes(layout: Layout, *, logits: bool = True) -> Callable[..., int]:
     return cost
 
 
-def best_bytes(layout: Layout) -> float:
-    """How many bytes of `row_bytes` run fastest at once: on a CPU what its caches hold, on a GPU as many as fit."""
-    return CACHED if layout.device.type == "cpu" else inf
+def best_bytes(layout: Layout, on_cpu: int = CACHED) -> float:
+    """How many bytes of `row_bytes` run fastest at once: on a GPU as many as fit, on a CPU fewer (default: what its
+    caches hold)."""
+    return on_cpu if layout.device.type == "cpu" else inf
 
 
 def budgeted(

@@ -74,3 +74,12 @@ def test_files_of_all_layers_tell_a_path_with_a_layer_in_it_from_others(tmp_path
     (tmp_path / "2-source" / "batch.jsonl").write_text("33")
     assert identity(place) != before
     assert identity("owner/name/layer_{layer}/x") == "owner/name/layer_{layer}/x", "a hub id is known by its name"
+
+
+def test_how_much_memory_rows_may_take_reaches_the_target_and_no_fingerprint():
+    less, unset = plan(cluster={"memory_budget": 4096}), plan(cluster={"actors": 4})
+    assert less.target_place("llama")["memory_budget"] == 4096
+    assert unset.target_place("llama") == plan().model_place("llama") | {"memory_budget": None, "memory_share": 0.25}
+    assert plan(cluster={"gpus_per_actor": 0.5}).target_place("llama")["memory_share"] == 0.5
+    assert plan(cluster={"gpus_per_actor": 2}).target_place("llama")["memory_share"] == 1
+    assert less.scores() == unset.scores() == plan().scores()

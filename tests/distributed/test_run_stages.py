@@ -18,10 +18,10 @@ from ray_explain.config import ClusterConfig
 from ray_explain.errors import JobFailed
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.world_cases import patching_cases
+from ray_explain.stages import Result
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
 
-pytestmark = pytest.mark.ray
 N = 120
 
 
@@ -44,11 +44,36 @@ def job(cases: pa.Table, target: Path, root: Path, label: str = "target") -> Any
     )
 
 
+class Echo:
+    """Gives back its cases, but those whose id begins with "bad"."""
+
+    schema_in = schema_out = pa.schema([pa.field("case_id", pa.string(), nullable=False)])
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        pass
+
+    def __call__(self, table: pa.Table) -> Result:
+        ids = table["case_id"].to_pylist()
+        kept = [name for name in ids if not name.startswith("bad")]
+        dropped = [(name, "bad") for name in ids if name not in kept]
+        return Result(pa.table({"case_id": kept}, schema=self.schema_out), dropped)
+
+
+def echo_job(names: list[str], root: Path) -> Any:
+    from ray_explain.distributed.run_stages import StageJob
+
+    source = Artifact(kind="cases", label="echo", config={})
+    storage.write_table(pa.table({"case_id": names}, schema=Echo.schema_in), f"{source.path(str(root))}/table.parquet")
+    artifact = Artifact(kind="effects", label="echo", config={}, parents=(source,))
+    return StageJob(stage=Echo, config={}, source=source.path(str(root)), artifact=artifact)
+
+
 def effects(of: Any, root: Path) -> list[dict[str, Any]]:
     rows = storage.read_table(of.artifact.path(str(root))).drop_columns(["vectors"]).to_pylist()
     return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
+@pytest.mark.ray
 def test_rows_do_not_depend_on_actors_nor_on_a_killed_one(
     running_ray: None, cases: pa.Table, world_target: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +122,7 @@ def _kill_an_actor_after_the_first_part(folder: str) -> Any:
     return was_killed
 
 
+@pytest.mark.ray
 def test_going_on_makes_only_what_is_missing(
     running_ray: None, cases: pa.Table, world_target: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +142,7 @@ def test_going_on_makes_only_what_is_missing(
     assert os.stat(f"{folder}/{first}").st_mtime_ns == made_at
 
 
+@pytest.mark.ray
 def test_dropped_rows_are_counted_and_too_many_fail_the_stage(
     running_ray: None, cases: pa.Table, world_target: Path, tmp_path: Path
 ) -> None:
@@ -132,3 +159,55 @@ def test_dropped_rows_are_counted_and_too_many_fail_the_stage(
     [manifest] = run_stages([work], str(tmp_path), ClusterConfig(actors=1, max_dropped=0.1))
     assert manifest.rows + sum(manifest.dropped.values()) == 20
     assert len(manifest.dropped) == 2
+
+
+def stopped_after(parts: list[tuple[int, int]], job: Any, root: Path) -> dict[str, int]:
+    """As a run leaves it that was stopped after these slices; the time of each part."""
+    from ray_explain.distributed.run_stages import _Worker
+
+    worker = _Worker([job], str(root))
+    for start, stop in parts:
+        worker.make(0, start, stop)
+    folder = job.artifact.path(str(root))
+    return {name: os.stat(f"{folder}/{name}").st_mtime_ns for name in storage.list_files(folder, ".parquet")}
+
+
+@pytest.mark.parametrize("parts", [[(0, 4)], [(2, 4), (7, 9)], [(4, 10)], [(0, 10)], []])
+@pytest.mark.parametrize("rows_per_slice", [1, 3, 4, 100])
+def test_going_on_with_slices_of_another_size_keeps_the_parts_and_makes_every_row_once(
+    tmp_path: Path, parts: list[tuple[int, int]], rows_per_slice: int
+) -> None:
+    from ray_explain.distributed.run_stages import make_here
+
+    names = [f"case {i}" for i in range(10)]
+    work = echo_job(names, tmp_path)
+    kept, folder = stopped_after(parts, work, tmp_path), work.artifact.path(str(tmp_path))
+    make_here([work], str(tmp_path), ClusterConfig(rows_per_slice=rows_per_slice))
+    assert storage.read_table(folder)["case_id"].to_pylist() == names
+    assert finished(work.artifact, str(tmp_path)).rows == 10
+    assert {name: os.stat(f"{folder}/{name}").st_mtime_ns for name in kept} == kept
+
+
+@pytest.mark.parametrize("parts", [[(0, 4), (3, 6)], [(0, 4), (2, 3)]])
+def test_parts_that_hold_a_row_twice_fail_the_job_with_the_way_out(
+    tmp_path: Path, parts: list[tuple[int, int]]
+) -> None:
+    from ray_explain.distributed.run_stages import make_here
+
+    work = echo_job([f"case {i}" for i in range(10)], tmp_path)
+    stopped_after(parts, work, tmp_path)
+    with pytest.raises(JobFailed, match=r"twice.*Remove the folder"):
+        make_here([work], str(tmp_path), ClusterConfig(rows_per_slice=3))
+    assert finished(work.artifact, str(tmp_path)) is None
+
+
+def test_a_stage_is_not_finished_while_rows_are_missing(tmp_path: Path) -> None:
+    from ray_explain.distributed.run_stages import make_here
+
+    work = echo_job([f"case {i}" for i in range(10)], tmp_path)
+    stopped_after([(0, 4)], work, tmp_path)
+    part = f"{work.artifact.path(str(tmp_path))}/part-0000000000-0000000004.parquet"
+    storage.write_table(storage.read_table(work.artifact.path(str(tmp_path))).slice(0, 3), part)
+    with pytest.raises(JobFailed, match="9 rows and 0 dropped of 10 cases"):
+        make_here([work], str(tmp_path), ClusterConfig(rows_per_slice=4))
+    assert finished(work.artifact, str(tmp_path)) is None

@@ -239,7 +239,7 @@ def test_a_neuronpedia_export_gives_the_papers_questions_and_one_off_by_one_is_r
     labels, chosen = steps.labels(), finished(steps.features(), plan.root)
     assert labels is not None and chosen is not None
     imported = finished(labels, plan.root)
-    assert imported is not None and imported.dropped == {"a line that is not a JSON object": 1}
+    assert imported is not None and imported.dropped == {"not JSON": 1}
     assert chosen.dropped == {"an id that the SAE does not have": 1} and chosen.rows == len(told)
     questions = storage.read_table(plan.path(plan.questions("features", "small")))
     assert all(answer.startswith("mentions of ") for answer in questions["answer"].to_pylist())

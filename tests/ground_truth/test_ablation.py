@@ -10,6 +10,8 @@ from ray_explain.ground_truth import outcomes, positions, target
 from ray_explain.ground_truth.ablation import AblationStage
 from ray_explain.ground_truth.outcomes import answer_text
 from ray_explain.ground_truth.positions import prompt_tokens
+from ray_explain.interventions.ablation import pair_bytes
+from ray_explain.interventions.layout import layout_of
 from tests.ground_truth.conftest import CONTEXT, random_model, saved
 
 PROMPTS = [
@@ -103,6 +105,19 @@ def test_a_nan_of_the_model_drops_only_the_rows_that_meet_it(
     made = AblationStage(saved(model, tokenizer, tmp_path))(table_of(ROWS))
     assert made.dropped == [(ROWS[2]["case_id"], outcomes.NOT_FINITE)]
     assert made.table.num_rows == len(ROWS) - 1
+
+
+def test_a_pair_that_alone_is_over_the_memory_budget_is_dropped(
+    config: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: AblationStage
+) -> None:
+    text = "Rome lies in Italy. Paris lies in"
+    large, small = row_of(text * 2, 0, 5), row_of(text, 0, 5)
+    ids = [prompt_tokens(tokenizer, prompt).ids for prompt in (text * 2, (text * 2)[5:])]
+    needed = pair_bytes(layout_of(model))(*ids)
+    made = AblationStage(config | {"memory_budget": needed - 1})(table_of([large, small]))
+    assert made.dropped == [(large["case_id"], target.TOO_LARGE)]
+    assert made.table["full_answer"].equals(stage(table_of([small])).table["full_answer"])
+    assert AblationStage(config | {"memory_budget": needed})(table_of([large, small])).dropped == []
 
 
 def test_an_empty_table_gives_an_empty_one(stage: AblationStage) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from ray_explain import storage
 from ray_explain.ground_truth import corpora
-from ray_explain.ground_truth.corpora import NO_TEXT, NOT_JSON, read_windows, special_prefix, texts, windows
+from ray_explain.ground_truth.corpora import NO_TEXT, read_windows, special_prefix, texts, windows
+from ray_explain.ground_truth.jsonl import NOT_AN_OBJECT, NOT_JSON
+from ray_explain.ground_truth.positions import HALF_CHARACTER
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
 
@@ -46,10 +48,12 @@ def test_every_kind_of_corpus_gives_the_same_texts(tmp_path, name):
 
 def test_lines_without_a_text_are_dropped_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\nnot json\n[1]\n{"body": "two"}\n\n{"text": 3}\n{"text": "four"}\n')
+    path.write_text(
+        '{"text": "one"}\nnot json\n[1]\n{"body": "two"}\n\n{"text": 3}\n{"text": "\\ud800"}\n{"text": "four"}\n'
+    )
     dropped = []
     assert list(texts(str(path), "text", dropped)) == ["one", "four"]
-    assert [reason for _, reason in dropped] == [NOT_JSON, NOT_JSON, NO_TEXT, NO_TEXT]
+    assert [reason for _, reason in dropped] == [NOT_JSON, NOT_AN_OBJECT, NO_TEXT, NO_TEXT, HALF_CHARACTER]
     assert dropped[0][0].endswith("a.jsonl line 2")
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ray_explain.ground_truth import counterfact
 from ray_explain.ground_truth.counterfact import Fact, counterfact_cases, counterfact_pairs, read_counterfact
+from ray_explain.ground_truth.positions import HALF_CHARACTER
 
 FIRST = ("Emilio", "Eli", "Rome", "Paris", "Berlin", "Lily", "Tom", "Boat", "Ball", "Red", "Blue", "Lussu")
 LAST = ("Lussu", "Maor", "Italy", "Respond", "Hint")
@@ -76,8 +77,22 @@ def test_records_that_are_no_facts_are_dropped_by_their_place(tmp_path: Path) ->
     whole.write_text(json.dumps([original(LINES[0]), {"requested_rewrite": None}, 7]))
     assert read_counterfact(whole)[1] == [("record 1", counterfact.NOT_A_FACT), ("record 2", counterfact.NOT_A_FACT)]
     whole.write_text(json.dumps({"not": "a list"}))
-    with pytest.raises(ValueError, match="not a list of records"):
+    with pytest.raises(ValueError, match=r"bad\.json .* holds a dict: a \.json file holds one list of records"):
         read_counterfact(whole)
+    file.write_text(json.dumps(LINES[0]) + "\n" + json.dumps(LINES[1] | {"subject": "Eli \ud800 Maor"}))
+    assert read_counterfact(file)[1] == [("line 2", HALF_CHARACTER)]
+    whole.write_text(json.dumps([original(LINES[0]), original(LINES[1] | {"subject": "Eli \ud800 Maor"})]))
+    assert read_counterfact(whole)[1] == [("record 1", counterfact.NOT_A_FACT)]
+
+
+@pytest.mark.parametrize("content", ["lines", "[" * 100_000, "[" + "9" * 5000 + "]", ""])
+def test_a_json_file_that_is_no_list_of_records_is_told_with_its_path_and_the_two_forms(
+    tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text("\n".join(map(json.dumps, LINES)) if content == "lines" else content)
+    with pytest.raises(ValueError, match=r"facts\.json is no CounterFact file .*one list of records.*end in \.jsonl"):
+        read_counterfact(file)
 
 
 def test_pairs_share_their_wording_and_differ_in_subject_and_answer(

@@ -99,6 +99,41 @@ def test_bytes_that_are_no_text_are_a_bad_line(tmp_path: Path) -> None:
     assert made.dropped == [("line 2", jsonl.NOT_JSON)]
 
 
+HALF = json.dumps(REMOVAL | {"prompt": "Hint: \ud800. Paris lies in"})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (HALF, positions.HALF_CHARACTER),
+        (HALF.replace("ud800", "uDFFF"), positions.HALF_CHARACTER),
+        (json.dumps(REMOVAL | {"group": "\ud800"}), positions.HALF_CHARACTER),
+        ('{"prompt":' + "[" * 100_000 + "]" * 100_000 + "}", jsonl.TOO_DEEP),
+        ('{"prompt": "abc def", "span": [0, ' + "9" * 5000 + "]}", jsonl.LONG_NUMBER),
+        ('{"prompt": "abc def", "span": [0, ' + "9" * 30 + "]}", positions.OUTSIDE),
+        (b'{"prompt": "Hint: \xed\xa0\x80", "span": [0, 4]}', jsonl.NOT_JSON),  # a surrogate written as UTF-8
+    ],
+)
+def test_json_that_python_or_a_tokenizer_cannot_take_is_a_bad_line(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, line: str | bytes, reason: str
+) -> None:
+    file = tmp_path / "poison.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    file.write_bytes(json.dumps(REMOVAL).encode() + b"\n" + line)
+    made = jsonl.ablation_cases(file, n=ALL)
+    assert (made.table.num_rows, made.dropped) == (1, [("line 2", reason)])
+    patch = line.replace(b'"prompt"', b'"base_prompt"').replace(b'"span"', b'"source_prompt": "Rome is", "base_span"')
+    file.write_bytes(json.dumps(PATCH).encode() + b"\n" + patch.replace(b"]}", b'], "source_span": [0, 4]}'))
+    made = jsonl.patching_cases(file, tokenizer, blocks=[(0, 0)], n=ALL)
+    assert (made.table.num_rows, made.dropped) == (1, [("line 2", reason)])
+
+
+def test_whole_characters_written_as_surrogate_pairs_stay(tmp_path: Path) -> None:
+    prompt = "Hint: \N{WHITE SMILING FACE}\U0001f600. Paris lies in"
+    (row,) = jsonl.ablation_cases(written(tmp_path, [REMOVAL | {"prompt": prompt}]), n=ALL).table.to_pylist()
+    assert row["prompt"] == prompt
+
+
 def test_a_case_that_comes_again_is_dropped_and_the_first_ones_are_kept(tmp_path: Path) -> None:
     other = REMOVAL | {"span": [10, 15]}
     lines = [line | {"split": "train"} for line in (REMOVAL, REMOVAL, other)]

@@ -12,6 +12,9 @@ from ray_explain.ground_truth import outcomes, patching, positions, target
 from ray_explain.ground_truth.outcomes import answer_text
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.positions import prompt_tokens
+from ray_explain.interventions.layout import layout_of
+from ray_explain.interventions.patching import sweep_bytes
+from ray_explain.interventions.walk import row_bytes
 from tests.ground_truth.conftest import CONTEXT, make_case, patching_table, random_model, saved
 
 ROME, PARIS = "Rome lies in Italy. The capital of", "Paris lies in France. The capital of"
@@ -224,6 +227,25 @@ def test_a_table_that_gives_no_row_gives_an_empty_one(stage: PatchingStage, rows
     made = stage(patching_table(rows))
     assert (made.table.num_rows, len(made.dropped)) == (0, len(rows))
     assert made.table.schema == stage.schema_out
+
+
+def test_a_row_that_alone_is_over_the_memory_budget_is_dropped_and_the_others_stay_as_they_are(
+    config: dict[str, Any], stage: PatchingStage, model: PreTrainedModel, cases: list[dict[str, Any]]
+) -> None:
+    long = " ".join([ROME] * 3)
+    large = [make_case(long, PARIS, 1, 1), make_case(PARIS, long, 1, 1), make_case(long, PARIS, 20, 1)]
+    length, short = len(stage._target.tokenizer(long)["input_ids"]), len(stage._target.tokenizer(ROME)["input_ids"])
+    layout = layout_of(model)
+    needed = [sweep_bytes(layout)(length, 1), row_bytes(layout, logits=False)(length), sweep_bytes(layout)(length, 20)]
+    fits = max(sweep_bytes(layout)(short, 1), row_bytes(layout)(short))
+    assert fits < min(needed) - 1
+    small = PatchingStage(config | {"memory_budget": min(needed) - 1})
+    made = small(patching_table([large[0], *cases, *large[1:]]))
+    assert made.dropped == [(row["case_id"], target.TOO_LARGE) for row in large]
+    for row, other in zip(made.table.to_pylist(), stage(patching_table(cases)).table.to_pylist(), strict=True):
+        assert_same(row, other)
+    enough = PatchingStage(config | {"memory_budget": max(needed)})
+    assert enough(patching_table(large)).dropped == []
 
 
 def test_a_memory_budget_changes_nothing(

@@ -123,3 +123,8 @@ def test_roles_with_more_tokens_in_one_prompt_are_matched_from_their_last() -> N
     roles = ["other", "other", "relation", "relation", "final"], ["other", "relation", "final"]
     assert matched(base, roles[0], source, roles[1]) == {"other": [(1, 0)], "relation": [(3, 1)], "final": [(4, 2)]}
     assert matched(source, roles[1], base, roles[0])["relation"] == [(1, 3)]
+
+
+def test_half_a_character_is_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(Unusable, match="half a character"):
+        prompt_tokens(tokenizer, "Rome \ud800 lies in")

@@ -257,6 +257,24 @@ def test_the_budget_is_used_where_the_mlp_needs_most_of_it(config):
     assert budget / 2 < memory.peak < budget
 
 
+def test_on_a_cpu_a_larger_budget_lets_larger_rows_through_but_runs_no_more_of_them_at_once(tiny_target, monkeypatch):
+    changes, long = every_patch(), change(0, (0,), 0)
+    monkeypatch.setattr(patching, "MEMORY_BUDGET", 4 * row_bytes(layout_of(tiny_target))(11))
+    chunks = [indices for indices, _ in patch_sweep(tiny_target, PROMPTS, changes, memory_budget=1 << 40)]
+    assert len(chunks) > 10
+    own = [PROMPTS[0] * 4]
+    (alone,) = patch_sweep(tiny_target, own, [long], memory_budget=1 << 40)
+    assert_same_logits(alone[1], swept(tiny_target, own, [long]))
+
+
+def test_an_intervention_runs_alone_within_the_bytes_that_it_is_said_to_need(tiny_target):
+    one = change(0, (3,), 1)
+    needed = patching.sweep_bytes(layout_of(tiny_target))(len(PROMPTS[0]), 3)
+    assert len(list(patch_sweep(tiny_target, PROMPTS, [one], memory_budget=needed))) == 1
+    with pytest.raises(ValueError, match=f"needs {needed:,}"):
+        list(patch_sweep(tiny_target, PROMPTS, [one], memory_budget=needed - 1))
+
+
 def test_a_budget_too_small_for_one_row_is_an_error(tiny_target):
     with pytest.raises(ValueError, match=r"budget of 1,000 bytes: one row alone needs [\d,]+; give at least that"):
         clean_logits(tiny_target, PROMPTS, memory_budget=1000)
