@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,8 +100,8 @@ def mmlu_cases(
     seed: int = 0,
 ) -> Result:
     """Up to `n` cases of each split (records.ABLATION_CASES), questions in random order; the span is the line of the
-    hint, the stratum whether it is right, the truth the right letter. Dropped are lines of the file, and questions that a
-    chat template shows in other words.
+    hint, the stratum whether it is right, the truth the right letter. Dropped are lines of the file, and questions
+    that a chat template shows in other words.
 
     Raises:
         OSError: the file cannot be read.
@@ -110,12 +111,11 @@ def mmlu_cases(
     by_split: dict[str, list[Item]] = {split: [] for split in records.SPLITS}
     for item in items:
         by_split[split_of(item.group)].append(item)
+    make = partial(hinted_case, tokenizer=tokenizer, hint=hint, form=form, seed=seed)
     rows = []
     for split, size in n.items():
         own = random.Random(f"mmlu {split} {seed}").sample(by_split[split], len(by_split[split]))
-        made, unusable = _first_cases(
-            own, size, lambda item: hinted_case(item, tokenizer, hint=hint, form=form, seed=seed)
-        )
+        made, unusable = _first_cases(own, size, make)
         rows += made
         dropped += unusable
     return Result(records.rows_table(rows, records.ABLATION_CASES), dropped)
@@ -125,7 +125,7 @@ def _first_cases(
     items: Sequence[Item], n: int, make: Callable[[Item], dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The first `n` cases that can be made, and (group, reason) of each question passed over on the way."""
-    rows, dropped = [], []
+    rows, dropped = list[dict[str, Any]](), []
     for item in items:
         if len(rows) == n:
             break
