@@ -242,5 +242,7 @@ class _Steps:
 
 
 def _some_of_each_layer(table: pa.Table, n: int) -> pa.Table:
-    layers = pc.unique(table["layer"]).to_pylist()
-    return pa.concat_tables(table.filter(pc.field("layer") == layer).slice(0, n) for layer in layers)
+    """`n` cases of each layer, drawn by their ids; those of a prompt side by side, since a slice runs it once."""
+    drawn, layers = table.sort_by("case_id"), pc.unique(table["layer"]).to_pylist()
+    chosen = pa.concat_tables(drawn.filter(pc.field("layer") == layer).slice(0, n) for layer in layers)
+    return chosen.sort_by([(name, "ascending") for name in ("minus_prompt", "prompt", "case_id")])

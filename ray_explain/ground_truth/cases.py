@@ -1,5 +1,6 @@
 """Cases from wherever an experiment wants them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -23,15 +24,21 @@ def patching_cases(
 ) -> Result:
     """Patching cases of a world or of a file in one of the formats: `n` of each split, of a file no more than it gives.
 
+    Cases of the same base prompt stand side by side, of these such of the same source prompt: actors work on slices of
+    the table, and run each prompt of a slice once.
+
     Raises:
         ValueError: the world does not give that many, or the file is not of that format.
         OSError: the file cannot be read.
     """
     if isinstance(source, World):
-        return Result(world_cases.patching_cases(source, tokenizer, n=n, layers=blocks, seed=seed), [])
-    if format == "counterfact":
-        return counterfact.counterfact_cases(source, tokenizer, blocks=blocks, n=n, form=form, seed=seed)
-    return jsonl.patching_cases(source, tokenizer, blocks=blocks, n=n)
+        made = Result(world_cases.patching_cases(source, tokenizer, n=n, layers=blocks, seed=seed), [])
+    elif format == "counterfact":
+        made = counterfact.counterfact_cases(source, tokenizer, blocks=blocks, n=n, form=form, seed=seed)
+    else:
+        made = jsonl.patching_cases(source, tokenizer, blocks=blocks, n=n)
+    order = [(name, "ascending") for name in ("base_prompt", "source_prompt", "case_id")]
+    return _distinct(made._replace(table=made.table.sort_by(order)))
 
 
 def ablation_cases(
@@ -46,7 +53,19 @@ def ablation_cases(
 ) -> Result:
     """Ablation cases, as `patching_cases`."""
     if isinstance(source, World):
-        return Result(world_cases.ablation_cases(source, n=n, seed=seed), [])
+        return _distinct(Result(world_cases.ablation_cases(source, n=n, seed=seed), []))
     if format == "mmlu":
-        return mmlu.mmlu_cases(source, tokenizer, n=n, hint=hint, form=form, seed=seed)
-    return jsonl.ablation_cases(source, n=n)
+        return _distinct(mmlu.mmlu_cases(source, tokenizer, n=n, hint=hint, form=form, seed=seed))
+    return _distinct(jsonl.ablation_cases(source, n=n))
+
+
+def _distinct(made: Result) -> Result:
+    """`made`.
+
+    Raises:
+        ValueError: two cases have the same id, and with it the same content; whoever made them has to drop one.
+    """
+    [(case_id, times)] = Counter(made.table["case_id"].to_pylist()).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"case {case_id} was made {times} times")
+    return made

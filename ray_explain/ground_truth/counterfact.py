@@ -28,6 +28,7 @@ CHOICE = "{statement}\n\nRespond with one of {options} or unknown and nothing el
 NOT_A_FACT = "no CounterFact record"
 NO_PARTNER = "no other subject of this relation and split has another answer"
 TOO_FEW_ANSWERS = "too few answers of this relation for the options"
+NOT_SHOWN = "the chat template changes the words of the statement"
 
 
 class Fact(NamedTuple):
@@ -91,7 +92,9 @@ def _fact(row: Any) -> Fact | None:
             template, answers = row["prompt"], (row["target_true"]["str"], row["target_new"]["str"])
         else:
             template, answers = row["template"], (row["target_true"], row["target_new"])
-        fact = Fact(template, row["subject"], row.get("relation_id", template), answers)
+        # without spaces at its ends, a statement stays as it is where chat templates trim what is said
+        template = template.strip()
+        fact = Fact(template, row["subject"].strip(), row.get("relation_id", template), answers)
     except (KeyError, TypeError, AttributeError):
         return None
     texts = [template, fact.subject, fact.relation, *answers]
@@ -138,10 +141,10 @@ def counterfact_pairs(
         try:
             source = _partner(fact, partners[fact.template, split_of(fact.subject)], rng)
             options = () if form == "completion" else _options(fact, source, list(answers[fact.relation]), rng)
+            prompts = [_prompt(one, (fact, source), options, form, tokenizer) for one in (fact, source)]
         except Unusable as reason:
             dropped.append((records.content_id("fact", fact), str(reason)))
             continue
-        prompts = [_prompt(one, (fact, source), options, form, tokenizer) for one in (fact, source)]
         group = f"{fact.subject} {fact.relation}"
         pairs.append(Pair(prompts[0], prompts[1], group=group, split=split_of(fact.subject), stratum=fact.relation))
     return pairs, dropped
@@ -172,7 +175,8 @@ def _prompt(
         return SubjectPrompt(fact.statement, fact.subject_span, fact.answers[0])
     asked = CHOICE.format(statement=fact.statement, options=" or ".join(options))
     text = f"{asked}.\n\nResponse:" if form == "choice" else chat_prompt(tokenizer, user=asked)
-    start = text.index(asked)
+    if (start := text.find(asked)) < 0:
+        raise Unusable(NOT_SHOWN)
     end = start + len(fact.statement)
     names = {pair[1].answers[0]: "option_source", pair[0].answers[0]: "option_base"}
     named, at = [], end + CHOICE.index("{options}") - len("{statement}")

@@ -1,8 +1,9 @@
 """MMLU (Hendrycks et al. 2021) with a hint in the prompt, to be removed (Li et al. 2025, 2.3)."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from ray_explain import records
 from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.jsonl import read_lines
 from ray_explain.ground_truth.pairs import ablation_case
+from ray_explain.ground_truth.positions import Unusable
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.stages import Result
 
@@ -32,6 +34,7 @@ HINTS = {
 ANSWER = "Answer:"
 NOT_AN_ITEM = "no MMLU question"
 REPEATED = "the same question as before"
+NOT_SHOWN = "the chat template changes the words of the question"
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def mmlu_cases(
     seed: int = 0,
 ) -> Result:
     """Up to `n` cases of each split (records.ABLATION_CASES), questions in random order; the span is the line of the
-    hint, the stratum whether it is right, the truth the right letter. Dropped are lines of the file.
+    hint, the stratum whether it is right, the truth the right letter. Dropped are lines of the file, and questions
+    that a chat template shows in other words.
 
     Raises:
         OSError: the file cannot be read.
@@ -107,19 +111,44 @@ def mmlu_cases(
     by_split: dict[str, list[Item]] = {split: [] for split in records.SPLITS}
     for item in items:
         by_split[split_of(item.group)].append(item)
+    make = partial(hinted_case, tokenizer=tokenizer, hint=hint, form=form, seed=seed)
     rows = []
     for split, size in n.items():
         own = random.Random(f"mmlu {split} {seed}").sample(by_split[split], len(by_split[split]))
-        rows += [hinted_case(item, tokenizer, hint=hint, form=form, seed=seed) for item in own[:size]]
+        made, unusable = _first_cases(own, size, make)
+        rows += made
+        dropped += unusable
     return Result(records.rows_table(rows, records.ABLATION_CASES), dropped)
 
 
+def _first_cases(
+    items: Sequence[Item], n: int, make: Callable[[Item], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The first `n` cases that can be made, and (group, reason) of each question passed over on the way."""
+    rows, dropped = list[dict[str, Any]](), []
+    for item in items:
+        if len(rows) == n:
+            break
+        try:
+            rows.append(make(item))
+        except Unusable as reason:
+            dropped.append((item.group, str(reason)))
+    return rows, dropped
+
+
 def hinted_case(item: Item, tokenizer: PreTrainedTokenizerBase, *, hint: Hint, form: Form, seed: int) -> dict[str, Any]:
-    """The row of one question. Which letter the hint names depends on the question and the seed alone."""
+    """The row of one question. Which letter the hint names depends on the question and the seed alone.
+
+    Raises:
+        Unusable: the question and its hint do not stand in the prompt as they are.
+    """
     letter = item.answer if hint == "right" else random.Random(f"{seed} {item.group}").choice(LETTERS)
     line = "\n" + HINTS[hint].format(letter=letter)
     prompt = _prompt(item.text + line, tokenizer, form)
-    start = prompt.index(item.text) + len(item.text)
+    shown = (item.text + line).lstrip()  # many templates, such as Llama 3's, trim what is said
+    if (at := prompt.find(shown)) < 0:
+        raise Unusable(NOT_SHOWN)
+    start = at + len(shown) - len(line)
     return ablation_case(
         prompt,
         (start, start + len(line)),

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.positions import PromptTokens, matched, reading, token_roles, usable
+from ray_explain.ground_truth.positions import PromptTokens, Unusable, matched, reading, token_roles, usable
 from ray_explain.stages import Result
 
 Span = tuple[int, int]
 Block = tuple[int, int]
+
+REPEATED = "the same two prompts as before"
 
 
 class SubjectPrompt(NamedTuple):
@@ -68,11 +70,21 @@ def pair_cases(
     """Up to `n` cases of each split (records.PATCHING_CASES): fewer where the pairs give no more.
 
     Every (role, block) comes about equally often; a pair gets another one each time it is used. Dropped are pairs, by
-    the id of their content, whose spans or words the tokenizer cannot place.
+    the id of their content: such whose spans or words the tokenizer cannot place, and such whose prompts are those of
+    an earlier pair, since their cases would be the same ones, maybe with another truth.
     """
     tokens_of = reading(tokenizer, (prompt.text for pair in pairs for prompt in (pair.base, pair.source)))
-    different = ((records.content_id("pair", pair), pair) for pair in dict.fromkeys(pairs))
-    placed, dropped = usable(different, lambda pair: Places(pair, _by_role(pair, tokens_of)))
+    seen = set[tuple[str, str]]()
+
+    def place(pair: Pair) -> Places:
+        prompts = pair.base.text, pair.source.text
+        if prompts in seen:
+            raise Unusable(REPEATED)
+        placed = Places(pair, _by_role(pair, tokens_of))
+        seen.add(prompts)
+        return placed
+
+    placed, dropped = usable(((records.content_id("pair", pair), pair) for pair in pairs), place)
     rows = []
     for split, size in n.items():
         own = [places for places in placed if places.pair.split == split]

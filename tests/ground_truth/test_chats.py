@@ -1,15 +1,8 @@
-import copy
-
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ray_explain.ground_truth.chats import chat_prompt
-
-
-def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    return other
+from tests.ground_truth.conftest import with_template
 
 
 def test_the_assistants_turn_is_opened(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ray_explain.ground_truth import counterfact
 from ray_explain.ground_truth.counterfact import Fact, counterfact_cases, counterfact_pairs, read_counterfact
 from ray_explain.ground_truth.positions import HALF_CHARACTER
+from tests.ground_truth.conftest import GEMMA_CHAT, LLAMA_CHAT, with_template
 
 FIRST = ("Emilio", "Eli", "Rome", "Paris", "Berlin", "Lily", "Tom", "Boat", "Ball", "Red", "Blue", "Lussu")
 LAST = ("Lussu", "Maor", "Italy", "Respond", "Hint")
@@ -174,6 +175,27 @@ def test_the_chat_form_is_a_user_turn_without_full_stop(path: Path, tokenizer: P
         assert pair.base.text[slice(*pair.base.subject)] in NAMES
     cases = counterfact_cases(path, tokenizer, blocks=[(0, 2)], n={"train": 50}, form="chat").table
     assert cases.num_rows == 50
+
+
+@pytest.mark.parametrize("template", [LLAMA_CHAT, GEMMA_CHAT])
+def test_templates_that_trim_keep_statements_that_begin_with_a_space(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, template: str
+) -> None:
+    file = tmp_path / "spaced.jsonl"
+    spaced = [line | {"template": f" {line['template']}", "subject": f" {line['subject']}"} for line in LINES]
+    file.write_text("\n".join(map(json.dumps, spaced)))
+    facts, _ = read_counterfact(file)
+    pairs, dropped = counterfact_pairs(facts, with_template(tokenizer, template), form="chat", seed=0)
+    assert {reason for _, reason in dropped} == {counterfact.NO_PARTNER} and len(pairs) + len(dropped) == len(LINES)
+    assert {pair.base.text[slice(*pair.base.subject)] for pair in pairs} < set(NAMES)
+
+
+def test_statements_that_the_template_changes_are_dropped(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    changing = with_template(tokenizer, "{{ messages[-1]['content'] | replace('speaks', 'talks') }}")
+    made = counterfact_cases(path, changing, blocks=[(0, 2)], n={"train": 9}, form="chat")
+    assert made.table.num_rows == 9
+    assert {reason for _, reason in made.dropped} == {counterfact.NOT_SHOWN, counterfact.NO_PARTNER}
+    assert all("The language of" in text for text in made.table["base_prompt"].to_pylist())
 
 
 def test_facts_without_partner_or_options_are_dropped(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

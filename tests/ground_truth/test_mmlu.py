@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from ray_explain import records
 from ray_explain.ground_truth import mmlu
 from ray_explain.ground_truth.mmlu import SYSTEM, mmlu_cases, read_mmlu
+from tests.ground_truth.conftest import GEMMA_CHAT, LLAMA_CHAT, with_template
 
 LINES = [
     {
@@ -72,6 +73,38 @@ def test_a_chat_opens_the_assistants_turn_with_answer(path: Path, tokenizer: Pre
         assert row["prompt"].endswith("\n[assistant]Answer:")
         hint = row["prompt"][row["span_start"] : row["span_end"]]
         assert hint.startswith("\nHint: ") and row["prompt"][row["span_end"]] == "\n"
+
+
+@pytest.mark.parametrize("template", [LLAMA_CHAT, GEMMA_CHAT])
+def test_templates_that_trim_keep_questions_that_begin_or_end_with_spaces(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, template: str
+) -> None:
+    spaced = [line | {"question": f" \n{line['question']} ", "choices": [" x", "y ", "z", "w "]} for line in LINES[:9]]
+    file = tmp_path / "spaced.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in spaced))
+    made = mmlu_cases(file, with_template(tokenizer, template), n=ALL, form="chat")
+    assert (made.table.num_rows, made.dropped) == (len(spaced), [])
+    for row in made.table.to_pylist():
+        hint = row["prompt"][row["span_start"] : row["span_end"]]
+        assert hint in [f"\nHint: {letter}" for letter in "ABCD"]
+        assert row["prompt"][: row["span_start"]].endswith(" lie? \nA.  x\nB. y \nC. z\nD. w ")
+        assert row["prompt"][row["span_end"] :].startswith(
+            "<|end|><|assistant|>" if template == LLAMA_CHAT else "<end>"
+        )
+
+
+def test_a_question_that_the_template_changes_is_dropped_and_the_next_one_taken(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    changing = with_template(tokenizer, "{{ messages[-1]['content'] | replace('  ', ' ') }}")
+    file = tmp_path / "mixed.jsonl"
+    doubled = [line | {"question": line["question"].replace(" ", "  ")} for line in LINES[::2]]
+    file.write_text("\n".join(json.dumps(line) for line in [*LINES[1::2], *doubled]))
+    made = mmlu_cases(file, changing, n={"train": 20}, form="chat")
+    assert made.table.num_rows == 20
+    assert {reason for _, reason in made.dropped} == {mmlu.NOT_SHOWN}
+    groups = made.table["group"].to_pylist()
+    assert len(set(groups)) == 20 and not set(groups) & {group for group, _ in made.dropped}
 
 
 def test_no_more_cases_come_than_are_asked_for(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

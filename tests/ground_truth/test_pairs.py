@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ray_explain.ground_truth.pairs import Pair, SubjectPrompt, layer_blocks, pair_cases
+from ray_explain.ground_truth.pairs import REPEATED, Pair, SubjectPrompt, layer_blocks, pair_cases
 from ray_explain.ground_truth.positions import OUTSIDE
 
 CITIES = {"Rome": "Italy", "Paris": "France", "Berlin": "Germany", "Emilio Lussu": "Sardinia", "Eli Maor": "Israel"}
@@ -80,3 +80,14 @@ def test_a_pair_with_a_span_outside_its_text_is_dropped(tokenizer: PreTrainedTok
     made = pair_cases([bad, *good], tokenizer, blocks=[(0, 0)], n={"train": 5}, seed=0)
     assert [reason for _, reason in made.dropped] == [OUTSIDE]
     assert made.table.equals(pair_cases(good, tokenizer, blocks=[(0, 0)], n={"train": 5}, seed=0).table)
+
+
+def test_two_prompts_with_two_truths_give_the_cases_of_the_first_pair_only(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, *others = pairs_of()
+    again = first._replace(base=first.base._replace(truth="Lazio"), group="another")
+    n = {"train": 10**6}
+    made = pair_cases([first, again, *others, others[0]], tokenizer, blocks=[(0, 0), (1, 1)], n=n, seed=0)
+    assert [reason for _, reason in made.dropped] == [REPEATED, REPEATED]
+    rows = made.table.to_pylist()
+    assert len({row["case_id"] for row in rows}) == len(rows)
+    assert {row["base_truth"] for row in rows if row["base_prompt"] == first.base.text} == {"Italy"}
