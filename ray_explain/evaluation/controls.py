@@ -1,5 +1,7 @@
 """The same questions with other vectors: what an explainer still gets right, it does not get from the vector."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 
@@ -12,13 +14,13 @@ def under_control(questions: pa.Table, control: str, seed: int) -> pa.Table:
     """`questions` with other vectors and nothing else changed, so that answers pair up by question.
 
     Under "shuffled" each question gets the vectors of another one of the same layers and as many vectors, of another
-    group where no group is more than half of them, and never its own (one that is alone with its layers gets those of
-    any other question with as many); under "other_layer" those of a question of
-    other layers; under "random" each vector becomes a random one of the same norm; under "no_vector" it becomes zero;
-    under "none" it stays. A row's draw depends on `seed` and on the table.
+    group where no group is more than half of them, and never its own or equal ones (where its layers have no others, it
+    gets those of any other question with as many); under "other_layer" those of a question of other layers; under
+    "random" each vector becomes a random one of the same norm; under "no_vector" it becomes zero; under "none" it
+    stays. A row's draw depends on `seed` and on the table.
 
     Raises:
-        ValueError: there is no such control, no vector to change, or no other question to take vectors from.
+        ValueError: there is no such control, no vector to change, or no question with other vectors to take.
     """
     if control == "none":
         return questions
@@ -58,23 +60,38 @@ def _shuffled(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.Gen
     """Which row each row gets its vectors from.
 
     Rows stand in a ring, those of a group side by side, and each takes from the one that is further by the size of
-    the largest group: so it leaves its own group, unless that is more than half of the ring.
+    the largest group: so it leaves its own group, unless that is more than half of the ring. What would get its own
+    vectors back, from another row too (two prompts that begin alike have the same there), is drawn anew.
     """
     groups = questions["group"].to_numpy(zero_copy_only=False)
-    donors = np.arange(len(groups))
-    for (n_vectors, _), rows in _kinds(questions, vectors).items():
+    kinds, donors = _kinds(questions, vectors), np.arange(len(groups))
+    for (n_vectors, _), rows in kinds.items():
         if not n_vectors:
-            continue
-        if len(rows) == 1:
-            others = [row for row, own in enumerate(vectors) if len(own) == n_vectors and row != rows[0]]
-            if not others:
-                raise ValueError(f"control 'shuffled': one question only has {n_vectors} vectors; ask about more")
-            donors[rows] = rng.choice(others)
             continue
         names, group_of, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
         ring = np.array(rows)[np.lexsort([rng.random(len(rows)), rng.permutation(len(names))[group_of]])]
         donors[ring] = np.roll(ring, -min(sizes.max(), len(rows) - 1))
+        elsewhere = [row for (n, _), there in kinds.items() if n == n_vectors and there is not rows for row in there]
+        for row in rows:
+            if _alike(vectors[row], vectors[donors[row]]):
+                order = rng.permutation(rows)
+                order = order[np.argsort(groups[order] == groups[row], kind="stable")]
+                donors[row] = _first_unlike(row, [*order, *rng.permutation(elsewhere)], vectors)
     return donors.tolist()
+
+
+def _first_unlike(row: int, order: Iterable[float], vectors: list[np.ndarray]) -> int:
+    for donor in map(int, order):
+        if not _alike(vectors[row], vectors[donor]):
+            return donor
+    raise ValueError(
+        f"control 'shuffled': no two questions with {len(vectors[row])} vectors have different ones; ask about more"
+    )
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether vectors are equal but for rounding."""
+    return bool(np.abs(one - other).max() <= 1e-5 * np.abs(one).max())
 
 
 def _other_layer(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.Generator) -> list[int]:

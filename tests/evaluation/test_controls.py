@@ -78,6 +78,27 @@ def test_a_question_alone_with_its_layer_gets_a_vector_of_another_layer_when_shu
     assert given[0] != 0 and sorted(given[1:]) == [1, 2, 3, 4]
 
 
+def test_shuffling_never_gives_a_question_an_equal_vector_of_another_one(questions):
+    """Whatever else it has to give up: other groups first, then the same layers."""
+    for seed in range(30):
+        kinds = [1 + i // 2 for i in range(4)] + [3] * 5  # of vectors: two kinds at layer 0, one at layer 1
+        own = [np.full((1, D), kind + i * 1e-7, np.float32) for i, kind in enumerate(kinds)]
+        table = questions(
+            *[{"layers": [int(kind == 2)], "group": f"g{i}"} for i, kind in enumerate(kinds)], vectors=own
+        )
+        changed = records.vectors_of(under_control(table, "shuffled", seed=seed)["vectors"])
+        given = [round(float(each[0, 0])) for each in changed]
+        assert given[:4] == [2, 2, 1, 1] and set(given[4:]) <= {1, 2}
+
+
+def test_an_equal_vector_is_replaced_by_one_of_another_group_where_there_is_one(questions):
+    vectors = [np.full((1, D), kind, np.float32) for kind in (1, 1, 1, 2, 2, 3)]
+    table = questions(*[{"group": group} for group in "aabbca"], vectors=vectors)
+    for seed in range(30):
+        given = [each[0, 0] for each in records.vectors_of(under_control(table, "shuffled", seed=seed)["vectors"])]
+        assert given[0] == given[1] == 2  # the 3 is of their own group
+
+
 @pytest.mark.parametrize("control", ["shuffled", "other_layer", "random"])
 def test_a_control_is_the_same_for_the_same_seed_only(table, control):
     first = under_control(table, control, seed=7)
@@ -87,8 +108,10 @@ def test_a_control_is_the_same_for_the_same_seed_only(table, control):
 
 def test_what_cannot_be_controlled_is_told(questions):
     same = questions({}, {})
-    with pytest.raises(ValueError, match="'shuffled': one question only has 1 vectors"):
+    with pytest.raises(ValueError, match="'shuffled': no two questions with 1 vectors"):
         under_control(same.slice(0, 1), "shuffled", seed=0)
+    with pytest.raises(ValueError, match="'shuffled': no two questions with 1 vectors"):
+        under_control(questions({}, {}, vectors=[np.ones((1, D), np.float32)] * 2), "shuffled", seed=0)
     with pytest.raises(ValueError, match=r"'other_layer': no question has 1 vectors but of layers \[0\]"):
         under_control(same, "other_layer", seed=0)
     with pytest.raises(ValueError, match="control 'upside_down'"):
