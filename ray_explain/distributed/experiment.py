@@ -473,7 +473,7 @@ def train_run(session: Session, run: Run) -> Any:
     return TrainRun(
         artifact=plan.explainer(run),
         model=plan.model_place(run.explainer),
-        target={"name": run.target, "revision": plan.experiment.models[run.target].revision},
+        target=_target_of(plan, run.target),
         questions=tuple(plan.path(table) for table in questions),
         replay=tuple(texts),
         train=train,
@@ -483,6 +483,16 @@ def train_run(session: Session, run: Run) -> Any:
         fraction=run.fraction,
         alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
+
+
+def _target_of(plan: Plan, name: str) -> dict[str, Any]:
+    """What an explainer's sidecar says of its target. Weights on S3 are not copied here for it."""
+    from ray_explain.models import files_fingerprint
+
+    place = plan.model_place(name)
+    at_hand = not storage.is_remote(place["model"])
+    weights = files_fingerprint(place["model"], place["revision"]) if at_hand else None
+    return {"name": name, "revision": place["revision"], "weights": weights}
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -537,7 +547,12 @@ def answer_jobs(plan: Plan) -> list[Any]:
     injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
     jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
     for run in plan.runs():
-        own: dict[str, Any] = {"explainer": run.speaker, "folder": plan.path(plan.explainer(run))}
+        own: dict[str, Any] = {
+            "explainer": run.speaker,
+            "folder": plan.path(plan.explainer(run)),
+            "target": run.target,
+            "target_revision": plan.experiment.models[run.target].revision,
+        }
         own |= {"text_only": True} if run.text_only else {}
         jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]
     for one in plan.untrained():
