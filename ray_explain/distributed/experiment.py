@@ -26,6 +26,7 @@ from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import best_of, grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, simulated
+from ray_explain.explainer.examples import check_end
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
@@ -146,6 +147,18 @@ def make_models(session: Session) -> None:
         pretrain_all(missing, plan.root)
 
 
+def _check_explainers(session: Session) -> None:
+    """Raises: BadInput: the tokenizer of an explainer that is still to be trained cannot end an answer."""
+    plan = session.plan
+    missing = {run.explainer for run in plan.runs() if session.missing([plan.explainer(run)])}
+    for name in sorted(missing):
+        if plan.experiment.models[name].pretrain is None:
+            try:
+                check_end(_tokenizer(plan, name))
+            except BadInput as error:
+                raise BadInput(f"`models.{name}`: {error}") from error
+
+
 def n_layers(plan: Plan, name: str) -> int:
     """Layers of a model of the experiment; for one that lies elsewhere, from its config.
 
@@ -194,9 +207,14 @@ def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
 
 
 def make_ground_truth(session: Session) -> None:
-    """What the targets really do, and the questions about it."""
+    """What the targets really do, and the questions about it.
+
+    Raises:
+        BadInput: as `make_models`; or a model that is to be an explainer could not end its answers.
+    """
     plan = session.plan
     make_models(session)
+    _check_explainers(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
     for target, task in released:
         if task == "features":
