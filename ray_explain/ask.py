@@ -134,37 +134,36 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
 def _of_folder(arguments: argparse.Namespace) -> Known:
     """An explainer by its folder: below the storage of the experiment it is from, or anywhere with --target."""
     from ray_explain.distributed.plan import Plan
-    from ray_explain.explainer.sidecar import Mismatch, read_sidecar
+    from ray_explain.explainer.sidecar import read_sidecar
 
     folder = Path(lasting(arguments.explainer)).resolve()
-    try:
-        sidecar = read_sidecar(folder)
-    except Mismatch as error:
-        raise BadInput(str(error)) from error
+    sidecar = read_sidecar(folder)
     root = folder.parent.parent
     config = root / "config.yaml"
     experiment = read_experiment(str(config), [f"storage={root}"]) if config.exists() else None
     if arguments.target is not None and (experiment is None or arguments.target not in experiment.models):
         place = {"model": arguments.target, "revision": sidecar.target_revision, "dtype": "float32"}
         return Known(str(folder), sidecar.target, place, experiment)
-    if experiment is None or sidecar.target not in experiment.models:
+    target = arguments.target or sidecar.target
+    if experiment is None or target not in experiment.models:
         raise BadInput(
             f"{folder} explains {sidecar.target!r}, and no experiment beside it ({config}) says where that is: give "
             "--target, its folder or hub id"
         )
-    return Known(str(folder), sidecar.target, Plan(experiment).model_place(sidecar.target), experiment)
+    return Known(str(folder), target, Plan(experiment).model_place(target), experiment)
 
 
 # -- the question -----------------------------------------------------------------------------------------------------
 
 
 def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
-    """Raises: BadInput: there is no such layer, position, role, span or feature."""
+    """Raises: BadInput: there is no such layer, position, role, span or feature, or another target."""
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from ray_explain.evaluation import receipts
     from ray_explain.explainer.sidecar import read_sidecar
+    from ray_explain.models import files_fingerprint
 
     disable_progress_bar()
     place = {"revision": known.place["revision"]}
@@ -174,21 +173,22 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise BadInput(f"no model can be read at {known.place['model']!r}: {reason}") from error
-        n_layers = shape.num_hidden_layers
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **place)
         sidecar = read_sidecar(known.folder)
+        weights = files_fingerprint(folder, known.place["revision"])
+        sidecar.check(d_target=shape.hidden_size, target_weights=weights)
         try:
             witness = receipts.Witness(
-                _asking(known, sidecar.d_target),
+                _asking(known, shape.hidden_size),
                 known.place | {"model": str(folder)},
-                wording=_wording(sidecar),
+                wording=next(iter(sidecar.wordings)),
                 seed=known.experiment.seed if known.experiment else 0,
             )
             if kind == "ablation":
                 return witness.ablations(receipts.ablation_of(arguments.prompt, arguments.hint))[0]
             if kind == "features":
-                return _about_vector(arguments, known, witness, n_layers, sidecar.d_target)
-            block = _block(arguments.layer, n_layers, known.target)
+                return _about_vector(arguments, known, witness, shape.num_hidden_layers, shape.hidden_size)
+            block = _block(arguments.layer, shape.num_hidden_layers, known.target)
             cases = receipts.patch_of(
                 tokenizer,
                 arguments.prompt,
@@ -206,26 +206,14 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
 
 
 def _asking(known: Known, d_target: int) -> dict[str, Any]:
-    """Config of `AnswerStage`: as the experiment's evaluation asks."""
+    """Config of `AnswerStage`: as the experiment's evaluation asks, about a target of this width."""
     experiment = known.experiment
+    target = {"target": known.target, "target_revision": known.place["revision"], "d_target": d_target}
     sizes = {
         "max_new_tokens": experiment.evaluate.max_new_tokens if experiment else 50,
         "max_tokens": experiment.train.max_tokens if experiment else 500,
     }
-    return {"explainer": "asked", "folder": known.folder, "d_target": d_target, "batch_size": 64, **sizes}
-
-
-def _wording(sidecar: Any) -> str:
-    """The set of wordings that an explainer was trained on.
-
-    Raises:
-        Mismatch: its words have changed since.
-    """
-    from ray_explain.questions import wordings
-
-    name = next(iter(sidecar.wordings))
-    sidecar.check(wordings={name: wordings.version(name)})
-    return name
+    return {"explainer": "asked", "folder": known.folder, "batch_size": 64, **target, **sizes}
 
 
 def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:

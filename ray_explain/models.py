@@ -3,13 +3,16 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Disagreement beyond rounding, as a share of the largest magnitude: two ways to compute the same in this dtype.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
+_NUMBERS_READ = 64  # of each tensor, for a fingerprint; fewer than any embedding has, so that added rows do not count
+
 
 class ModelError(ValueError):
     """The model cannot be loaded or fails its self-check; the message says what is missing."""
@@ -31,17 +36,14 @@ class ModelError(ValueError):
 class Loaded:
     """A model in eval mode without gradients, and its tokenizer.
 
-    `revision` is the hub commit that was loaded, or None for a folder. `fingerprint` identifies the weights and the
-    configuration: the same for equal files, wherever they lie. `pad_id` is safe to pad with: the tokenizer's padding
-    token or, without one, its end of text.
+    `revision` is the hub commit that was loaded, or None for a folder. `pad_id` is safe to pad with: the tokenizer's
+    padding token or, without one, its end of text.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
-    fingerprint: str
-    tokenizer_fingerprint: str
     layout: Layout
 
     @property
@@ -105,8 +107,6 @@ def load_model(
         tokenizer=tokenizer,
         name=path_or_id,
         revision=commit,
-        fingerprint=_folder_fingerprint(folder) if folder.is_dir() else _digest([path_or_id, str(commit)]),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         layout=layout_of(model),
     )
 
@@ -145,12 +145,40 @@ def self_check(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name}: the self-check left {_count_hooks(model) - hooks} hooks behind")
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the vocabulary, the special tokens and the chat template: equal if the same text gives the same tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return _digest([rules, special, str(getattr(tokenizer, "chat_template", None))])
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits of the first numbers of each tensor, rounded to bfloat16: the same whatever the dtype, the files or
+    rows added to a vocabulary. Cheap also for large models: a few pages of each tensor are read."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        numbers = tensors[name].detach().flatten()[:_NUMBERS_READ].to("cpu", torch.bfloat16)
+        digest.update(f"{name}\0".encode() + numbers.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def files_fingerprint(path_or_id: str, revision: str | None = None) -> str | None:
+    """`weights_fingerprint` of a model's files, without loading it; None where not all of them are on this machine."""
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path_or_id, revision=revision, local_files_only=True))
+        except (OSError, ValueError):  # not in the cache, or no hub id
+            return None
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if not all((folder / shard).is_file() for shard in shards):
+        return None
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(shards):
+        with safe_open(folder / shard, "pt") as file:
+            names = file.keys()
+            tensors |= {name: _first_rows(file.get_slice(name)) for name in names}
+    return weights_fingerprint(tensors)
+
+
+def _first_rows(tensor: Any) -> Tensor:
+    """Of a safetensors slice: rows enough for a fingerprint."""
+    shape = tensor.get_shape()
+    return tensor[: -(-_NUMBERS_READ // max(1, math.prod(shape[1:])))] if shape else tensor[...]
 
 
 def _check_folder(folder: Path) -> None:
@@ -182,15 +210,3 @@ def _check_equal(what: str, one: Tensor, other: Tensor) -> None:
 
 def _count_hooks(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def _folder_fingerprint(folder: Path) -> str:
-    parts = []
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            parts.append(path.name + hashlib.file_digest(file, "sha256").hexdigest())
-    return _digest(parts)
-
-
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
-from jobs import ground_truth, pretrain
+from jobs import ground_truth, pretrain, train
 from ray_explain import storage
 from ray_explain.config import read_experiment
 from ray_explain.launch import log_folder, placed
@@ -54,6 +56,19 @@ def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported(tmp_p
 def test_a_missing_config_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read the config" in capsys.readouterr().err
+
+
+def test_an_explainer_whose_tokenizer_has_no_end_token_is_told_before_anything_is_measured(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world_target, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(world_target)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = write_config(tmp_path, tmp_path / "model")
+    assert train.main(["--config", config]) == 2
+    assert "`models.target`: the tokenizer of " in (said := capsys.readouterr().err) and "has no end token" in said
+    assert not list((tmp_path / "run").glob("*/*/manifest.json"))
 
 
 def test_a_target_without_weights_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

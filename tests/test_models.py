@@ -8,7 +8,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ray_explain import models as loading
-from ray_explain.models import ModelError, load_model, self_check, tokenizer_fingerprint
+from ray_explain.models import ModelError, files_fingerprint, load_model, self_check, weights_fingerprint
 
 
 def tokenizer(n_words=50, **special):
@@ -51,18 +51,32 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(saved, dtype):
     assert load_model(str(saved), dtype=dtype, device="cpu").layout.dtype == getattr(torch, dtype)
 
 
-def test_fingerprints_follow_the_contents_not_the_place(saved, folder):
-    one, copy = load_model(str(saved), device="cpu"), load_model(str(folder), device="cpu")
-    assert (one.fingerprint, one.tokenizer_fingerprint) == (copy.fingerprint, copy.tokenizer_fingerprint)
+def test_fingerprints_follow_the_weights_whatever_the_place_the_files_and_the_dtype(saved, folder):
+    own = files_fingerprint(str(saved))
+    assert own == files_fingerprint(str(folder))
+    (folder / "model.safetensors").unlink()
+    tiny_llama().to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert files_fingerprint(str(folder)) == own == weights_fingerprint(tiny_llama().state_dict())
     tiny_llama(seed=1).save_pretrained(folder)
-    other = load_model(str(folder), device="cpu")
-    assert other.fingerprint != one.fingerprint and other.tokenizer_fingerprint == one.tokenizer_fingerprint
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    assert files_fingerprint(str(folder)) != own
 
 
-def test_tokenizers_that_differ_in_words_or_special_tokens_differ():
-    fingerprints = {tokenizer_fingerprint(t) for t in (tokenizer(), tokenizer(51), tokenizer(eos_token="w2"))}
-    assert len(fingerprints) == 3
-    assert tokenizer_fingerprint(tokenizer()) in fingerprints
+def test_one_changed_matrix_changes_the_fingerprint_and_a_new_token_does_not():
+    model = tiny_llama()
+    before = weights_fingerprint(model.state_dict())
+    model.resize_token_embeddings(60)
+    assert weights_fingerprint(model.state_dict()) == before
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1.1)
+    assert weights_fingerprint(model.state_dict()) != before
+
+
+def test_weights_that_are_not_on_this_machine_have_no_fingerprint(folder, tmp_path):
+    assert files_fingerprint("nobody/nothing") is None
+    (folder / "model.safetensors").unlink()
+    assert files_fingerprint(str(folder)) is None
 
 
 @pytest.mark.parametrize(

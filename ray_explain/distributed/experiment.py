@@ -26,6 +26,7 @@ from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import best_of, grade
 from ray_explain.evaluation.metrics import scores
 from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, simulated
+from ray_explain.explainer.examples import check_end
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
@@ -149,6 +150,18 @@ def make_models(session: Session) -> None:
         pretrain_all(missing, plan.root)
 
 
+def _check_explainers(session: Session) -> None:
+    """Raises: BadInput: the tokenizer of an explainer that is still to be trained cannot end an answer."""
+    plan = session.plan
+    missing = {run.explainer for run in plan.runs() if session.missing([plan.explainer(run)])}
+    for name in sorted(missing):
+        if plan.experiment.models[name].pretrain is None:
+            try:
+                check_end(_tokenizer(plan, name))
+            except BadInput as error:
+                raise BadInput(f"`models.{name}`: {error}") from error
+
+
 def n_layers(plan: Plan, name: str) -> int:
     """Layers of a model of the experiment; for one that lies elsewhere, from its config.
 
@@ -197,9 +210,14 @@ def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
 
 
 def make_ground_truth(session: Session) -> None:
-    """What the targets really do, and the questions about it."""
+    """What the targets really do, and the questions about it.
+
+    Raises:
+        BadInput: as `make_models`; or a model that is to be an explainer could not end its answers.
+    """
     plan = session.plan
     make_models(session)
+    _check_explainers(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
     for target, task in released:
         if task == "features":
@@ -476,7 +494,7 @@ def train_run(session: Session, run: Run) -> Any:
     return TrainRun(
         artifact=plan.explainer(run),
         model=plan.model_place(run.explainer),
-        target={"name": run.target, "revision": plan.experiment.models[run.target].revision},
+        target=_target_of(plan, run.target),
         questions=tuple(plan.path(table) for table in questions),
         replay=tuple(texts),
         train=train,
@@ -486,6 +504,16 @@ def train_run(session: Session, run: Run) -> Any:
         fraction=run.fraction,
         alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
+
+
+def _target_of(plan: Plan, name: str) -> dict[str, Any]:
+    """What an explainer's sidecar says of its target. Weights on S3 are not copied here for it."""
+    from ray_explain.models import files_fingerprint
+
+    place = plan.model_place(name)
+    at_hand = not storage.is_remote(place["model"])
+    weights = files_fingerprint(place["model"], place["revision"]) if at_hand else None
+    return {"name": name, "revision": place["revision"], "weights": weights}
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -540,7 +568,12 @@ def answer_jobs(plan: Plan) -> list[Any]:
     injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
     jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
     for run in plan.runs():
-        own: dict[str, Any] = {"explainer": run.speaker, "folder": plan.path(plan.explainer(run))}
+        own: dict[str, Any] = {
+            "explainer": run.speaker,
+            "folder": plan.path(plan.explainer(run)),
+            "target": run.target,
+            "target_revision": plan.experiment.models[run.target].revision,
+        }
         own |= {"text_only": True} if run.text_only else {}
         jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]
     for one in plan.untrained():

@@ -30,7 +30,7 @@ from ray_explain.stages import Stage
 _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
 _MEASURED = b"measured"  # and another: JSON object of numbers
 _EXAMPLES_SHOWN = 3
-_TOLD: dict[str, type[BadInput] | type[JobFailed]] = {"BadInput": BadInput, "JobFailed": JobFailed}
+_TOLD: dict[str, type[BadInput] | type[JobFailed]] = {"BadInput": BadInput, "JobFailed": JobFailed}  # or a child
 _ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
 
@@ -63,7 +63,7 @@ class _Worker:
             check_worker(self._root, self._code)
             self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
         except tuple(_TOLD.values()) as error:
-            wrong = [type(error).__name__, str(error)]
+            wrong = [next(name for name, kind in _TOLD.items() if isinstance(error, kind)), str(error)]
         return batch | {"seconds": np.array([time.monotonic() - started]), "wrong": np.array([wrong])}
 
     def make(self, number: int, start: int, stop: int) -> None:

@@ -28,7 +28,7 @@ class TrainRun:
 
     artifact: Artifact
     model: dict[str, Any]  # config of `load_model` for the model it starts from
-    target: dict[str, Any]  # name and revision of the target, for the sidecar
+    target: dict[str, Any]  # for the sidecar: name and revision of the target, and its `weights` where they are known
     questions: tuple[str, ...]  # directories of question tables
     replay: tuple[tuple[str, str], ...]  # (prompt, answer) of texts read along, against forgetting
     train: TrainConfig

@@ -248,9 +248,11 @@ def write_explainer(
         tokenizer,
         target=run.target["name"],
         target_revision=run.target["revision"],
+        target_weights=run.target.get("weights"),
         base=run.model["model"],
         base_revision=run.model["revision"],
         wordings={run.wording: wordings.version(run.wording)},
+        state_dict=state,
     )
     save_explainer(explainer, folder, sidecar, tokenizer, state_dict=state)
 

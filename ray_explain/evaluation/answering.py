@@ -1,11 +1,12 @@
 """Explainers asked: questions in, answers out."""
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from ray_explain import records, storage
@@ -13,20 +14,15 @@ from ray_explain.explainer.baselines import SELFIE_BRIEF, selfie, untrained
 from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate, new_drafts
 from ray_explain.explainer.injection import InjectionConfig
-from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_sidecar
+from ray_explain.explainer.sidecar import Sidecar, load_explainer, load_tokenizer, read_sidecar
 from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
+from ray_explain.questions import wordings
 from ray_explain.questions.prompting import selfie_label
 from ray_explain.questions.rows import questions_of, without_vectors
 from ray_explain.stages import Result
 
 logger = logging.getLogger(__name__)
-
-
-def _base_folder(folder: str) -> AbstractContextManager[str]:
-    """Where the model that an adapter changes lies for the block; a fully trained explainer is its own."""
-    sidecar = read_sidecar(folder)
-    return storage.local_folder(sidecar.base) if sidecar.lora else nullcontext(folder)
 
 
 def asked_schema(d_model: int) -> pa.Schema:
@@ -38,16 +34,24 @@ class AnswerStage:
     """Lets an explainer answer (records.ANSWERS), greedily.
 
     Config: `explainer` (its name in the answers), `max_new_tokens`, `batch_size`, `max_tokens`, `d_target`, and either
-    `folder` (of a trained one) or `model`, `revision`, `dtype` and `injection` of one that was never trained; with
-    `text_only`, vectors are zero, as they were in its training.
+    `folder` (of a trained one), `target` and `target_revision` that the questions are about, or `model`, `revision`,
+    `dtype` and `injection` of one that was never trained; with `text_only`, vectors are zero, as they were in its
+    training.
+
+    Raises:
+        Mismatch: the trained one explains another target, or one of another width.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._sidecar: Sidecar | None = None
         if "folder" in config:
-            with storage.local_folder(config["folder"]) as folder, _base_folder(folder) as base:
-                self._explainer, _ = load_explainer(folder, base=base, device=device)
+            with storage.local_folder(config["folder"]) as folder:
+                self._sidecar = sidecar = read_sidecar(folder)
+                sidecar.check(**{name: config[name] for name in ("target", "target_revision", "d_target")})
+                with storage.local_folder(sidecar.base) if sidecar.lora else nullcontext() as base:
+                    self._explainer, _ = load_explainer(folder, base=base, device=device)
                 self._tokenizer = load_tokenizer(folder)
         else:
             with storage.local_folder(config["model"]) as folder:
@@ -73,7 +77,12 @@ class AnswerStage:
         return records.ANSWERS
 
     def __call__(self, table: pa.Table) -> Result:
-        """One answer per question; to a question that this explainer cannot be asked, the answer is empty."""
+        """One answer per question; to a question that this explainer cannot be asked, the answer is empty.
+
+        Raises:
+            Mismatch: the questions are in other words than the explainer was trained on.
+        """
+        self._check_words(table)
         rows, prompts, asked = list[dict[str, Any]](), list[Example](), list[int]()
         questions = map(without_vectors, questions_of(table)) if self._config.get("text_only") else questions_of(table)
         for question, control in zip(questions, table.column("control").to_pylist(), strict=True):
@@ -95,6 +104,11 @@ class AnswerStage:
         for row, answer in zip(asked, self._answers(prompts), strict=True):
             rows[row] |= answer._asdict()
         return Result(records.rows_table(rows, records.ANSWERS), [])
+
+    def _check_words(self, table: pa.Table) -> None:
+        if self._sidecar is not None:
+            sets = {words.partition("/")[0] for words in pc.unique(table["wording"]).to_pylist()}
+            self._sidecar.check(wordings={name: wordings.version(name) for name in sets})
 
     def _answers(self, prompts: list[Example]) -> list[Generation]:
         sizes = {name: self._config[name] for name in ("max_new_tokens", "batch_size")}

@@ -5,6 +5,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ray_explain.errors import BadInput
 from ray_explain.explainer.markers import VECTOR_MARK, Markers
 
 TEXT_TASK = "text"
@@ -75,10 +76,13 @@ def encode(
     Raises:
         Refused: over-long, no answer, marks and vectors do not match, a marker in the text, a special token in
             the answer, a vector that is not finite or of another width.
+        BadInput: as `check_end`.
     """
     if question.task == TEXT_TASK:
         return _checked_length(_text(question, tokenizer, markers), max_tokens)
     prompt, answer = _pieces(question, tokenizer, markers, d_model)
+    if answer[-1] is None:
+        raise _no_end(tokenizer)
     return _checked_length(_example(question, prompt, answer), max_tokens)
 
 
@@ -110,6 +114,21 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if tokenizer.chat_template:
         ids.add(_framed(_ANY, tokenizer)[1][0])
     return frozenset(ids - {None})
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: BadInput: no token ends an answer, so that an explainer could not learn where to stop."""
+    end = _framed(_ANY, tokenizer)[1][0] if tokenizer.chat_template else tokenizer.eos_token_id
+    if end is None:
+        raise _no_end(tokenizer)
+
+
+def _no_end(tokenizer: PreTrainedTokenizerBase) -> BadInput:
+    return BadInput(
+        f"the tokenizer of {tokenizer.name_or_path or 'the explainer'} has no end token, and no chat template that "
+        "ends a turn: an explainer could not learn where its answers end; give it one (tokenizer.eos_token = ...) and "
+        "save it"
+    )
 
 
 def _example(question: Question, prompt: list[int], answer: list[int]) -> Example:
@@ -151,7 +170,7 @@ def _framed(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], l
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": _PLACE}]
     rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, date_string=_DATE))
     if rendered.count(_PLACE) != 1:
-        raise ValueError("the chat template does not write the assistant's turn: remove it to use plain prompts")
+        raise BadInput("the chat template does not write the assistant's turn: remove it to use plain prompts")
     before, after = rendered.split(_PLACE)
     end = tokenizer.encode(after.strip(), add_special_tokens=False)[:1]
     return tokenizer.encode(before, add_special_tokens=False), end or [tokenizer.eos_token_id]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,22 +11,28 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_explain.errors import BadInput
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.markers import Markers, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.projection import Projection
 from ray_explain.explainer.vocabulary import make_room
+from ray_explain.interventions.layout import layout_of
+from ray_explain.models import weights_fingerprint
 
-SIDECAR, EXTRAS = "explainer.json", "projection.safetensors"
+logger = logging.getLogger(__name__)
+SIDECAR, EXTRAS, ADAPTER = "explainer.json", "projection.safetensors", "adapter_model.safetensors"
+_LATER = {"n_layers", "base_weights", "target_weights"}
 _PROBE = "The output would remain unchanged from <<<Paris>>>. 12 34\n\tWhat does it encode?"
 
 
-class Mismatch(ValueError):
+class Mismatch(BadInput):
     """An explainer is not what it is to be used as, or its files do not belong together."""
 
 
@@ -48,6 +55,9 @@ class Sidecar:
     markers: dict[str, Any]
     wordings: dict[str, str]
     tokenizer: str  # `fingerprint_of` it
+    n_layers: int | None = None  # of the explainer; this and the next two are missing in sidecars of older versions
+    base_weights: str | None = None  # `weights_fingerprint` of the model that adapters change, where there are some
+    target_weights: str | None = None  # `files_fingerprint` of the target, where its files were at hand
     versions: dict[str, str] = field(
         default_factory=lambda: {
             "torch": torch.__version__,
@@ -62,11 +72,18 @@ class Sidecar:
         target: str | None = None,
         target_revision: str | None = None,
         d_target: int | None = None,
+        target_weights: str | None = None,
         wordings: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises: Mismatch: it explains another target, or one of another width or revision, or was trained on other
-        words than those of `wordings`. What is None is not asked for."""
+        """What is None is not asked for; neither are the target's weights where they were not known in training.
+
+        Raises:
+            Mismatch: it explains another target, or one of another width, revision or weights, or was trained on other
+                words than those of `wordings`.
+        """
         asked = {"target": target, "target_revision": target_revision, "d_target": d_target}
+        if self.target_weights is not None:
+            asked["target_weights"] = target_weights
         for name, value in asked.items():
             own = getattr(self, name)
             if value is not None and value != own:
@@ -85,18 +102,21 @@ def sidecar_of(
     *,
     target: str,
     target_revision: str | None = None,
+    target_weights: str | None = None,
     base: str,
     base_revision: str | None = None,
     wordings: Mapping[str, str],
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Sidecar:
-    """The sidecar of an explainer as it is."""
-    projection = explainer.projection
+    """The sidecar of an explainer as it is; `state_dict` as in `save_explainer`."""
+    projection, lora = explainer.projection, isinstance(explainer.model, PeftModel)
+    state = explainer.state_dict() if state_dict is None else state_dict
     return Sidecar(
         target=target,
         target_revision=target_revision,
         base=base,
         base_revision=base_revision,
-        lora=isinstance(explainer.model, PeftModel),
+        lora=lora,
         d_target=projection.d_target,
         d_explainer=projection.d_explainer,
         layers=projection.layers,
@@ -106,7 +126,20 @@ def sidecar_of(
         markers=asdict(explainer.markers),
         wordings=dict(wordings),
         tokenizer=fingerprint_of(tokenizer),
+        n_layers=layout_of(explainer.model).n_layers,
+        base_weights=weights_fingerprint(_base_weights(state)) if lora else None,
+        target_weights=target_weights,
     )
+
+
+def _base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of an explainer's tensors belongs to the model below its adapters, by the names it has there."""
+    named = {name.removeprefix("model.base_model.model."): tensor for name, tensor in state.items()}
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in named.items()
+        if name not in state and ".lora_" not in name
+    }
 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -151,7 +184,7 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     if not path.exists():
         raise Mismatch(f"{folder} holds no {SIDECAR}: it is not an explainer, or was not written to the end")
     values = json.loads(path.read_text())
-    differing = set(values) ^ set(Sidecar.__dataclass_fields__)
+    differing = (set(values) ^ set(Sidecar.__dataclass_fields__)) - (_LATER - set(values))
     if differing:
         raise Mismatch(f"{path} is of another version of this program: it differs in {', '.join(sorted(differing))}")
     return Sidecar(**{**values, "layers": tuple(values["layers"])})
@@ -169,7 +202,8 @@ def load_explainer(
     Of an adapter, `base` is where the model that it changes lies now, if not where the sidecar says.
 
     Raises:
-        Mismatch: tokenizer, markers, weights and sidecar do not belong together.
+        Mismatch: tokenizer, markers, weights and sidecar do not belong together, or the base of an adapter is not the
+            one that it was trained on.
     """
     folder, sidecar = Path(folder), read_sidecar(folder)
     model = _load_model(folder, base or sidecar.base, sidecar, load_tokenizer(folder), dtype)
@@ -211,11 +245,50 @@ def _load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source, revision=revision, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
     )
-    width = model.config.get_text_config().hidden_size
-    if width != sidecar.d_explainer:
-        raise Mismatch(f"{source} has width {width}, the explainer was trained with {sidecar.d_explainer}")
+    _check_model(model, source, sidecar)
     make_room(model, tokenizer)
-    return PeftModel.from_pretrained(model, folder) if sidecar.lora else model
+    if not sidecar.lora:
+        return model
+    _check_adapter(adapted := PeftModel.from_pretrained(model, folder), folder)
+    return adapted
+
+
+def _check_model(model: PreTrainedModel, source: str, sidecar: Sidecar) -> None:
+    """Raises: Mismatch: it has another size than the explainer, or is not the model that its adapters change."""
+    layout = layout_of(model)
+    for what, found, own in [
+        ("width", layout.d_model, sidecar.d_explainer),
+        ("number of layers", layout.n_layers, sidecar.n_layers),
+    ]:
+        if own is not None and found != own:
+            raise Mismatch(f"{source} has {what} {found}, the explainer was trained with {own}")
+    if not sidecar.lora:
+        return
+    if sidecar.base_weights is None:
+        logger.warning(
+            "this explainer is of an older version of this program and does not say which weights its adapters change: "
+            "nobody checked that they are those of %s",
+            source,
+        )
+        return
+    weights = weights_fingerprint(model.state_dict())
+    if weights != sidecar.base_weights:
+        raise Mismatch(
+            f"{source} has weights {weights}, the explainer's adapters were trained on {sidecar.base_weights} "
+            f"({sidecar.base}): they would change another model than theirs"
+        )
+
+
+def _check_adapter(model: PeftModel, folder: Path) -> None:
+    """Raises: Mismatch: adapters are missing from the file, or it has others; peft would only warn, or say nothing."""
+    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / ADAPTER, "pt") as file:
+        found = set(file.keys())
+    for what, names in [("lacks", own - found), ("has", found - own)]:
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            tail = ", which the model has a place for" if what == "lacks" else ", for which the model has no place"
+            raise Mismatch(f"{folder / ADAPTER} {what} {min(names)}{more}{tail}")
 
 
 def _load_extras(explainer: Explainer, extras: dict[str, Tensor], folder: Path) -> None:

@@ -157,7 +157,8 @@ def with_vocabulary(explainer: Explainer, n: int, pad_id: int) -> Explainer:
 
 def whole_evaluation(folder: str, questions: pa.Table, d_model: int) -> dict[str, float]:
     """Asked as the job asks, on one process; then graded, scored and resampled."""
-    config = {"explainer": "llama", "folder": folder, "d_target": d_model, "max_tokens": 100}
+    target = {"target": "llama", "target_revision": None, "d_target": d_model}
+    config = target | {"explainer": "llama", "folder": folder, "max_tokens": 100}
     stage = AnswerStage(config | {"max_new_tokens": LONGEST, "batch_size": BATCH})
     control = pa.array(["none"] * questions.num_rows)
     started = time.perf_counter()

@@ -19,6 +19,8 @@ from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
 from ray_explain.distributed.plan import Plan
 from ray_explain.evaluation.receipts import Witness
+from ray_explain.explainer.sidecar import read_sidecar
+from ray_explain.models import files_fingerprint
 from tests.tiny import config_in, plan_of
 
 pytestmark = pytest.mark.ray
@@ -56,6 +58,14 @@ def test_explainers_are_ordinary_hugging_face_folders_too(config: str) -> None:
     for run in plan.runs():
         model = AutoModelForCausalLM.from_pretrained(plan.path(plan.explainer(run)))
         assert all(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_explainer_says_which_target_it_is_for(config: str) -> None:
+    plan = plan_of(config)
+    for run in plan.runs():
+        weights = files_fingerprint(plan.path(plan.model(run.target)))
+        assert weights is not None
+        read_sidecar(plan.path(plan.explainer(run))).check(target=run.target, target_weights=weights)
 
 
 def test_every_case_is_accounted_for(config: str) -> None:
@@ -178,7 +188,8 @@ def test_live_receipts_confirm_as_many_answers_as_were_right_offline(config: str
     """Each test case is run on the target anew and asked anew: the same sentences, the same verdicts."""
     plan = plan_of(config)
     run = next(run for run in plan.runs() if run.explainer == run.target and not run.text_only)
-    asking = {"explainer": "llama", "folder": plan.path(plan.explainer(run)), "d_target": 32, "batch_size": 64}
+    target = {"target": "llama", "target_revision": None, "d_target": 32}
+    asking = target | {"explainer": "llama", "folder": plan.path(plan.explainer(run)), "batch_size": 64}
     sizes = {"max_new_tokens": 8, "max_tokens": plan.experiment.train.max_tokens}
     witness = Witness(asking | sizes, plan.model_place("llama"), wording="brief", seed=plan.experiment.seed)
     graded = storage.read_table(f"{plan.path(plan.scores())}/graded")

@@ -3,7 +3,12 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.evaluation.answering import AnswerStage, SelfieStage, asked_schema
+from ray_explain.explainer.baselines import untrained
+from ray_explain.explainer.sidecar import save_explainer, sidecar_of
+from ray_explain.models import load_model
+from ray_explain.questions import wordings
 
 D = 32
 SIZES = {"max_new_tokens": 6, "batch_size": 4, "max_tokens": 60, "d_target": D}
@@ -39,6 +44,40 @@ def asked():
 
 def stage(place, **config):
     return AnswerStage(SIZES | place | {"explainer": "x", "injection": {"scale": "mean_embedding"}} | config)
+
+
+@pytest.fixture(scope="module")
+def trained(world_target, tmp_path_factory):
+    """Folder of an explainer of the target "t", trained on the words "brief" as they are now."""
+    folder, loaded = tmp_path_factory.mktemp("explainer"), load_model(str(world_target))
+    explainer, words = untrained(loaded.model, loaded.tokenizer, d_target=D), {"brief": wordings.version("brief")}
+    of = {"target": "t", "target_revision": "1", "base": str(world_target), "wordings": words}
+    save_explainer(explainer, folder, sidecar_of(explainer, loaded.tokenizer, **of), loaded.tokenizer)
+    return {"explainer": "x", "folder": str(folder), "target": "t", "target_revision": "1"}
+
+
+def test_an_explainer_answers_about_its_own_target_in_its_own_words(trained, asked):
+    assert all(AnswerStage(SIZES | trained)(asked).table["n_tokens"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"target": "u"}, "has target 't', it cannot be used with 'u'"),
+        ({"target_revision": "2"}, "has target_revision '1'"),
+        ({"d_target": 48}, "has d_target 32, it cannot be used with 48"),
+    ],
+)
+def test_an_explainer_of_another_target_is_refused_with_what_differs(trained, other, said):
+    with pytest.raises(BadInput, match=said):
+        AnswerStage(SIZES | trained | other)
+
+
+def test_questions_in_other_words_than_an_explainer_was_trained_on_are_refused(trained, asked):
+    at = asked.column_names.index("wording")
+    other = asked.set_column(at, asked.schema.field("wording"), pa.array(["paper/features/1"] * asked.num_rows))
+    with pytest.raises(BadInput, match=r"was trained on wordings .* not on 'paper' of version"):
+        AnswerStage(SIZES | trained)(other)
 
 
 def logprobs(stage, table):

@@ -1,17 +1,20 @@
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from ray_explain import records
 from ray_explain.ask import main
 from ray_explain.evaluation.receipts import Witness, ablation_of, patch_of, responses
 from ray_explain.explainer.baselines import untrained
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
-from ray_explain.models import load_model
+from ray_explain.models import files_fingerprint, load_model
 from ray_explain.questions import wordings
 from ray_explain.world.facts import World
+from ray_explain.world.pretraining import TargetSize, new_target, save_target
 from ray_explain.world.tokenizer import world_tokenizer
 
 
@@ -27,7 +30,8 @@ def explainer(world_target, tmp_path_factory):
     loaded = load_model(str(world_target))
     model = untrained(loaded.model, loaded.tokenizer, d_target=32)
     versions = {"brief": wordings.version("brief")}
-    sidecar = sidecar_of(model, loaded.tokenizer, target="llama", base=str(world_target), wordings=versions)
+    place = {"target_weights": files_fingerprint(str(world_target)), "base": str(world_target)}
+    sidecar = sidecar_of(model, loaded.tokenizer, target="llama", **place, wordings=versions)
     save_explainer(model, folder, sidecar, loaded.tokenizer)
     return folder
 
@@ -37,7 +41,7 @@ def place(world_target):
 
 
 def witness(explainer, world_target):
-    asking = {"explainer": "x", "folder": str(explainer), "d_target": 32}
+    asking = {"explainer": "x", "folder": str(explainer), "target": "llama", "target_revision": None, "d_target": 32}
     sizes = {"batch_size": 8, "max_tokens": 100, "max_new_tokens": 4}
     return Witness(asking | sizes, place(world_target), wording="brief", seed=0)
 
@@ -218,3 +222,39 @@ def test_an_explainer_trained_on_other_words_is_refused(explainer, world_target,
         assert "was trained on wordings" in capsys.readouterr().err
     finally:
         sidecar.write_text(before)
+
+
+HINT = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
+
+
+@pytest.mark.parametrize(
+    "d_model, seed, said",
+    [
+        (48, 0, "this explainer has d_target 32, it cannot be used with 48"),
+        (32, 1, "this explainer has target_weights"),
+    ],
+)
+def test_a_target_of_another_width_or_of_other_weights_is_refused(explainer, tmp_path, capsys, d_model, seed, said):
+    other = new_target("llama", world_tokenizer(World()), TargetSize(d_model=d_model, n_layers=2, n_heads=2), seed=seed)
+    save_target(other, world_tokenizer(World()), tmp_path)
+    assert run("--explainer", explainer, "--target", tmp_path, *HINT) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_another_target_of_the_experiment_is_refused_by_its_name(explainer, world_target, tmp_path, capsys):
+    models = {name: {"path": str(world_target)} for name in ("llama", "twin")}
+    experiment = {
+        "name": "x",
+        "storage": str(tmp_path),
+        "models": models,
+        "targets": ["llama"],
+        "explainers": ["llama"],
+    }
+    experiment["ground_truth"] = {"ablation": {"cases": {"train": 1, "test": 1}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(experiment))
+    shutil.copytree(explainer, tmp_path / "explainers" / "x")
+    whom = ("--explainer", tmp_path / "explainers" / "x")
+    assert run(*whom, "--target", "llama", *HINT) == 0
+    capsys.readouterr()
+    assert run(*whom, "--target", "twin", *HINT) == 2
+    assert "this explainer has target 'llama', it cannot be used with 'twin'" in capsys.readouterr().err

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from ray_explain.explainer.examples import Question, Refused, encode, encode_prompt, stop_ids
+from ray_explain.errors import BadInput
+from ray_explain.explainer.examples import Question, Refused, check_end, encode, encode_prompt, stop_ids
 from ray_explain.explainer.markers import markers_of
 
 PROMPT = "what does <vector> encode at layer 1 ?"
@@ -54,6 +55,31 @@ def test_prompts_have_the_form_of_their_family_with_one_begin_token(name, new_to
     expected = EXPECTED[name].format(PROMPT.replace("<vector>", markers.text))
     assert tokenizer.decode(example.input_ids[: example.n_prompt]).replace(" ", "") == expected.replace(" ", "")
     assert tokenizer.decode(example.input_ids[-1:]) == ENDS[name]
+
+
+def without_end(tokenizer):
+    """Nor a chat template that writes anything after the answer."""
+    tokenizer.eos_token = None
+    if tokenizer.chat_template:
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["gpt2_base", "qwen_chat"])
+def test_a_tokenizer_that_cannot_end_an_answer_is_refused_and_can_still_be_asked(name, new_tokenizer):
+    tokenizer = without_end(new_tokenizer(name))
+    markers = markers_of(tokenizer)
+    for refused in (lambda: check_end(tokenizer), lambda: encode(QUESTION, tokenizer, markers, max_tokens=100)):
+        with pytest.raises(BadInput, match="has no end token"):
+            refused()
+    assert encode_prompt(QUESTION, tokenizer, markers, max_tokens=100).n_answer == 0
+
+
+def test_an_end_of_turn_or_an_end_token_is_enough(new_tokenizer):
+    chat, base = new_tokenizer("qwen_chat"), new_tokenizer("gpt2_base")
+    chat.eos_token = None
+    check_end(chat)
+    check_end(base)
 
 
 def test_a_question_is_asked_as_it_was_learned(tokenizer):

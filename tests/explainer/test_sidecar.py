@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_explain.explainer.examples import Question, encode_prompt
@@ -54,6 +56,7 @@ def saved(request, tmp_path, new_model, new_tokenizer):
         tokenizer,
         target="hub/target",
         target_revision="abc",
+        target_weights="0" * 16,
         base=str(tmp_path / "base"),
         wordings={"p": "1"},
     )
@@ -74,8 +77,9 @@ def test_a_reloaded_explainer_gives_the_same_answers(saved):
     explainer, tokenizer, folder = saved
     loaded, sidecar = load_explainer(folder)
     assert answers(loaded, load_tokenizer(folder)) == answers(explainer, tokenizer)
-    again = dict(target="hub/target", target_revision="abc", base=str(folder.parent / "base"), wordings={"p": "1"})
-    assert sidecar == sidecar_of(loaded, load_tokenizer(folder), **again)
+    target = dict(target="hub/target", target_revision="abc", target_weights="0" * 16)
+    again = dict(base=str(folder.parent / "base"), wordings={"p": "1"})
+    assert sidecar == sidecar_of(loaded, load_tokenizer(folder), **target, **again)
     assert not loaded.training
 
 
@@ -144,6 +148,7 @@ def test_the_sidecar_is_plain_json_that_says_what_it_is_for(saved):
         (dict(target="hub/other"), "has target 'hub/target'"),
         (dict(target_revision="abd"), "has target_revision 'abc'"),
         (dict(d_target=32), "has d_target 20"),
+        (dict(target_weights="1" * 16), "has target_weights '0000000000000000'"),
         (dict(wordings={"p": "2"}), "not on 'p' of version 2"),
         (dict(wordings={"brief": "1"}), "not on 'brief'"),
     ],
@@ -153,6 +158,57 @@ def test_use_for_what_it_was_not_trained_for_is_refused_with_what_differs(saved,
     sidecar.check(target="hub/target", target_revision="abc", d_target=20, wordings={"p": "1"})
     with pytest.raises(Mismatch, match=message):
         sidecar.check(**use)
+
+
+def test_weights_of_a_target_that_were_not_known_in_training_are_not_asked_for(saved):
+    replace(read_sidecar(saved[2]), target_weights=None).check(target_weights="1" * 16)
+
+
+@pytest.mark.parametrize("saved", ["lora"], indirect=True)
+def test_adapters_are_refused_on_a_base_that_they_were_not_trained_on(saved, new_model):
+    """Of the same shape with other weights, and of another number of layers."""
+    folder = saved[2]
+    new_model("qwen3", seed=5).save_pretrained(folder.parent / "other")
+    with pytest.raises(Mismatch, match=r"has weights [0-9a-f]{16}, the explainer's adapters were trained on"):
+        load_explainer(folder, base=str(folder.parent / "other"))
+    shallow = new_model("qwen3").config
+    shallow.num_hidden_layers, shallow.layer_types = 2, shallow.layer_types[:2]
+    AutoModelForCausalLM.from_config(shallow).save_pretrained(folder.parent / "shallow")
+    with pytest.raises(Mismatch, match="has number of layers 2, the explainer was trained with 3"):
+        load_explainer(folder, base=str(folder.parent / "shallow"))
+
+
+@pytest.mark.parametrize("saved", ["lora"], indirect=True)
+def test_the_base_of_adapters_may_be_kept_in_another_dtype_and_other_files(saved):
+    folder = saved[2]
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=torch.bfloat16)
+    base.save_pretrained(folder.parent / "shards", max_shard_size="20KB")
+    load_explainer(folder, base=str(folder.parent / "shards"))
+
+
+@pytest.mark.parametrize("saved", ["lora"], indirect=True)
+@pytest.mark.parametrize("change", ["lacks", "has"])
+def test_adapters_that_are_missing_or_too_many_are_refused(saved, change):
+    path = saved[2] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = min(tensors)
+    if change == "lacks":
+        del tensors[first]
+    else:
+        tensors[first.replace("layers.0", "layers.7")] = tensors[first].clone()
+    save_file(tensors, path)
+    with pytest.raises(Mismatch, match=rf"adapter_model.safetensors {change} .*lora_A.weight, "):
+        load_explainer(saved[2])
+
+
+@pytest.mark.parametrize("saved", ["lora"], indirect=True)
+def test_a_sidecar_that_is_too_old_to_know_its_base_is_read_with_a_warning(saved, caplog):
+    path = saved[2] / "explainer.json"
+    values = json.loads(path.read_text())
+    old = {name: value for name, value in values.items() if name not in ("n_layers", "base_weights", "target_weights")}
+    path.write_text(json.dumps(old))
+    load_explainer(saved[2])
+    assert "does not say which weights its adapters change" in caplog.text
 
 
 def change_json(folder, **changes):
