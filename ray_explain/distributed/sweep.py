@@ -29,6 +29,7 @@ from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
 from ray_explain.distributed.capacity import check_capacity, fleet
+from ray_explain.distributed.checks import check_worker, code_here
 from ray_explain.distributed.experiment import (
     TABLE,
     Session,
@@ -44,13 +45,20 @@ from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.progress import watching
 from ray_explain.distributed.run_stages import StageJob, make_here
 from ray_explain.distributed.train import TrainRun, fit
-from ray_explain.errors import JobFailed
+from ray_explain.errors import BadInput, JobFailed
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
 
 logger = logging.getLogger(__name__)
 TRIALS = "trials"
 _RESTARTS = 3  # of a trial whose process died with its machine
+# What a lost process or machine looks like from another: an actor's, a task's, or their results'.
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
 _MEMORY = 2**20  # bytes that a trial's own process reserves: without any resource Tune refuses it
 
 TRIALS_SCHEMA = pa.schema(
@@ -209,7 +217,9 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
     verdicts = verdicts_here()
     with watching() as board:
         known = {"trials": {trial.name: trial for trial in trials}, "root": plan.root, "verdicts": verdicts}
-        trainable = tune.with_parameters(_trial, **known, board=board, cluster=plan.experiment.cluster)
+        trainable = tune.with_parameters(
+            _trial, **known, board=board, cluster=plan.experiment.cluster, code=code_here()
+        )
         tune.Tuner(
             tune.with_resources(trainable, {"CPU": 0, "memory": _MEMORY}),
             param_space={"trial": tune.grid_search([trial.config for trial in trials])},
@@ -230,7 +240,9 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
         ).fit()
     ray.kill(verdicts)
     lost = {trial.name for trial in trials if ended(trial, plan.root) is None} - set(outcomes.failures)
-    return outcomes.failures | {name: "its process died, more often than it is started again" for name in lost}
+    return outcomes.failures | {
+        name: f"its process died, more often than it is started again: {outcomes.deaths.get(name, '')}" for name in lost
+    }
 
 
 def _name_of(trial: Any) -> str:
@@ -251,35 +263,50 @@ def _trial(
     verdicts: Any,
     board: Any,
     cluster: ClusterConfig,
+    code: str,
 ) -> None:
     """One trial, in its own process. A failure is reported, not raised: Tune starts again what a machine lost."""
     trial = trials[config["trial"]["name"]]
+    try:
+        check_worker(root, code)
+        told = _outcome(trial, root, verdicts, board, cluster)
+    except _DEATHS:
+        raise
+    except Exception as error:  # whatever it is, it is this trial's alone, and is listed with it
+        logger.exception("trial %s failed", trial.name)
+        told = {"failure": _reason(error)}
+    tune.report(told)
+
+
+def _outcome(trial: Trial, root: str, verdicts: Any, board: Any, cluster: ClusterConfig) -> dict[str, Any]:
+    """Train, answer and score, as far as that is not done; returns what Tune is told at the end."""
     train = trial.train
     if finished(train.artifact, root) is None:
         failure = fit(train, root, cluster, board, verdicts=verdicts, callbacks=[TuneReportCallback()])
         if failure is not None:
-            tune.report({"failure": failure})
-            return
+            return {"failure": failure}
     trained = finished(train.artifact, root)
     if trained is None:
         seen = ray.get(verdicts.end_of.remote(trial.name))
         finish(trial.stopped, root, measured=seen)
-        tune.report({"stopped": True, **seen})
-        return
+        return {"stopped": True, **seen}
     # Not in the trial's own placement group, which has no CPU.
     evaluation = _evaluate.options(num_gpus=cluster.gpus_per_actor, scheduling_strategy="DEFAULT")
-    try:
-        scored = ray.get(evaluation.remote(trial, root, cluster))
-    except ray.exceptions.RayTaskError as error:
-        logger.exception("evaluation of %s failed", trial.name)
-        tune.report({"failure": str(error).strip().splitlines()[-1]})
-        return
-    tune.report({"progress": 100, **trained.measured, **scored})
+    scored = ray.get(evaluation.remote(trial, root, cluster, code_here()))
+    return {"progress": 100, **trained.measured, **scored}
+
+
+def _reason(error: Exception) -> str:
+    """In a line."""
+    last = (str(error).strip().splitlines() or [""])[-1]
+    says_what_it_is = isinstance(error, BadInput | JobFailed | ray.exceptions.RayTaskError)
+    return last if says_what_it_is else f"{type(error).__name__}: {last}"
 
 
 @ray.remote(num_cpus=1, max_retries=_RESTARTS)
-def _evaluate(trial: Trial, root: str, cluster: ClusterConfig) -> dict[str, float]:
+def _evaluate(trial: Trial, root: str, cluster: ClusterConfig, code: str) -> dict[str, float]:
     """The answers of a trial's explainer and their scores; returns the exact match of each task."""
+    check_worker(root, code)
     started = time.monotonic()
     make_here(trial.answers, root, cluster)
     made = trial_scores(trial, root)
@@ -346,15 +373,20 @@ class PerCell(FIFOScheduler):
 
 
 class _Outcomes(tune.Callback):
-    """Why trials failed, as they told it."""
+    """Why trials failed: as they told it, and what Tune saw of those whose process died too often."""
 
     def __init__(self) -> None:
         self.failures: dict[str, str] = {}
+        self.deaths: dict[str, str] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A failed trial says so with its last result."""
         if "failure" in result:
             self.failures[_name_of(trial)] = result["failure"]
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """It is not started again."""
+        self.deaths[_name_of(trial)] = (str(trial.get_error()).strip().splitlines() or [""])[-1]
 
 
 # -- what came out ----------------------------------------------------------------------------------------------------

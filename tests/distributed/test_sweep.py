@@ -1,13 +1,15 @@
 """What a sweep decides: how many trials at a time, which of them stop, and which setting did best."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import ActorDiedError, NodeDiedError, WorkerCrashedError
+from ray.tune import TuneError
 
 from jobs import sweep as job
 from ray_explain import storage
@@ -15,11 +17,13 @@ from ray_explain.artifacts import Artifact, finish
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig, TrainConfig
 from ray_explain.distributed import sweep
 from ray_explain.distributed.capacity import HEAD, Fleet, Kind
+from ray_explain.distributed.checks import code_here
 from ray_explain.distributed.plan import Run
 from ray_explain.distributed.run_stages import make_here
 from ray_explain.distributed.train import TrainRun
 from ray_explain.distributed.training_loop import write_explainer
 from ray_explain.distributed.training_setup import start_of
+from ray_explain.errors import JobFailed
 
 SWEEP: dict[str, Any] = {
     "name": "sweep",
@@ -123,6 +127,53 @@ def test_a_setting_is_judged_by_the_mean_of_its_runs_on_the_largest_fraction(tmp
     assert best["validation_exact"] == {("a", "t"): {"learning_rate": 1e-4}}
 
 
+@pytest.fixture
+def last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """What a trial tells Tune whose training raises this error."""
+
+    def told(error: Exception, code: str = code_here(), root: Path = tmp_path) -> dict[str, Any]:
+        def fails(*_: Any, **__: Any) -> None:
+            raise error
+
+        one, reports = trial(1e-3), list[dict[str, Any]]()
+        monkeypatch.setattr(sweep, "fit", fails)
+        monkeypatch.setattr(sweep, "TuneReportCallback", lambda: None)
+        monkeypatch.setattr(sweep.tune, "report", reports.append)
+        known: dict[str, Any] = {"trials": {one.name: one}, "root": str(root), "verdicts": None, "board": None}
+        sweep._trial({"trial": one.config}, **known, cluster=ClusterConfig(), code=code)
+        [report] = reports
+        return report
+
+    return told
+
+
+def test_a_trial_is_listed_with_its_own_error_whatever_that_is(last_word: Callable[..., dict[str, Any]]) -> None:
+    assert last_word(OSError("disk\nno space left")) == {"failure": "OSError: no space left"}
+    assert last_word(KeyError("lost")) == {"failure": "KeyError: 'lost'"}
+    assert last_word(JobFailed("the loss is not finite")) == {"failure": "the loss is not finite"}
+
+
+def test_a_trial_whose_machine_was_lost_is_left_to_tune(last_word: Callable[..., dict[str, Any]]) -> None:
+    for lost in (ActorDiedError(), WorkerCrashedError(), NodeDiedError("gone")):
+        with pytest.raises(type(lost)):
+            last_word(lost)
+    outcomes = sweep._Outcomes()
+    ended = SimpleNamespace(
+        config={"trial": {"name": "a"}}, get_error=lambda: TuneError("Traceback\nNodeDiedError: gone")
+    )
+    outcomes.on_trial_error(1, [], ended)
+    assert outcomes.deaths == {"a": "NodeDiedError: gone"}
+
+
+def test_a_trial_on_a_node_that_came_later_with_other_code_or_storage_says_so(
+    last_word: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    error, other = KeyError(), "Python 3.11.7, code 0123456789ab"
+    failure = last_word(error, code=other)["failure"]
+    assert "another version" in failure and other in failure and code_here() in failure
+    assert "does not see the storage" in last_word(error, root=tmp_path / "elsewhere")["failure"]
+
+
 class Cluster:
     """Stands in for Ray: stages run in this process, and explainers are saved as they are before training."""
 
@@ -147,7 +198,7 @@ class Cluster:
         known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": None}
         failures = {}
         for one in trials:
-            sweep._trial({"trial": one.config}, **known, cluster=plan.experiment.cluster)
+            sweep._trial({"trial": one.config}, **known, cluster=plan.experiment.cluster, code=code_here())
             failures |= {one.name: self.reports[-1]["failure"]} if "failure" in self.reports[-1] else {}
         return failures
 
