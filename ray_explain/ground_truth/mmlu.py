@@ -13,7 +13,7 @@ from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.jsonl import read_lines
 from ray_explain.ground_truth.pairs import ablation_case
 from ray_explain.ground_truth.splits import split_of
-from ray_explain.stages import Result
+from ray_explain.stages import READ, Result
 
 Hint = Literal["random", "right", "sentence"]
 """A line with a random letter, with the right one, or a doubtful sentence that names a random one."""
@@ -111,7 +111,7 @@ def mmlu_cases(
     for split, size in n.items():
         own = random.Random(f"mmlu {split} {seed}").sample(by_split[split], len(by_split[split]))
         rows += [hinted_case(item, tokenizer, hint=hint, form=form, seed=seed) for item in own[:size]]
-    return Result(records.rows_table(rows, records.ABLATION_CASES), dropped)
+    return Result(records.rows_table(rows, records.ABLATION_CASES), dropped, {READ: len(items) + len(dropped)})
 
 
 def hinted_case(item: Item, tokenizer: PreTrainedTokenizerBase, *, hint: Hint, form: Form, seed: int) -> dict[str, Any]:
