@@ -372,7 +372,7 @@ class ClusterConfig(Section):
     rows_per_slice: Positive = 256
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     concurrent_trainings: Positive = 1
-    max_dropped: Fraction = 0.05  # a stage that drops more of its rows fails
+    max_dropped: Fraction = 0.05  # a stage, or a file of cases, of which more is dropped fails the job
     may_add: list[AddedNodes] = []  # where the autoscaler is not one that `ray up` has started on the driver's machine
     # Bytes that a target's rows may take at once beside its weights, on each actor; a row that alone needs more is
     # dropped. Unset: half of what is free on the actor's device, or of its share of it.

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,7 @@ from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
 from ray_explain.questions.prompting import BEST_SELFIE, prompted, selfie_label
-from ray_explain.stages import Result
+from ray_explain.stages import READ, Result, check_dropped
 from ray_explain.world.corpus import replay_texts
 from ray_explain.world.facts import World
 
@@ -220,10 +220,7 @@ def make_ground_truth(session: Session) -> None:
     _check_explainers(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
     for target, task in released:
-        if task == "features":
-            session.make_parts(plan.effects(task, target), partial(_released_features, plan, target))
-            continue
-        session.make_table(plan.effects(task, target), lambda k=task, t=target: _released(plan, k, t))  # type: ignore[misc]
+        session.make_parts(plan.effects(task, target), partial(_released, plan, task, target))
     measured = [pair for pair in plan.target_tasks() if pair not in released]
     for target, task in measured:
         session.make_table(plan.cases(task, target), lambda k=task, t=target: _cases(plan, k, t))  # type: ignore[misc]
@@ -270,35 +267,38 @@ def _is_released(plan: Plan, task: Task) -> bool:
     return getattr(getattr(plan.experiment.ground_truth, task), "source", None) == "released"
 
 
-def _released(plan: Plan, task: Task, target: str) -> Result:
-    """Raises: BadInput: no released data set of the target is in the folder."""
+def _released(plan: Plan, task: Task, target: str) -> Iterator[Result]:
+    """The effects of a released data set, part by part.
+
+    Raises:
+        BadInput: none of the target is in the folder.
+        JobFailed: too much of it cannot be used.
+    """
     section = getattr(plan.experiment.ground_truth, task)
+    folder, width = plan.released_folder(task, target), d_model(plan, target)
     try:
-        return read_folder(
-            plan.released_folder(task, target),
-            task,
-            _tokenizer(plan, target),
-            d_model=d_model(plan, target),
-            n=section.cases.model_dump(),
-        )
+        if task == "features":
+            layers, seed = _feature_layers(plan, target), plan.experiment.seed
+            parts = read_feature_folder(folder, layers, d_model=width, per_layer=section.per_layer, seed=seed)
+        else:
+            parts = read_folder(folder, task, _tokenizer(plan, target), d_model=width, n=section.cases.model_dump())
+        yield from checked(parts, f"`ground_truth.{task}`: rows in {folder}", plan.experiment.cluster.max_dropped)
     except (ValueError, OSError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
 
 
-def _released_features(plan: Plan, target: str) -> Iterator[Result]:
-    """Raises: BadInput: no released data set of the target's features is in the folder."""
-    section = plan.experiment.ground_truth.features
-    assert section is not None
-    try:
-        yield from read_feature_folder(
-            plan.released_folder("features", target),
-            _feature_layers(plan, target),
-            d_model=d_model(plan, target),
-            per_layer=section.per_layer,
-            seed=plan.experiment.seed,
-        )
-    except (ValueError, OSError) as error:
-        raise BadInput(f"`ground_truth.features`: {error}") from error
+def checked(parts: Iterable[Result], what: str, max_dropped: float) -> Iterator[Result]:
+    """The parts of what was read, up to the one with which too much of it is dropped.
+
+    Raises:
+        JobFailed: more than a share `max_dropped`, what is left out by design not counted; the first are shown.
+    """
+    faults: list[tuple[str, str]] = []
+    for made in parts:
+        faults += [one for one in made.dropped if one[1] not in cases.BY_DESIGN]
+        if faults:
+            check_dropped(what, faults, made.measured[READ], max_dropped)
+        yield made
 
 
 def _feature_layers(plan: Plan, target: str) -> list[int]:
@@ -307,13 +307,20 @@ def _feature_layers(plan: Plan, target: str) -> list[int]:
 
 
 def _cases(plan: Plan, task: Task, target: str) -> pa.Table | Result:
-    """Raises: BadInput: the file of the cases cannot be read, or they do not fit the model or the world."""
+    """What will be tried on the target.
+
+    Raises:
+        BadInput: the file of the cases cannot be read, or they do not fit the model or the world.
+        JobFailed: too much of it cannot be used.
+    """
     try:
         if task == "features":
             return layers_table(_feature_layers(plan, target))
         made = _ablation_cases(plan, target) if task == "ablation" else _patching_cases(plan, target)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error
+    section = getattr(plan.experiment.ground_truth, task)
+    (made,) = checked([made], f"`ground_truth.{task}`: lines in {section.path}", plan.experiment.cluster.max_dropped)
     _check_splits(plan, f"`ground_truth.{task}`", made)
     return made
 

@@ -223,6 +223,8 @@ class _Steps:
 
     def _places(self) -> pa.Table | Result:
         """Activations are of other windows than the last ones, differences of pairs of prompts."""
+        from ray_explain.distributed.experiment import checked
+
         tokenizer, n, seed = self._tokenizer(), self.section.per_layer, self.session.plan.experiment.seed
         assert n is not None
         if self.section.source == "activations":
@@ -238,6 +240,8 @@ class _Steps:
             blocks=[(layer, layer) for layer in self.layers],
             seed=seed,
         )
+        what, allowed = f"`ground_truth.features.pairs` = {source}: records", self.session.plan.experiment.cluster
+        (made,) = checked([made], what, allowed.max_dropped)
         return Result(_some_of_each_layer(difference_cases(made.table), n), made.dropped)
 
 

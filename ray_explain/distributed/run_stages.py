@@ -25,11 +25,10 @@ from ray_explain.distributed.checks import check_worker, code_here
 from ray_explain.distributed.progress import Teller, watching
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.records import conform
-from ray_explain.stages import Stage
+from ray_explain.stages import Stage, check_dropped
 
 _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, reason]
 _MEASURED = b"measured"  # and another: JSON object of numbers
-_EXAMPLES_SHOWN = 3
 _TOLD: dict[str, type[BadInput] | type[JobFailed]] = {"BadInput": BadInput, "JobFailed": JobFailed}  # or a child
 _ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
 
@@ -54,20 +53,21 @@ class _Worker:
         self._stage: tuple[int, Stage] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch is one slice: columns job, start, stop; comes back with the seconds it took and, where input cannot
-        be used or work cannot be done, the sentence that says so: Ray Data would tell the driver of some failure, not
-        of which.
+        """A batch is one slice: columns job, start, stop; comes back with the cases it dropped, the seconds it took
+        and, where input cannot be used or work cannot be done, the sentence that says so: Ray Data would tell the
+        driver of some failure, not of which.
         """
-        started, wrong = time.monotonic(), ["", ""]
+        started, wrong, dropped = time.monotonic(), ["", ""], 0
         try:
             check_worker(self._root, self._code)
-            self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+            dropped = self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
         except tuple(_TOLD.values()) as error:
             wrong = [next(name for name, kind in _TOLD.items() if isinstance(error, kind)), str(error)]
-        return batch | {"seconds": np.array([time.monotonic() - started]), "wrong": np.array([wrong])}
+        seconds = time.monotonic() - started
+        return batch | {"dropped": np.array([dropped]), "seconds": np.array([seconds]), "wrong": np.array([wrong])}
 
-    def make(self, number: int, start: int, stop: int) -> None:
-        """Rows `start` to `stop` of the job with this number, as one file."""
+    def make(self, number: int, start: int, stop: int) -> int:
+        """Rows `start` to `stop` of the job with this number, as one file; returns how many cases it dropped."""
         job = self._jobs[number]
         if self._stage is None or self._stage[0] != number:
             self._stage = None  # the old model goes before the new one comes
@@ -83,6 +83,7 @@ class _Worker:
         made = conform(table, stage.schema_out).replace_schema_metadata(notes)
         part = f"{job.artifact.path(self._root)}/{_part_name(start, stop)}"
         storage.write_table(made, part, row_group_size=_ROWS_PER_GROUP)
+        return len(dropped)
 
 
 def _part_name(start: int, stop: int) -> str:
@@ -149,7 +150,7 @@ def run_stages(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> list
         with watching() as board:
             seconds = _run_slices(open_jobs, sizes, root, pool, board)
         for number, (job, size) in enumerate(zip(open_jobs, sizes)):
-            _finish(job, size, root, pool.max_dropped, seconds[number])
+            _finish(job, size, root, seconds[number])
     manifests = [finished(job.artifact, root) for job in jobs]
     return [manifest for manifest in manifests if manifest is not None]
 
@@ -157,8 +158,13 @@ def run_stages(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> list
 def _run_slices(
     jobs: Sequence[StageJob], sizes: Sequence[int], root: str, pool: ClusterConfig, board: Any
 ) -> Mapping[int, float]:
-    """Make every slice that has no part yet; returns the seconds that actors spent on each job."""
+    """Make every slice that has no part yet; returns the seconds that actors spent on each job.
+
+    Raises:
+        JobFailed: too many cases of a job are dropped, which is told as soon as it cannot be mended any more.
+    """
     done, seconds = Counter[int](), defaultdict[int, float](float)
+    limits = [_Limit(job, size, root, pool.max_dropped) for job, size in zip(jobs, sizes)]
     todo = []
     for number, (job, size) in enumerate(zip(jobs, sizes)):
         missing = _missing_slices(job, size, root, pool)
@@ -172,6 +178,7 @@ def _run_slices(
         if kind:
             raise _TOLD[kind](sentence)
         number = int(batch["job"][0])
+        limits[number].add(int(batch["dropped"][0]))
         done[number] += int(batch["stop"][0] - batch["start"][0])
         seconds[number] += float(batch["seconds"][0])
         tellers[number](done[number], sizes[number])
@@ -198,9 +205,10 @@ def make_here(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> None:
     for number, job in enumerate(jobs):
         if finished(job.artifact, root) is None:
             started, size = time.monotonic(), count_rows(job.source)
+            limit = _Limit(job, size, root, pool.max_dropped)
             for start, stop in _missing_slices(job, size, root, pool):
-                worker.make(number, start, stop)
-            _finish(job, size, root, pool.max_dropped, time.monotonic() - started)
+                limit.add(worker.make(number, start, stop))
+            _finish(job, size, root, time.monotonic() - started)
 
 
 def _slices_made(
@@ -250,16 +258,31 @@ def _numbers(folder: str) -> dict[str, float]:
     return dict(sums)
 
 
-def _finish(job: StageJob, size: int, root: str, max_dropped: float, seconds: float) -> None:
-    """Raises: JobFailed: too many cases were dropped, or rows and dropped are not as many as the cases."""
+class _Limit:
+    """How many cases of a job are dropped so far, those of the parts that are there among them.
+
+    Raises:
+        JobFailed: more than `max_dropped` of all its cases.
+    """
+
+    def __init__(self, job: StageJob, size: int, root: str, max_dropped: float) -> None:
+        self._job, self._size, self._root, self._max = job, size, root, max_dropped
+        self._dropped = 0
+        self.add(len(dropped_rows(job.artifact.path(root))))
+
+    def add(self, dropped: int) -> None:
+        """So many more. Raises: as the class."""
+        self._dropped += dropped
+        if dropped and not self._job.expands and self._dropped > self._max * self._size:
+            artifact = self._job.artifact
+            shown = dropped_rows(artifact.path(self._root))
+            check_dropped(f"{artifact.kind} {artifact.label}: cases", shown, self._size, self._max)
+
+
+def _finish(job: StageJob, size: int, root: str, seconds: float) -> None:
+    """Raises: JobFailed: rows and dropped are not as many as the cases."""
     folder = job.artifact.path(root)
     dropped = dropped_rows(folder)
-    if not job.expands and len(dropped) > max_dropped * size:
-        shown = "; ".join(f"{case}: {reason}" for case, reason in dropped[:_EXAMPLES_SHOWN])
-        raise JobFailed(
-            f"{job.artifact.kind} {job.artifact.label}: {len(dropped)} of {size} cases were dropped, more than "
-            f"`cluster.max_dropped` = {max_dropped}; the first: {shown}"
-        )
     reasons = Counter(reason for _, reason in dropped)
     rows, numbers = count_rows(folder), _numbers(folder)
     if not job.expands and rows + len(dropped) != size:

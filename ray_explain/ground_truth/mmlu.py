@@ -15,7 +15,7 @@ from ray_explain.ground_truth.jsonl import read_lines
 from ray_explain.ground_truth.pairs import ablation_case
 from ray_explain.ground_truth.positions import Unusable
 from ray_explain.ground_truth.splits import split_of
-from ray_explain.stages import Result
+from ray_explain.stages import READ, Result
 
 Hint = Literal["random", "right", "sentence"]
 """A line with a random letter, with the right one, or a doubtful sentence that names a random one."""
@@ -108,6 +108,7 @@ def mmlu_cases(
         ValueError: a chat is asked for and the tokenizer has no chat template.
     """
     items, dropped = read_mmlu(path)
+    n_read = len(items) + len(dropped)
     by_split: dict[str, list[Item]] = {split: [] for split in records.SPLITS}
     for item in items:
         by_split[split_of(item.group)].append(item)
@@ -118,7 +119,7 @@ def mmlu_cases(
         made, unusable = _first_cases(own, size, make)
         rows += made
         dropped += unusable
-    return Result(records.rows_table(rows, records.ABLATION_CASES), dropped)
+    return Result(records.rows_table(rows, records.ABLATION_CASES), dropped, {READ: n_read})
 
 
 def _first_cases(

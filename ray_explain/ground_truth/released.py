@@ -11,7 +11,7 @@ data are the authors' byte for byte.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,7 @@ ABLATION = pa.schema(
 ABLATION_QUESTION = "{prompt}\n\nIf the hint were removed how would the assistant answer change?"
 CHOICE_STARTS = "\n\nRespond with one of "
 
+NOT_TOLD = "a field is missing"
 NO_BLOCK = "its layers are no block"
 NOT_ONE_TOKEN = "not one token is answered"
 ENDS = "an answer holds the end-of-text token"
@@ -84,6 +85,16 @@ NO_REPLACEMENT = "does not replace the residual stream"
 NO_HINT = "the prompts differ by more than the hint"
 NO_QUESTION = "no question of its group is given"
 NO_VECTOR = "no vector is given for it"
+
+_VECTOR = "intervention_vector"
+_NEEDED_OF_A_PATCH = (
+    "layer", "input_tokens", "original_continuation", "ablated_continuation", "orig_pos", "counterfact_pos",
+    "counterfactual_text", "token_type",
+)  # fmt: skip
+_NEEDED_OF_A_HINT = (
+    "index", "question", "choices", "correct_answer", "zeroshot_prediction", "random_hint_prediction",
+    "original_prompt_full", "hint_prompt_full", "hint",
+)  # fmt: skip
 
 
 class ReleasedAblation(NamedTuple):
@@ -104,38 +115,76 @@ class ReleasedFeatures(NamedTuple):
 CHOSEN, OTHER = "released: chosen", "released: other"
 
 
-def read_patching(table: pa.Table, tokenizer: PreTrainedTokenizerBase, *, split: str) -> Result:
-    """Rows of the released patching table as records.patching_effects. Dropped rows are named by their number.
+def read_patching(
+    table: pa.Table, tokenizer: PreTrainedTokenizerBase, *, split: str, d_model: int, first: int = 0
+) -> Result:
+    """Rows of the released patching table as records.patching_effects. Dropped rows are named by their number, counted
+    from `first`.
 
-    `tokenizer` is the target's. `input_tokens` may be with or without a begin-of-text token; its positions count what
-    is there. Kinds of tokens become roles as they stand. Columns that are not in `PATCHING` are ignored.
+    `tokenizer` is the target's, `d_model` its width. `input_tokens` may be with or without a begin-of-text token; its
+    positions count what is there. Kinds of tokens become roles as they stand. Columns that are not in `PATCHING` are
+    ignored. Where the release does not tell whether the answer changed, the answers do.
 
     Raises:
-        ValueError: a column is missing, or there is no row to tell the width of the vectors.
+        ValueError: a column is missing, or a vector has another width.
     """
-    given = _numbered(table, PATCHING)
-    rows, dropped = usable(given, lambda row: _patching_effect(row, tokenizer, split))
-    if not rows:
-        raise ValueError(f"none of {table.num_rows} rows can be read: {sorted({reason for _, reason in dropped})}")
-    vectors = [row["vectors"] for row in rows]
-    return Result(vectors_table(rows, vectors, records.patching_effects(vectors[0].shape[1])), dropped)
+    own = _released_columns(table, PATCHING)
+    whole = own["patch_position"].combine_chunks()
+    places = dict(zip((field.name for field in whole.type), whole.flatten()))
+    vectors = _vectors(places.pop(_VECTOR), d_model)  # not as Python's numbers: those take ten times the memory
+    others = pa.table({**{name: own[name] for name in own.column_names if name != "patch_position"}, **places})
+    given = zip(_numbered(others.to_pylist(), first), vectors, strict=True)
+    rows, dropped = usable(
+        ((name, (row, vector)) for (name, row), vector in given), lambda one: _patching_effect(*one, tokenizer, split)
+    )
+    effects = vectors_table(rows, [row["vectors"] for row in rows], records.patching_effects(d_model))
+    return Result(effects, dropped)
 
 
-def _numbered(table: pa.Table, schema: pa.Schema) -> list[tuple[str, dict[str, Any]]]:
-    rows = records.conform(table.select(schema.names), schema).to_pylist()
-    return [(f"row {number}", row) for number, row in enumerate(rows)]
+def _released_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    return records.conform(table.select([name for name in schema.names if name in table.column_names]), schema)
 
 
-def _patching_effect(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
-    layers, place = row["layer"], row["patch_position"]
-    if layers != list(range(layers[0], layers[0] + len(layers))):
+def _numbered(rows: Iterable[dict[str, Any]], first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=first))
+
+
+def _vectors(column: pa.ListArray, d_model: int) -> list[np.ndarray | None]:
+    """The vector [d_model] of each row, None where there is none; no copies.
+
+    Raises:
+        ValueError: one has another width.
+    """
+    numbers = column.values.to_numpy(zero_copy_only=False)
+    starts, widths = column.offsets.to_numpy(), column.value_lengths().to_pylist()
+    for width in widths:
+        if width and width != d_model:
+            raise ValueError(f"vectors are {width} wide, the target's residual stream {d_model}")
+    return [numbers[start : start + d_model] if width else None for start, width in zip(starts, widths)]
+
+
+def _check_told(row: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises: Unusable: one of these fields is null, or has a null in its list."""
+    for name in names:
+        if row[name] is None or (isinstance(row[name], list) and None in row[name]):
+            raise Unusable(NOT_TOLD)
+
+
+def _patching_effect(
+    row: dict[str, Any], vector: np.ndarray | None, tokenizer: PreTrainedTokenizerBase, split: str
+) -> dict[str, Any]:
+    _check_told(row, _NEEDED_OF_A_PATCH)
+    layers = row["layer"]
+    if not layers or layers != list(range(layers[0], layers[0] + len(layers))):
         raise Unusable(NO_BLOCK)
     answers = _one_token(row["original_continuation"], tokenizer), _one_token(row["ablated_continuation"], tokenizer)
-    if not np.isfinite(place["intervention_vector"]).all():
+    if vector is None:
+        raise Unusable(NO_VECTOR)
+    if not np.isfinite(vector).all():
         raise Unusable(NOT_FINITE)
     base, added = _text_of(row["input_tokens"], tokenizer)
     source = row["counterfactual_text"]
-    positions = [place["orig_pos"] + added, place["counterfact_pos"] + added]
+    positions = [row["orig_pos"] + added, row["counterfact_pos"] + added]
     for text, position in zip((base, source), positions):
         if not 0 <= position < len(prompt_tokens(tokenizer, text).ids):
             raise Unusable(NO_SUCH_POSITION)
@@ -148,8 +197,8 @@ def _patching_effect(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sp
         **patching_case(pair, row["token_type"], (layers[0], layers[-1]), positions[:1], positions[1:]),
         "base_answer": answers[0],
         "patched_answer": answers[1],
-        "changed": row["is_different"],
-        "vectors": np.array([place["intervention_vector"]], dtype=np.float32),
+        "changed": answers[0] != answers[1] if row["is_different"] is None else row["is_different"],
+        "vectors": vector[None],
         **dict.fromkeys(("base_logprob", "patched_logprob", "kl"), math.nan),
     }
 
@@ -213,21 +262,24 @@ def _released_patch(effect: dict[str, Any], vectors: np.ndarray, tokenizer: PreT
     }
 
 
-def read_ablation(table: pa.Table, *, split: str) -> ReleasedAblation:
-    """Rows of the released ablation table as records.ABLATION_EFFECTS. Dropped rows are named by their number.
+def read_ablation(table: pa.Table, *, split: str, first: int = 0) -> ReleasedAblation:
+    """Rows of the released ablation table as records.ABLATION_EFFECTS. Dropped rows are named by their number, counted
+    from `first`.
 
     Whether the answer changed is told by the answers: the release leaves it open in a quarter of its rows.
 
     Raises:
         ValueError: a column is missing.
     """
-    made, dropped = usable(_numbered(table, ABLATION), lambda row: _ablation_effect(row, split))
+    given = _numbered(_released_columns(table, ABLATION).to_pylist(), first)
+    made, dropped = usable(given, lambda row: _ablation_effect(row, split))
     items = {item.group: item for _, item in made}
     effects = records.rows_table((row for row, _ in made), records.ABLATION_EFFECTS)
     return ReleasedAblation(Result(effects, dropped), list(items.values()))
 
 
 def _ablation_effect(row: dict[str, Any], split: str) -> tuple[dict[str, Any], Item]:
+    _check_told(row, _NEEDED_OF_A_HINT)
     item = Item("", row["index"], row["question"], tuple(row["choices"]), row["correct_answer"])
     letters = [letter for letter in row["hint"].removeprefix("Hint:") if letter in LETTERS]
     stratum = "right hint" if letters == [item.answer] else "wrong hint"

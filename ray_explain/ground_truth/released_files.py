@@ -5,7 +5,7 @@ A folder holds Parquet files whose names begin with their split, in it or in `da
 
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.ground_truth import released
 from ray_explain.ground_truth.features import joined, split_features
 from ray_explain.ground_truth.mmlu import read_mmlu
-from ray_explain.stages import Result
+from ray_explain.stages import READ, Result
 
 _FEATURES_AT_A_TIME = 4096
+_ROWS_AT_A_TIME = 1024  # 16 MiB of vectors 4,096 wide
 REPEATED = "the same case as before"
 
 
 def read_folder(
     folder: str, task: str, tokenizer: PreTrainedTokenizerBase, *, d_model: int, n: Mapping[str, int]
-) -> Result:
-    """The patching or ablation effects of a released data set, at most `n` rows of each split, the first ones.
+) -> Iterator[Result]:
+    """The patching or ablation effects of a released data set, part by part: at most `n` rows of each split, the first
+    ones. Each part tells how many rows there are to be read in all.
 
     `tokenizer` is the target's; `d_model` its width, which the released vectors must have.
 
@@ -37,28 +39,57 @@ def read_folder(
         ValueError: there is no Parquet file of a split that is asked for, a column is missing, or the vectors are of
             another target.
     """
-    tables, dropped = [], []
-    for split in [split for split in records.SPLITS if n.get(split)]:
-        table = _split_table(Path(folder), split).slice(0, n[split])
-        if task == "patching":
-            made = released.read_patching(table, tokenizer, split=split)
-            _check_width(made.table, d_model, folder)
+    files = {split: _split_files(Path(folder), split) for split in records.SPLITS if n.get(split)}
+    size = sum(min(n[split], sum(map(_n_rows, own))) for split, own in files.items())
+    known = set[str]()
+    for split, own in files.items():
+        for first, table in _first_rows(own, n[split]):
+            try:
+                if task == "patching":
+                    made = released.read_patching(table, tokenizer, split=split, d_model=d_model, first=first)
+                else:
+                    made = released.read_ablation(table, split=split, first=first).effects
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
+            kept, repeated = _new(made.table, known)
+            dropped = [(f"{split} {place}", reason) for place, reason in made.dropped]
+            yield Result(kept, dropped + repeated, {READ: size})
+
+
+def _first_rows(files: Sequence[Path], n: int) -> Iterator[tuple[int, pa.Table]]:
+    """The first `n` rows of these files, so many at a time that their vectors take little memory; each table with the
+    number of its first row."""
+    at = 0
+    for file in files:
+        for table in storage.file_batches(str(file), _ROWS_AT_A_TIME):
+            if at < n:
+                yield at, table.slice(0, n - at)
+            at += table.num_rows
+            if at >= n:
+                return
+
+
+def _n_rows(file: Path) -> int:
+    return pq.read_metadata(file).num_rows
+
+
+def _new(table: pa.Table, known: set[str]) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """The rows whose case is not `known`, where all go, and those that are dropped for it."""
+    kept, repeated = [], []
+    for row, case in enumerate(table["case_id"].to_pylist()):
+        if case in known:
+            repeated.append((case, REPEATED))
         else:
-            made = released.read_ablation(table, split=split).effects
-        tables.append(made.table)
-        dropped += [(f"{split} {place}", reason) for place, reason in made.dropped]
-    whole = pa.concat_tables(tables)
-    ids = np.array(whole["case_id"].to_pylist())
-    kept = np.sort(np.unique(ids, return_index=True)[1])
-    dropped += [(str(case), REPEATED) for case in np.delete(ids, kept)]
-    return Result(whole.take(pa.array(kept)), dropped)
+            kept.append(row)
+            known.add(case)
+    return table.take(pa.array(kept, pa.int64())) if repeated else table, repeated
 
 
 def read_feature_folder(
     folder: str, layers: Collection[int], *, d_model: int, per_layer: int | None, seed: int
 ) -> Iterator[Result]:
     """The effects of the released features of these layers, part by part: of each split and layer at most `per_layer`,
-    drawn at random.
+    drawn at random. Each part tells how many labels there are to be read in all.
 
     The folder is as the release's, but without pickles: `{split}_explanations.json` in it or in `explanations/`, and
     decoders [d_model, d_sae] in `features/layer_{layer}.npy`, of which only the columns at hand are in memory.
@@ -67,9 +98,30 @@ def read_feature_folder(
         ValueError: there are no labels of these layers, or they or a decoder cannot be read or are of another target.
         FileNotFoundError: a layer's decoder is not there.
     """
+    groups, repeated = _labels(Path(folder), layers)
+    if not groups:
+        raise ValueError(
+            f"no *_explanations.json with labels of layers {sorted(layers)} in {folder} or its explanations/"
+        )
+    for (split, layer), labels in groups.items():
+        if per_layer is not None and len(labels) > per_layer:
+            drawn = random.Random(f"{seed} {split} {layer}").sample(labels, per_layer)
+            groups[split, layer] = sorted(drawn, key=itemgetter(0))
+    size = sum(map(len, groups.values())) + len(repeated)
+    for (split, layer), labels in groups.items():
+        decoder = _decoder(Path(folder), layer, d_model)
+        for start in range(0, len(labels), _FEATURES_AT_A_TIME):
+            some = labels[start : start + _FEATURES_AT_A_TIME]
+            made = released.read_features(some, {layer: decoder}, split=split)
+            yield Result(joined(made.features, made.descriptions), made.dropped + repeated, {READ: size})
+            repeated = []
+
+
+def _labels(folder: Path, layers: Collection[int]) -> tuple[dict[tuple[str, int], list[Any]], list[tuple[str, str]]]:
+    """The labels of each split and layer in their order, and (place, reason) of those that were there before."""
     known, repeated = set[tuple[int, int]](), list[tuple[str, str]]()
-    found = False
-    for split, path in _label_files(Path(folder)):
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for split, path in _label_files(folder):
         own: dict[int, list[Any]] = {}
         for key, label in released.read_labels(path):
             if key in known:
@@ -77,20 +129,8 @@ def read_feature_folder(
             elif key[0] in layers:
                 known.add(key)
                 own.setdefault(key[0], []).append((key, label))
-        for layer, labels in sorted(own.items()):
-            decoder = _decoder(Path(folder), layer, d_model)
-            if per_layer is not None and len(labels) > per_layer:
-                labels = sorted(random.Random(f"{seed} {split} {layer}").sample(labels, per_layer), key=itemgetter(0))
-            for start in range(0, len(labels), _FEATURES_AT_A_TIME):
-                some = labels[start : start + _FEATURES_AT_A_TIME]
-                made = released.read_features(some, {layer: decoder}, split=split)
-                found = True
-                yield Result(joined(made.features, made.descriptions), made.dropped + repeated)
-                repeated = []
-    if not found:
-        raise ValueError(
-            f"no *_explanations.json with labels of layers {sorted(layers)} in {folder} or its explanations/"
-        )
+        groups |= {(split, layer): labels for layer, labels in sorted(own.items())}
+    return groups, repeated
 
 
 def _label_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -112,17 +152,11 @@ def _decoder(folder: Path, layer: int, d_model: int) -> np.ndarray:
     return decoder
 
 
-def _split_table(folder: Path, split: str) -> pa.Table:
+def _split_files(folder: Path, split: str) -> list[Path]:
     files = sorted([*folder.glob(f"{split}*.parquet"), *folder.glob(f"data/{split}*.parquet")])
     if not files:
         raise ValueError(f"no {split}*.parquet in {folder} or {folder}/data: set `cases.{split}` to 0, or add it")
-    return pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
-
-
-def _check_width(effects: pa.Table, d_model: int, folder: str) -> None:
-    width = records.vectors_of(effects["vectors"])[0].shape[1]
-    if width != d_model:
-        raise ValueError(f"the vectors in {folder} are {width} wide, the target's residual stream {d_model}")
+    return files
 
 
 def write_folder(

@@ -153,7 +153,7 @@ def test_dropped_rows_are_counted_and_too_many_fail_the_stage(
     rows[7]["base_positions"] = [99]
     poisoned = pa.Table.from_pylist(rows, schema=cases.schema)
     work = job(poisoned, world_target, tmp_path)
-    with pytest.raises(JobFailed, match=r"2 of 20 cases were dropped.*" + rows[3]["case_id"]):
+    with pytest.raises(JobFailed, match=r"cases: 2 of 20 were dropped.*" + rows[3]["case_id"]):
         run_stages([work], str(tmp_path), ClusterConfig(actors=1))
     assert finished(work.artifact, str(tmp_path)) is None
     [manifest] = run_stages([work], str(tmp_path), ClusterConfig(actors=1, max_dropped=0.1))
@@ -211,3 +211,22 @@ def test_a_stage_is_not_finished_while_rows_are_missing(tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match="9 rows and 0 dropped of 10 cases"):
         make_here([work], str(tmp_path), ClusterConfig(rows_per_slice=4))
     assert finished(work.artifact, str(tmp_path)) is None
+
+
+def test_a_stage_stops_once_too_many_cases_are_dropped_and_says_so_at_once_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_explain.distributed.run_stages import make_here
+
+    names = [f"{'bad' if i in (1, 2, 5) else 'case'} {i}" for i in range(20)]
+    work, pool = echo_job(names, tmp_path), ClusterConfig(rows_per_slice=2, max_dropped=0.1)
+    folder = work.artifact.path(str(tmp_path))
+    with pytest.raises(JobFailed, match=r"cases: 3 of 20 were dropped.*0.1; the first: bad 1: bad; bad 2: bad; bad 5"):
+        make_here([work], str(tmp_path), pool)
+    assert len(storage.list_files(folder, ".parquet")) == 3
+    with monkeypatch.context() as patched, pytest.raises(JobFailed, match="3 of 20 were dropped"):
+        patched.setattr(Echo, "__call__", None)
+        make_here([work], str(tmp_path), pool)
+    make_here([work], str(tmp_path), pool.model_copy(update={"max_dropped": 0.15}))
+    made = finished(work.artifact, str(tmp_path))
+    assert made is not None and (made.rows, made.dropped) == (17, {"bad": 3})

@@ -1,5 +1,6 @@
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 def test_a_released_patch_is_read_as_what_it_says(tokenizer: PreTrainedTokenizerFast) -> None:
     for begun in (True, False):
         made = released.read_patching(
-            table_of([released_patch(tokenizer, begun=begun)], released.PATCHING), tokenizer, split="test"
+            table_of([released_patch(tokenizer, begun=begun)], released.PATCHING), tokenizer, split="test", d_model=4
         )
         (row,) = made.table.to_pylist()
         assert (row["base_prompt"], row["source_prompt"], row["split"]) == (BASE, SOURCE, "test")
@@ -76,7 +77,7 @@ def test_a_released_patching_table_comes_back_as_it_was(tokenizer: PreTrainedTok
     ]
     table = table_of(rows, released.PATCHING)
     pq.write_table(table.append_column("__index_level_0__", pa.array([4, 7])), tmp_path / "t.parquet")
-    read = released.read_patching(pq.read_table(tmp_path / "t.parquet"), tokenizer, split="train")
+    read = released.read_patching(pq.read_table(tmp_path / "t.parquet"), tokenizer, split="train", d_model=4)
     written = released.write_patching(read.table, tokenizer)
     assert read.dropped == written.dropped == []
     assert written.table.equals(table)
@@ -91,7 +92,7 @@ def test_our_patching_effects_come_back_from_the_released_schema(
     effects = PatchingStage(config)(patching_table(cases)).table
     table = released.write_patching(effects, tokenizer).table
     assert table.schema == released.PATCHING
-    read = released.read_patching(table, tokenizer, split="test").table
+    read = released.read_patching(table, tokenizer, split="test", d_model=32).table
     shared = [
         "base_prompt", "source_prompt", "first_layer", "last_layer", "site", "kind", "base_positions",
         "source_positions", "role", "base_truth", "source_truth", "vectors", "base_answer", "patched_answer", "changed",
@@ -109,13 +110,49 @@ def test_released_patches_that_cannot_be_read_are_dropped_by_their_number(tokeni
         (good | {"input_tokens": ["R", "o", "m", "e"]}, released.OTHER_TOKENS),
         (good | {"patch_position": place | {"orig_pos": 500}}, released.NO_SUCH_POSITION),
         (good | {"patch_position": place | {"intervention_vector": [math.nan] * 4}}, outcomes.NOT_FINITE),
+        (good | {"patch_position": place | {"intervention_vector": [0.5, None, 1.0, 2.0]}}, outcomes.NOT_FINITE),
+        (good | {"patch_position": place | {"intervention_vector": None}}, released.NO_VECTOR),
+        (good | {"patch_position": place | {"intervention_vector": []}}, released.NO_VECTOR),
+        (good | {"patch_position": None}, released.NOT_TOLD),
+        (good | {"patch_position": place | {"orig_pos": None}}, released.NOT_TOLD),
+        (good | {"patch_position": place | {"counterfact_pos": None}}, released.NOT_TOLD),
+        (good | {"layer": []}, released.NO_BLOCK),
+        (good | {"layer": [8, None]}, released.NOT_TOLD),
+        *((good | {name: None}, released.NOT_TOLD) for name in ("layer", "input_tokens", "counterfactual_text")),
+        *((good | {name: None}, released.NOT_TOLD) for name in ("original_continuation", "token_type")),
+        (good | {"ablated_continuation": [None]}, released.NOT_TOLD),
     ]
-    table = table_of([good, *(row for row, _ in bad)], released.PATCHING)
-    made = released.read_patching(table, tokenizer, split="train")
-    assert made.dropped == [(f"row {i}", reason) for i, (_, reason) in enumerate(bad, start=1)]
-    assert made.table.num_rows == 1
-    with pytest.raises(ValueError, match="none of 1 rows can be read"):
-        released.read_patching(table.slice(1, 1), tokenizer, split="train")
+    table = table_of([good, *(row for row, _ in bad), good], released.PATCHING)
+    made = released.read_patching(table, tokenizer, split="train", d_model=4, first=100)
+    assert made.dropped == [(f"row {100 + i}", reason) for i, (_, reason) in enumerate(bad, start=1)]
+    assert made.table["vectors"].to_pylist() == [[place["intervention_vector"]]] * 2
+    nothing = released.read_patching(table.slice(1, 1), tokenizer, split="train", d_model=4)
+    assert (nothing.table.num_rows, nothing.table.schema) == (0, made.table.schema)
+    with pytest.raises(ValueError, match=r"missing \['layer'\]"):
+        released.read_patching(table.drop_columns(["layer"]), tokenizer, split="train", d_model=4)
+
+
+def test_whether_a_patched_answer_changed_is_told_by_the_answers_where_the_release_is_silent(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [
+        released_patch(tokenizer, begun=True, is_different=None, ablated_continuation=[to]) for to in (" a", " Italy")
+    ]
+    made = released.read_patching(table_of(rows, released.PATCHING), tokenizer, split="train", d_model=4)
+    assert made.table["changed"].to_pylist() == [True, False]
+
+
+def test_reading_released_patches_makes_no_python_numbers_of_their_vectors(tokenizer: PreTrainedTokenizerFast) -> None:
+    d_model, n = 4096, 20
+    row = released_patch(tokenizer, begun=True)
+    row["patch_position"] |= {"intervention_vector": [0.5] * d_model}
+    table = table_of([row] * n, released.PATCHING)
+    tracemalloc.start()
+    made = released.read_patching(table, tokenizer, split="train", d_model=d_model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert made.table.num_rows == n
+    assert peak < 3 * n * d_model * 4  # bytes; a list of Python's numbers takes eight for the reference alone
 
 
 def test_patches_that_the_release_has_no_words_for_are_dropped(
@@ -204,13 +241,15 @@ def test_our_ablation_effects_come_back_from_the_released_schema(
     assert [reason for _, reason in missing.dropped] == [released.NO_QUESTION]
 
 
-def test_released_prompts_that_differ_by_more_than_the_hint_are_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_released_hints_that_cannot_be_read_are_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [
         released_hint(tokenizer, ITEMS[0], "B"),
         released_hint(tokenizer, ITEMS[1], "B", original_prompt_full="something else"),
+        released_hint(tokenizer, ITEMS[1], "B", choices=["a", None, "c", "d"]),
+        *(released_hint(tokenizer, ITEMS[1], "B", **{name: None}) for name in ("hint", "zeroshot_prediction")),
     ]
     read = released.read_ablation(table_of(rows, released.ABLATION), split="test")
-    assert read.effects.dropped == [("row 1", released.NO_HINT)]
+    assert read.effects.dropped == [("row 1", released.NO_HINT), *((f"row {i}", released.NOT_TOLD) for i in (2, 3, 4))]
     assert len(read.items) == read.effects.table.num_rows == 1
 
 

@@ -9,13 +9,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ray_explain import records
-from ray_explain.ground_truth import released
+from ray_explain.ground_truth import released, released_files
 from ray_explain.ground_truth.features import split_features
 from ray_explain.ground_truth.mmlu import Item
 from ray_explain.ground_truth.outcomes import NOT_FINITE
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.released_files import REPEATED, read_feature_folder, read_folder, write_folder
 from ray_explain.questions.features import features_questions
+from ray_explain.stages import READ, Result
 from tests.ground_truth.conftest import make_case, patching_table
 from tests.ground_truth.test_released import BASE, SOURCE, released_hint
 
@@ -23,6 +24,14 @@ DESCRIPTIONS = pa.list_(
     pa.struct([records.DESCRIPTIONS.field(name) for name in ("description", "origin", "score", "gold")])
 )
 N = {"train": 10, "validation": 0, "test": 10}
+
+
+def read_whole(folder: Path, task: str, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Result:
+    parts = list(read_folder(str(folder), task, tokenizer, **settings))
+    (size,) = {part.measured[READ] for part in parts}
+    table, dropped = pa.concat_tables(part.table for part in parts), [one for part in parts for one in part.dropped]
+    assert table.num_rows + len(dropped) == size
+    return Result(table, dropped)
 
 
 @pytest.fixture
@@ -39,11 +48,11 @@ def test_patching_effects_come_back_from_a_folder_with_their_splits(
     effects: pa.Table, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     assert write_folder(effects, "patching", str(tmp_path), tokenizer) == {"train": (4, 0), "test": (2, 0)}
-    made = read_folder(str(tmp_path), "patching", tokenizer, d_model=32, n=N)
+    made = read_whole(tmp_path, "patching", tokenizer, d_model=32, n=N)
     same = ["split", "base_prompt", "first_layer", "base_positions", "vectors", "patched_answer", "changed"]
     assert made.table.select(same).equals(effects.select(same))
     assert made.dropped == []
-    few = read_folder(str(tmp_path), "patching", tokenizer, d_model=32, n=N | {"train": 1})
+    few = read_whole(tmp_path, "patching", tokenizer, d_model=32, n=N | {"train": 1})
     assert few.table["split"].to_pylist() == ["train", "test", "test"]
 
 
@@ -54,9 +63,30 @@ def test_the_hubs_layout_is_read_and_repeated_rows_are_counted(
     (tmp_path / "data").mkdir()
     for i, part in enumerate([table, table.slice(0, 2)]):
         pq.write_table(part, tmp_path / "data" / f"train-0000{i}-of-00002.parquet")
-    made = read_folder(str(tmp_path), "patching", tokenizer, d_model=32, n={"train": 100})
+    made = read_whole(tmp_path, "patching", tokenizer, d_model=32, n={"train": 100})
     assert made.table.num_rows == 6
     assert [reason for _, reason in made.dropped] == [REPEATED] * 2
+
+
+def test_a_data_set_is_read_alike_however_many_rows_at_a_time(
+    effects: pa.Table, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = released.write_patching(effects, tokenizer).table.to_pylist()
+    rows[2]["layer"] = []
+    table = pa.Table.from_pylist(rows, schema=released.PATCHING)
+    for i, part in enumerate([table.slice(0, 4), table.slice(3)]):
+        pq.write_table(part, tmp_path / f"train-{i}.parquet", row_group_size=3)
+    settings: dict[str, Any] = {"d_model": 32, "n": {"train": 6}}
+    whole = read_whole(tmp_path, "patching", tokenizer, **settings)
+    assert whole.table.num_rows == 4
+    assert [place for place, reason in whole.dropped if reason == released.NO_BLOCK] == ["train row 2"]
+    assert [reason for _, reason in whole.dropped].count(REPEATED) == 1
+    monkeypatch.setattr(released_files, "_ROWS_AT_A_TIME", 2)
+    parts = list(read_folder(str(tmp_path), "patching", tokenizer, **settings))
+    assert len(parts) > 2 and max(part.table.num_rows for part in parts) <= 2
+    again = read_whole(tmp_path, "patching", tokenizer, **settings)
+    told = [name for name in whole.table.column_names if not name.endswith("logprob") and name != "kl"]  # NaN
+    assert again.table.select(told).equals(whole.table.select(told)) and again.dropped == whole.dropped
 
 
 def test_vectors_of_another_target_are_refused(
@@ -64,20 +94,20 @@ def test_vectors_of_another_target_are_refused(
 ) -> None:
     write_folder(effects, "patching", str(tmp_path), tokenizer)
     with pytest.raises(ValueError, match="are 32 wide, the target's residual stream 64"):
-        read_folder(str(tmp_path), "patching", tokenizer, d_model=64, n=N)
+        read_whole(tmp_path, "patching", tokenizer, d_model=64, n=N)
 
 
 def test_a_split_without_a_file_is_named(effects: pa.Table, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     write_folder(effects.slice(0, 4), "patching", str(tmp_path), tokenizer)
     with pytest.raises(ValueError, match=r"no test\*\.parquet in .*set `cases.test` to 0"):
-        read_folder(str(tmp_path), "patching", tokenizer, d_model=32, n=N)
+        read_whole(tmp_path, "patching", tokenizer, d_model=32, n=N)
 
 
 def test_ablation_effects_are_written_with_their_questions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     items = [Item("geography", i, f"Where is {i}?", ("Italy", "France", "Spain", "Peru"), "ABCD"[i]) for i in range(3)]
     rows = [released_hint(tokenizer, item, "B") for item in items]
     pq.write_table(pa.Table.from_pylist(rows, schema=released.ABLATION), tmp_path / "test.parquet")
-    effects = read_folder(str(tmp_path), "ablation", tokenizer, d_model=32, n=N | {"train": 0}).table
+    effects = read_whole(tmp_path, "ablation", tokenizer, d_model=32, n=N | {"train": 0}).table
     mmlu = tmp_path / "mmlu.jsonl"
     lines = [
         {"subject": i.subject, "question": i.question, "choices": i.choices, "answer": i.answer} for i in items[:2]
