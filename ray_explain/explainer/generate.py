@@ -19,8 +19,7 @@ from ray_explain.explainer.examples import Example, stop_ids
 from ray_explain.explainer.injection import keeping_positions
 from ray_explain.explainer.module import Explainer
 from ray_explain.interventions.hooks import only_at
-from ray_explain.interventions.layout import Layout, layout_of
-from ray_explain.interventions.walk import FAMILIES
+from ray_explain.interventions.layout import FAMILIES, Layout, layout_of
 
 _LOGITS_AT_ONCE = 2**26  # numbers; bounds the drafts of large batches over large vocabularies
 _LOGITS_IN_CACHE = 2**19  # numbers that a CPU's cache holds

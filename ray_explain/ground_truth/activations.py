@@ -134,19 +134,18 @@ class ActivationStage:
         return places
 
     def _read(self, places: Sequence[tuple[tuple[int, ...], int, int]]) -> dict[tuple, np.ndarray]:
-        """The vector at each place, float32; each layer's prompts run once."""
-        found: dict[tuple, np.ndarray] = {}
-        for layer in sorted({layer for _, layer, _ in places}):
-            wanted: dict[tuple[int, ...], list[int]] = {}
-            for ids, at_layer, position in places:
-                if at_layer == layer:
-                    wanted.setdefault(ids, []).append(position)
-            prompts, positions = list(wanted), list(wanted.values())
-            read = residuals(self._target.model, prompts, [layer], positions, memory_budget=self._target.memory_budget)
-            for ids, own in zip(prompts, read):
-                vectors = own[0].float().cpu().numpy()
-                found |= {(ids, layer, at): vector for at, vector in zip(wanted[ids], vectors)}
-        return found
+        """The vector at each place, float32. Each prompt runs once, up to the deepest layer of them all."""
+        if not places:
+            return {}
+        wanted: dict[tuple[int, ...], list[int]] = {}
+        for ids, at in sorted({(ids, position) for ids, _, position in places}):
+            wanted.setdefault(ids, []).append(at)
+        layers, budget = sorted({layer for _, layer, _ in places}), self._target.memory_budget
+        read = residuals(self._target.model, list(wanted), layers, list(wanted.values()), memory_budget=budget)
+        by_prompt = dict(zip(wanted, (own.float().cpu().numpy() for own in read), strict=True))
+        return {
+            (ids, layer, at): by_prompt[ids][layers.index(layer), wanted[ids].index(at)] for ids, layer, at in places
+        }
 
     def _features(self, table: pa.Table, kept: Sequence[tuple[int, np.ndarray]]) -> pa.Table:
         places = [row for row, _ in kept]

@@ -1,16 +1,18 @@
 """Read and write activations during a model's own forward pass."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ray_explain.interventions.layout import SITES, Layout, Site, layout_of
+from ray_explain.interventions.layout import FAMILIES, SITES, Layout, LayoutError, Site, layout_of
 
 Kind = Literal["replace", "add", "zero", "mean"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -100,8 +102,19 @@ def at_site(layout: Layout, layer: int, site: Site, change: Callable[[Tensor], T
     """Call `change` with the activations at a site in every forward pass; what it returns (if anything) goes on.
 
     The hook is gone when the block is left, also by an error.
+
+    Raises:
+        LayoutError: attention and MLP of this layer do not add what their sites read; told when one of them is first
+            asked for, by a run of four tokens.
     """
-    module = layout.module(layer, site)
+    if site in ("attn_out", "mlp_out") and layout.family not in FAMILIES:
+        _check_parts(layout, layer)
+    with _hooked(layout.module(layer, site), site, change):
+        yield
+
+
+@contextmanager
+def _hooked(module: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     if site == "resid_pre":
         handle = module.register_forward_pre_hook(_before(change), with_kwargs=True)
     else:
@@ -133,6 +146,45 @@ def only_at(module: nn.Module, tokens: Int[Tensor, " some"]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+_checked: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # layers of decoders
+
+
+def _check_parts(layout: Layout, layer: int) -> None:
+    """Raises LayoutError: what goes into the block, attn_out and mlp_out do not sum up to what comes out of it."""
+    layers = _checked.setdefault(layout.decoder, set())
+    if layer in layers:
+        return
+    found: dict[Site, Tensor] = {}
+    batch = torch.tensor([[(7 * i + 3) % layout.embedding.weight.shape[0] for i in range(4)]], device=layout.device)
+    with torch.no_grad(), _without_hooks(layout.decoder), ExitStack() as own:
+        for site in SITES:
+            own.enter_context(_hooked(layout.module(layer, site), site, partial(found.__setitem__, site)))
+        layout.decoder(batch, use_cache=False)
+    told = f"layer {layer} of this {layout.family} model: attn_out and mlp_out are not what the residual stream gains"
+    way_out = "use resid_pre or resid_post"
+    if len({activation.shape for activation in found.values()}) > 1 or len(found) < len(SITES):
+        raise LayoutError(f"{told} (no such output was seen); {way_out}")
+    before, after, attention, mlp = (found[site].float() for site in SITES)
+    scale = max(part.abs().max().item() for part in (before, after, attention, mlp))
+    difference = (before + attention + mlp - after).abs().max().item()
+    if not difference <= 8 * torch.finfo(layout.dtype).eps * scale:
+        raise LayoutError(f"{told} (it differs by {difference:.2g}, the largest part is {scale:.2g}); {way_out}")
+    layers.add(layer)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """No hook of the module or of those in it runs while this lasts: they wait for the run that comes afterwards."""
+    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in ("_forward_pre_hooks", "_forward_hooks")]
+    for m, name, _ in kept:
+        setattr(m, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for m, name, hooks in kept:
+            setattr(m, name, hooks)
 
 
 def _before(change: Callable[[Tensor], Tensor | None]) -> Callable:

@@ -9,12 +9,22 @@ from torch import Tensor, nn
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = get_args(Site)
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
+"""Those whose blocks are known in every part; any other family works through hooks."""
 
 DECODERS = ("model.language_model", "language_model.model", "model.decoder", "model", "transformer", "gpt_neox")
 BLOCKS = ("layers", "h", "blocks")
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+PARTS: tuple[dict[Site, str], ...] = (
+    {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},  # Gemma 2 and 3
+    {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"},  # GLM-4
+    {"attn_out": "self_attention.dense", "mlp_out": "mlp.dense_4h_to_h"},  # Bloom
+    {"attn_out": "attn", "mlp_out": "ffn.down_proj"},  # MPT
+)
+"""Where attention and MLP themselves do not give what is added: norms behind them do, or layers within them. Of each a
+block has both or neither."""
 
 
 class LayoutError(ValueError):
@@ -47,7 +57,7 @@ class Layout:
         """The module whose input (`resid_pre`) or output (the others) is the site.
 
         `attn_out` and `mlp_out` are what attention and MLP add to the residual stream: their own output, or that of
-        the norm behind them where a family has one (Gemma 2 and 3).
+        one of `PARTS`. `hooks.at_site` checks it where the family is none of `FAMILIES`.
 
         Raises:
             LayoutError: the block has no such submodule.
@@ -55,8 +65,9 @@ class Layout:
         block: Any = self.blocks[layer]
         if site in ("resid_pre", "resid_post"):
             return block
-        if hasattr(block, "post_feedforward_layernorm"):
-            return block.post_attention_layernorm if site == "attn_out" else block.post_feedforward_layernorm
+        for names in PARTS:
+            if all(_at(block, name) is not None for name in names.values()):
+                return _at(block, names[site])  # type: ignore[no-any-return]
         return _submodule(block, ATTENTIONS if site == "attn_out" else MLPS, f"{site} of {type(block).__name__}")
 
     def mlp(self, layer: int) -> nn.Module:

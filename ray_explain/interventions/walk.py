@@ -23,9 +23,8 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from transformers.modeling_utils import AttentionInterface
 
 from ray_explain.interventions.hooks import at_site, only_at
-from ray_explain.interventions.layout import Layout, Site
+from ray_explain.interventions.layout import FAMILIES, Layout, Site
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
 PACKED = "ray_explain_packed"  # name of our attention function in transformers' registry
 
 # On a CPU with 32 MiB of cache, whole prompts in chunks of four times this size take 1.2 times as long (width 256).

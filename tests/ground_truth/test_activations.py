@@ -60,6 +60,28 @@ def test_a_difference_is_the_source_minus_the_base(
         np.testing.assert_allclose(own, (source - base)[None], atol=1e-4)
 
 
+def test_every_prompt_runs_once_however_many_layers_are_read(
+    stage: ActivationStage, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = []
+    read = activations.residuals
+
+    def counted(model: PreTrainedModel, prompts: list, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        hooks = [
+            block.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
+            for block in model.model.layers
+        ]
+        try:
+            return read(model, prompts, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(activations, "residuals", counted)
+    assert stage(text_cases(TEXTS, tokenizer, layers=[0, 1], per_text=2).table).table.num_rows == 12
+    assert sum(tokens) == 2 * sum(len(prompt_tokens(tokenizer, text).ids) for text in TEXTS)  # two blocks of three
+
+
 def test_equal_texts_give_one_case_and_ids_do_not_depend_on_the_other_texts(tokenizer: PreTrainedTokenizerFast) -> None:
     alone = text_cases(TEXTS[1:2], tokenizer, layers=[1]).table.to_pylist()
     among = text_cases([*TEXTS, TEXTS[1]], tokenizer, layers=[1]).table.to_pylist()
