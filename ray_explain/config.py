@@ -332,15 +332,6 @@ class Pairing(Section):
     train: dict[str, Any] = {}
 
 
-class JudgeConfig(Section):
-    """A chat model that marks descriptions, at any endpoint that speaks the OpenAI protocol."""
-
-    url: str  # such as http://localhost:8000/v1
-    model: str
-    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
-    threads: Positive = 8
-
-
 class EvaluateConfig(Section):
     """How explainers are asked and scored."""
 
@@ -351,7 +342,7 @@ class EvaluateConfig(Section):
     selfie: list[Annotated[float, Field(gt=0)]] = [1, 5, 10, 25, 50]  # scales at which they are asked SelfIE's question
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
-    judge: JudgeConfig | None = None  # marks descriptions, beside exact match
+    judge: EndpointConfig | None = None  # marks descriptions, beside exact match
     embedding: str | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
     resamples: Annotated[int, Field(ge=100)] = 2000
 

@@ -1,6 +1,7 @@
 """Chat models at any endpoint that speaks the OpenAI protocol: asked side by side, again when busy, and once only.
 
-What could not be had is None, never a text: the caller counts it as undescribed or unscored.
+What could not be had is None, never a text: the caller counts it as undescribed or unscored. An endpoint that says
+nothing any more, or nothing of use, ends the work: to ask it for all of a large table would take hours.
 """
 
 import http.client
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from ray_explain import records, storage
-from ray_explain.errors import BadInput
+from ray_explain.errors import BadInput, JobFailed
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ _BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # asked again
 _MISCONFIGURED = {401, 403, 404, 405}  # no request will fare better
 _LONGEST_PAUSE = 60.0  # seconds, whatever an endpoint asks for
 _CHUNK = 1 << 16
+ENOUGH = 8  # requests of which at least one should have got a reply of use
+GIVEN_UP_AFTER = 32  # requests in a row without any reply, after all tries (a minute, out of reach): it is not there
 
 
 class Ask(NamedTuple):
@@ -80,6 +83,7 @@ class Chat:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint, self.usage = endpoint, Usage()
         self._lock = threading.Lock()
+        self._unheard = 0  # requests in a row, of all threads, that got no reply
 
     def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
         """What `read` makes of the reply to each request; None where no reply came that it could read.
@@ -88,10 +92,14 @@ class Chat:
 
         Raises:
             BadInput: the endpoint refuses to be asked like this: a wrong key, model or address.
+            JobFailed: it left `GIVEN_UP_AFTER` requests in a row without any reply, or answered none of all, which were
+                `ENOUGH` or more.
         """
         different = list(dict.fromkeys(asks))
         with ThreadPoolExecutor(self.endpoint.threads) as threads:
             found = dict(zip(different, threads.map(lambda ask: self._reply(ask, read), different), strict=True))
+        if len(found) >= ENOUGH and all(made is None for made in found.values()):
+            raise self._given_up(len(found))
         return [found[ask] for ask in asks]
 
     def _reply(self, ask: Ask, read: Callable[[str], T | None]) -> T | None:
@@ -103,22 +111,43 @@ class Chat:
         if made is not None:
             self._count(cached=1)
             return made
+        reply: str | _Failed = ""
         for attempt in range(self.endpoint.tries):
+            self._check_heard()
+            if isinstance(reply, _Failed):
+                time.sleep(min(max(self.endpoint.pause * 2 ** (attempt - 1), reply.wait), _LONGEST_PAUSE))
             reply = self._call(ask)
             if isinstance(reply, _Failed):
                 self._count(failures=reply.reason)
                 if not reply.again:
                     break
-                if attempt + 1 < self.endpoint.tries:
-                    time.sleep(min(max(self.endpoint.pause * 2**attempt, reply.wait), _LONGEST_PAUSE))
                 continue
             made = read(reply)
             if made is not None:
                 storage.write_json({"model": self.endpoint.model, **ask._asdict(), "reply": reply}, file)
+                self._heard(True)
                 return made
             self._count(failures=UNUSABLE)
         self._count(unanswered=1)
+        self._heard(not (isinstance(reply, _Failed) and reply.again))
         return None
+
+    def _heard(self, anything: bool) -> None:
+        with self._lock:
+            self._unheard = 0 if anything else self._unheard + 1
+        self._check_heard()
+
+    def _check_heard(self) -> None:
+        """Raises: JobFailed: the endpoint is not there."""
+        if self._unheard >= GIVEN_UP_AFTER:
+            raise self._given_up(GIVEN_UP_AFTER, " in a row")
+
+    def _given_up(self, n: int, how: str = "") -> JobFailed:
+        told = ", ".join(f"{count} x {why}" for why, count in self.usage.failures.most_common())
+        return JobFailed(
+            f"the model {self.endpoint.model!r} at {self.endpoint.address} answered none of {n} requests{how} "
+            f"({told}); start again when it answers: what was done stays done"
+        )
 
     def _call(self, ask: Ask) -> "str | _Failed":
         """The text of the reply, or why there is none."""

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from ray_explain.endpoints import SILENT, UNREACHABLE, UNUSABLE, Ask, Chat, Endpoint
-from ray_explain.errors import BadInput
+from ray_explain.endpoints import ENOUGH, GIVEN_UP_AFTER, SILENT, UNREACHABLE, UNUSABLE, Ask, Chat, Endpoint
+from ray_explain.errors import BadInput, JobFailed
 
 
 @pytest.fixture
@@ -112,6 +112,53 @@ def test_an_endpoint_out_of_reach_is_counted(tmp_path):
     chat = Chat(Endpoint(model="m", cache=str(tmp_path), address="http://127.0.0.1:9/v1", tries=2, pause=0.01))
     assert chat.replies(asks("a"), number) == [None]
     assert chat.usage.failures == {UNREACHABLE: 2}
+
+
+@pytest.mark.parametrize("trouble", [503, 429, b"<html>Bad gateway</html>"])
+def test_an_endpoint_that_leaves_many_requests_in_a_row_without_a_reply_is_given_up(endpoint, place, trouble):
+    endpoint.script = lambda prompt, n: trouble
+    chat = Chat(replace(place, threads=4))
+    with pytest.raises(
+        JobFailed, match=rf"'m' at {endpoint.address} answered none of {GIVEN_UP_AFTER} requests in a row"
+    ):
+        chat.replies(asks(*map(str, range(500))), number)
+    assert (
+        chat.usage.calls <= (GIVEN_UP_AFTER + 4) * place.tries
+    )  # those under way end with it, the others are not begun
+
+
+def test_an_endpoint_that_nobody_can_reach_is_given_up(tmp_path):
+    nobody = Endpoint(model="m", cache=str(tmp_path), address="http://127.0.0.1:9/v1", tries=2, pause=0.01)
+    with pytest.raises(JobFailed, match=rf"\(\d+ x {UNREACHABLE}\); start again when it answers"):
+        Chat(nobody).replies(asks(*map(str, range(500))), number)
+
+
+def test_what_was_answered_before_an_endpoint_fell_silent_is_not_asked_for_again(endpoint, place):
+    endpoint.script = lambda prompt, n: "7" if int(prompt) < 5 else 503
+    requests = asks(*map(str, range(5 + GIVEN_UP_AFTER)))
+    with pytest.raises(JobFailed, match="in a row"):
+        Chat(replace(place, threads=1)).replies(requests, number)
+    endpoint.script = lambda prompt, n: "7"
+    again = Chat(place)
+    assert again.replies(requests, number) == [7] * len(requests)
+    assert (again.usage.cached, again.usage.calls) == (5, GIVEN_UP_AFTER)
+
+
+@pytest.mark.parametrize("now_and_then", ["7", 400, "no number"])
+def test_an_endpoint_that_says_something_now_and_then_is_not_given_up(endpoint, place, now_and_then):
+    """Even where it does not say what was asked for: one reply among them is of use."""
+    endpoint.script = lambda prompt, n: "1" if prompt == "0" else 503 if int(prompt) % GIVEN_UP_AFTER else now_and_then
+    chat = Chat(replace(place, threads=1, tries=2))
+    found = chat.replies(asks(*map(str, range(3 * GIVEN_UP_AFTER))), number)
+    assert chat.usage.unanswered == sum(made is None for made in found) >= 3 * (GIVEN_UP_AFTER - 1)
+
+
+@pytest.mark.parametrize("useless", [400, "I would rather not"])
+def test_an_endpoint_that_gives_nothing_of_use_is_told_when_there_were_enough_requests(endpoint, place, useless):
+    endpoint.script = lambda prompt, n: useless
+    with pytest.raises(JobFailed, match=f"answered none of {ENOUGH} requests \\("):
+        Chat(place).replies(asks(*map(str, range(ENOUGH))), number)
+    assert Chat(place).replies(asks(*map(str, range(ENOUGH - 1))), number) == [None] * (ENOUGH - 1)
 
 
 def test_a_request_that_is_refused_for_what_it_says_is_not_repeated(endpoint, place):

@@ -19,7 +19,7 @@ from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import Task
 from ray_explain.distributed.feature_plan import FeaturePlan, describes
 from ray_explain.distributed.plan import SELFIE, Plan, Run
-from ray_explain.errors import BadInput
+from ray_explain.errors import BadInput, JobFailed
 from ray_explain.evaluation.baselines import baselines
 from ray_explain.evaluation.comparisons import comparisons
 from ray_explain.evaluation.controls import under_control
@@ -527,7 +527,13 @@ def _target_of(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def evaluate(session: Session) -> None:
-    """Every explainer's answers to the held-out questions, and all scores."""
+    """Every explainer's answers to the held-out questions, and all scores.
+
+    Scores that lack some of a judge's marks are made again with those that it gives now.
+
+    Raises:
+        JobFailed: there are no scores yet, and a judge does not answer.
+    """
     plan = session.plan
     train_explainers(session)
     make_asked(session)
@@ -541,6 +547,19 @@ def evaluate(session: Session) -> None:
     if session.missing([plan.scores()]):
         session.say("Evaluation: scoring the answers")
         _make_scores(session)
+    elif unscored := marked(plan).get("unscored"):
+        session.say(f"Evaluation: asking the judge again about {unscored:,} answers that it did not mark")
+        try:
+            _make_scores(session)
+        except JobFailed as error:
+            session.say(f"The scores stay as they were: {error}")
+
+
+def marked(plan: Plan) -> dict[str, int]:
+    """How many `answers` a judge was to mark for the scores, and how many it left `unscored`; empty without a judge and
+    without scores."""
+    manifest = finished(plan.scores(), plan.root)
+    return {} if manifest is None else manifest.measured.get("judge", {})
 
 
 def make_asked(session: Session) -> None:
@@ -615,9 +634,17 @@ def _make_scores(session: Session) -> None:
             compared, trained=plan.experiment.explainers, seed=seed, resamples=evaluate.resamples
         ),
     }
+    measured = {"judge": _marked(graded)} if evaluate.judge and "features" in plan.experiment.tasks else {}
+    storage.remove(folder)  # scores that lack marks are there already
     for name, table in tables.items():
         storage.write_table(table, f"{folder}/{name}/{TABLE}")
-    finish(plan.scores(), plan.root, rows=graded.num_rows, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    finish(plan.scores(), plan.root, rows=graded.num_rows, seconds=seconds, measured=measured)
+
+
+def _marked(graded: pa.Table) -> dict[str, int]:
+    judged = graded.filter(pc.equal(graded["task"], "features"))["judged"]
+    return {"answers": len(judged), "unscored": judged.null_count}
 
 
 def _graded(session: Session, target: str, task: Task) -> pa.Table:
@@ -687,17 +714,11 @@ def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa
         from ray_explain.evaluation.embeddings import compared, sentence_encoder
 
         found.append(partial(compared, encoder=sentence_encoder(evaluate.embedding)))
-    if (asked := evaluate.judge) is not None:
+    if evaluate.judge is not None:
         from ray_explain.endpoints import Chat, Endpoint
         from ray_explain.evaluation.judges import Judge, judged
 
-        endpoint = Endpoint(
-            model=asked.model,
-            cache=f"{session.plan.root}/judge",
-            address=asked.url,
-            key_variable=asked.key_variable,
-            threads=asked.threads,
-        )
+        endpoint = Endpoint(cache=f"{session.plan.root}/judge", **evaluate.judge.model_dump(exclude={"kind"}))
         found.append(partial(judged, judge=Judge(Chat(endpoint))))
     return found
 

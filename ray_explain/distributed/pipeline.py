@@ -20,6 +20,7 @@ from ray_explain.distributed.experiment import (
     export_ground_truth,
     make_ground_truth,
     make_models,
+    marked,
     train_explainers,
 )
 from ray_explain.distributed.plan import Plan
@@ -116,7 +117,19 @@ def _report_data(session: Session) -> ReportData:
             "sizes": _sizes(manifests),
             "seconds": _seconds(manifests),
         },
+        notes=_notes(plan),
     )
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What a reader has to know before the numbers."""
+    judge = marked(plan)
+    if not judge.get("unscored"):
+        return []
+    return [
+        f"The judge gave no mark for {judge['unscored']:,} of {judge['answers']:,} answers: these are unscored, and "
+        "left out of its score. jobs/evaluate.py asks for them again."
+    ]
 
 
 def _target_facts(session: Session, target: str) -> dict[str, Any]:

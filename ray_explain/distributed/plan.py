@@ -263,7 +263,7 @@ class Plan:
             "fractions": sorted(self.experiment.fractions),
         }
         if "features" in self.experiment.tasks:
-            judge = {"judge": evaluate.judge.model_dump(include={"url", "model"})} if evaluate.judge else {}
+            judge = {"judge": evaluate.judge.model_dump(include={"address", "model"})} if evaluate.judge else {}
             section = self.experiment.ground_truth.features
             if section and describes(section) and (section.simulator or section.detector):
                 config["answers"] = "scored as descriptions"

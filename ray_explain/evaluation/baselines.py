@@ -1,7 +1,7 @@
 """Answers without any explainer: the commonest one, and that of the most similar training question."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from ray_explain import records
+from ray_explain.evaluation.answers import normalise
 
 MAJORITY, MAJORITY_BY = "majority", "majority layer x role"
 NEAREST, NEAREST_BY = "nearest neighbour", "nearest neighbour per layer"
@@ -25,17 +26,17 @@ def baselines(train: pa.Table, test: pa.Table) -> list[pa.Table]:
 
 
 def majority(train: pa.Table, test: pa.Table) -> pa.Table:
-    """For each test question, the commoner verdict of the training questions and the commonest answer with it."""
-    return _answers(test, [_commonest(_truths(train))] * test.num_rows, MAJORITY)
+    """For every test question the same: the answer that is right for most of the training questions."""
+    return _answers(test, [_commonest(_right(train))] * test.num_rows, MAJORITY)
 
 
 def majority_by_layer_role(train: pa.Table, test: pa.Table) -> pa.Table:
     """As `majority`, among the training questions of the same layers and role; among all where there are none."""
-    cells: dict[Hashable, list[tuple[bool | None, str]]] = {}
-    for cell, truth in zip(_cells(train, "role"), _truths(train), strict=True):
-        cells.setdefault(cell, []).append(truth)
-    answer = {cell: _commonest(truths) for cell, truths in cells.items()}
-    overall = _commonest(_truths(train))
+    cells: dict[Hashable, list[list[str]]] = {}
+    for cell, right in zip(_cells(train, "role"), _right(train), strict=True):
+        cells.setdefault(cell, []).append(right)
+    answer = {cell: _commonest(those) for cell, those in cells.items()}
+    overall = _commonest(_right(train))
     return _answers(test, [answer.get(cell, overall) for cell in _cells(test, "role")], MAJORITY_BY)
 
 
@@ -118,20 +119,19 @@ def _holds_vectors(questions: pa.Table) -> bool:
     return bool(questions.num_rows) and pc.min(pc.list_value_length(questions["vectors"])).as_py() > 0
 
 
-def _truths(questions: pa.Table) -> list[tuple[bool | None, str]]:
+def _right(questions: pa.Table) -> list[list[str]]:
+    """Of each question, every right answer."""
     if not questions.num_rows:
         raise ValueError("no training questions: a baseline answers what is common among them")
-    return list(zip(questions["changed"].to_pylist(), questions["answer"].to_pylist(), strict=True))
+    return questions["answers"].to_pylist()
 
 
-def _commonest(truths: Sequence[tuple[bool | None, str]]) -> str:
-    """The commonest answer with the commoner verdict; ties go to "unchanged" and by alphabet."""
-    verdict = _mode(bool(changed) for changed, _ in truths)
-    return _mode(answer for changed, answer in truths if bool(changed) == verdict)
-
-
-def _mode(values: Iterable):
-    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]))[0]
+def _commonest(right: Sequence[Sequence[str]]) -> str:
+    """The answer that is an exact match for most of the questions; ties go by alphabet."""
+    plain = {text: normalise(text) for texts in right for text in texts}
+    counts = Counter(key for texts in right for key in {plain[text] for text in texts})
+    most = max(counts.values())
+    return min(text for text, key in plain.items() if counts[key] == most)
 
 
 def _cells(questions: pa.Table, *columns: str) -> list[Hashable]:

@@ -39,7 +39,7 @@ class Judge:
         """The mark, 1 to 5, of each (predicted, expected) pair; None where the endpoint gave none.
 
         Raises:
-            BadInput: the endpoint refuses to be asked like this: a wrong key, model or address.
+            BadInput, JobFailed: as `Chat.replies`.
         """
         prompts = [INSTRUCTION.format(predicted=predicted, expected=expected) for predicted, expected in pairs]
         return self._chat.replies([Ask(prompt, max_tokens=MARK_TOKENS) for prompt in prompts], _mark_in)
@@ -51,7 +51,7 @@ def judged(graded: pa.Table, questions: pa.Table, answers: pa.Table, judge: Judg
 
     Raises:
         ValueError: `graded` is not of these questions and answers.
-        BadInput: as `Judge.marks`.
+        BadInput, JobFailed: as `Judge.marks`.
     """
     right = dict(zip(questions["question_id"].to_pylist(), questions["answers"].to_pylist(), strict=True))
     texts = {_key(row): row["text"] for row in answers.to_pylist()}

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
-from ray_explain.errors import JobFailed
 from ray_explain.features.simulate import pad_of
 from ray_explain.ground_truth.exemplars import EXEMPLARS
 from ray_explain.ground_truth.neuronpedia import read_labels
@@ -30,7 +29,6 @@ UNDESCRIBED = "undescribed"
 WARMTH = 0.7  # temperature of all candidates but the first
 DESCRIPTION_TOKENS = 60
 SHOWN_TOP = 10
-ENOUGH = 8  # features of which at least one should have been described
 _LONGEST = 400  # characters; what is longer is no description
 _ON = 0.5  # of a feature's highest activation: tokens from there on are marked
 
@@ -78,16 +76,8 @@ class EndpointModel:
         self._chat = Chat(endpoint)
 
     def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
-        """Raises: BadInput: a wrong key, model or address; JobFailed: the endpoint answered none of many requests."""
-        found = self._chat.replies(asks, read)
-        if len(asks) >= ENOUGH and all(reply is None for reply in found):
-            endpoint = self._chat.endpoint
-            raise JobFailed(
-                f"the model {endpoint.model!r} at {endpoint.address} answered none of {len(asks)} requests "
-                f"({', '.join(f'{n} x {why}' for why, n in self._chat.usage.failures.most_common())}); start again "
-                "when it answers: what was done stays done"
-            )
-        return found
+        """Raises: BadInput, JobFailed: as `Chat.replies`."""
+        return self._chat.replies(asks, read)
 
     def usage_so_far(self) -> Mapping[str, float]:
         usage, self._chat = self._chat.usage, Chat(self._chat.endpoint)

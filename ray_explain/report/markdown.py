@@ -70,7 +70,9 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
 
 def _unscored(it: Estimate, whole: int) -> str:
     """With its own n, where some of the answers have no such score."""
-    return f"{it.text} (n {numbers.count(it.n)})" if it.seeds and it.n < whole else it.text
+    if not it.seeds or it.n == whole:
+        return it.text
+    return f"{it.text} (n {numbers.count(it.n)}, {numbers.count(whole - it.n)} unscored)"
 
 
 def _parts(task: str, kind: str, scores: Scores, data: ReportData) -> str:

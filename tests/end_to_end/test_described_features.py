@@ -1,9 +1,12 @@
 """From a target and SAEs that others made to described, scored features and questions, through the jobs' own `main`."""
 
 import json
+import string
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -22,6 +25,8 @@ from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
 from ray_explain.world.corpus import documents
 from ray_explain.world.facts import World
+from tests.conftest import ChatServer
+from tests.serving import serving
 
 pytestmark = pytest.mark.ray
 D_SAE, K = 48, 4
@@ -89,9 +94,13 @@ def config_in(folder: Path, target: Path, features: dict[str, Any], **cluster: A
 
 
 def replies(prompt: str, n: int) -> str | int:
-    """A describer that says which tokens are marked, a simulator and a detector that look for the word it said."""
+    """A describer that says which tokens are marked, a simulator and a detector that look for the word it said, and a
+    judge of words."""
     if "Description:" in prompt:
         return 429 if n % 5 == 0 else f"Description: {marked_word(prompt)}"
+    if "Predicted: " in prompt:
+        said, right = prompt.split("Predicted: ")[1].split("\nExpected: ")
+        return "5" if said == right else "1"
     word = prompt.split("responds to: ")[1].split("\n")[0]
     if "numbered tokens" in prompt:
         tokens = [json.loads(line.split(": ", 1)[1]) for line in prompt.splitlines() if line[:1].isdigit()]
@@ -155,16 +164,58 @@ def test_published_saes_become_described_and_scored_features_and_questions(
     assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
 
 
-def test_explainers_answers_are_simulated_beside_the_gold_descriptions(
-    running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
-) -> None:
-    features = scored_features(saes, corpus, endpoint) | {"gold_from": 0.0}
-    config = config_in(tmp_path, world_target, features)
+class Evaluated(NamedTuple):
+    arguments: list[str]  # of the jobs
+    plan: Plan
+
+    @property
+    def unscored(self) -> int:
+        """Answers that the judge did not mark."""
+        manifest = finished(self.plan.scores(), self.plan.root)
+        assert manifest is not None
+        return int(manifest.measured["judge"]["unscored"])
+
+    def scores(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """By explainer, control and metric, those over all questions."""
+        rows = storage.read_table(f"{self.plan.path(self.plan.scores())}/scores").to_pylist()
+        return {(row["explainer"], row["control"], row["metric"]): row for row in rows if row["by"] == "all"}
+
+
+@pytest.fixture(scope="module")
+def chat() -> Iterator[ChatServer]:
+    with serving(ChatServer()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    running_ray: None, chat: ChatServer, world_target: Path, saes: Path, corpus: Path, tmp_path_factory: Any
+) -> Iterator[Evaluated]:
+    """Scored by a judge that leaves some answers unmarked, after one that was not there at all; and by embeddings."""
+    features = scored_features(saes, corpus, chat) | {"gold_from": 0.0}
+    config = config_in(tmp_path_factory.mktemp("evaluated"), world_target, features)
     sizes = ["train.epochs=2", "train.batch_size=8", "evaluate.controls=[shuffled]", "evaluate.resamples=200"]
-    assert evaluate.main(["--config", config, *sizes]) == 0
-    plan = Plan(read_experiment(config, sizes))
-    rows = storage.read_table(f"{plan.path(plan.scores())}/scores").to_pylist()
-    found = {(r["explainer"], r["control"], r["metric"]): r for r in rows if r["by"] == "all"}
+    judge = f"{{model: judge, address: '{chat.address}', key_variable: TEST_JUDGE_KEY, tries: 1}}"
+    arguments = ["--config", config, *sizes, f"evaluate.judge={judge}", "evaluate.embedding=some/model"]
+    plan = Plan(read_experiment(config, arguments[2:]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray_explain.evaluation.embeddings.sentence_encoder", lambda model: letters)
+        patch.setenv("TEST_JUDGE_KEY", "secret")
+        chat.script = lambda prompt, n: 503 if "Predicted: " in prompt else replies(prompt, n)
+        assert evaluate.main(arguments) == 1
+        assert finished(plan.scores(), plan.root) is None
+        chat.script = lambda prompt, n: 503 if "Predicted: " in prompt and len(prompt) % 3 == 0 else replies(prompt, n)
+        assert evaluate.main(arguments) == 0
+        yield Evaluated(arguments, plan)
+
+
+def letters(texts: Sequence[str]) -> np.ndarray:
+    """Stands in for a sentence model: how often each text has each letter."""
+    return np.array([[text.count(letter) for letter in string.ascii_lowercase] for text in texts], np.float64)
+
+
+def test_explainers_answers_are_simulated_beside_the_gold_descriptions(evaluated: Evaluated) -> None:
+    plan, found = evaluated.plan, evaluated.scores()
     questions = storage.read_table(plan.path(plan.questions("features", "small"))).filter(pc.field("split") == "test")
     told = storage.read_table(plan.path(plan.effects("features", "small")))
     own = {(r["case_id"], d["description"]): d for r in told.to_pylist() for d in r["descriptions"]}
@@ -181,12 +232,55 @@ def test_explainers_answers_are_simulated_beside_the_gold_descriptions(
         assert ("majority", "none", metric) in found
     assert ("small", "none", "correlation") not in found
     compared = storage.read_table(f"{plan.path(plan.scores())}/comparisons")
-    assert {"simulated", "detection"} <= set(compared["metric"].to_pylist())
+    assert {"simulated", "detection", "judged", "embedding"} <= set(compared["metric"].to_pylist())
     assert "gold descriptions" not in compared["against"].to_pylist()
-    assert report.main(["--config", config, *sizes]) == 0
+    assert report.main(evaluated.arguments) == 0
     for name in ("tables.md", "index.html"):
         page = Path(f"{plan.root}/report/{name}").read_text()
         assert all(words in page for words in ("simulator correlation", "detection", "the ceiling")), name
+
+
+def test_answers_are_judged_and_compared_by_their_embeddings(evaluated: Evaluated, chat: ChatServer) -> None:
+    found = evaluated.scores()
+    assert found["gold descriptions", "none", "embedding"]["value"] == pytest.approx(1)
+    assert 0 < found["small", "none", "embedding"]["value"] < 1
+    assert found["gold descriptions", "none", "judged"]["value"] == 1
+    assert found["majority", "none", "judged"]["value"] < 1
+    asked = [(body["model"], key) for _, body, key in chat.asked if "Predicted: " in body["messages"][-1]["content"]]
+    assert set(asked) == {("judge", "Bearer secret")}
+
+
+def test_what_a_judge_left_unmarked_is_told_and_asked_for_again(
+    evaluated: Evaluated, chat: ChatServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unscored, before = evaluated.unscored, evaluated.scores()
+    gold = ("gold descriptions", "none")
+    missing = before[(*gold, "exact_match")]["n"] - before[(*gold, "judged")]["n"]
+    assert 0 < missing < unscored
+    assert report.main(evaluated.arguments) == 0
+    for name in ("tables.md", "index.html"):
+        page = Path(f"{evaluated.plan.root}/report/{name}").read_text()
+        assert f"gave no mark for {unscored:,} of " in page, name
+    assert f"{missing} unscored)" in Path(f"{evaluated.plan.root}/report/tables.md").read_text()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_explain.endpoints.GIVEN_UP_AFTER", 1)
+        capsys.readouterr()
+        assert evaluate.main(evaluated.arguments) == 0
+        assert "The scores stay as they were: the model 'judge'" in capsys.readouterr().out
+    assert evaluated.scores() == before
+
+    chat.script, so_far = replies, len(chat.asked)
+    assert evaluate.main(evaluated.arguments) == 0
+    assert evaluated.unscored == 0
+    after, again = evaluated.scores(), [body["messages"][-1]["content"] for _, body, _ in chat.asked[so_far:]]
+    assert len(again) == len(set(again)) > 0 and all(len(prompt) % 3 == 0 for prompt in again)
+    assert after[(*gold, "judged")]["n"] == after[(*gold, "exact_match")]["n"]
+    assert {key: row for key, row in after.items() if key[2] != "judged"} == {
+        key: row for key, row in before.items() if key[2] != "judged"
+    }
+    assert evaluate.main(evaluated.arguments) == 0
+    assert len(chat.asked) == so_far + len(again)
 
 
 def read_layer(saes: Path, layer: int) -> torch.Tensor:

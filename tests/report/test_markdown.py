@@ -57,4 +57,4 @@ def test_dropped_rows_are_told_with_their_reasons(report) -> None:
 def test_a_score_that_not_all_answers_have_says_how_many(report, score_row) -> None:
     rows = [score_row("features", "llama", "llama", n=40), score_row("features", "llama", "llama", "judged", n=31)]
     row = cells(tables(report(scores=rows, comparisons=[])), "llama (self)")
-    assert "(n" not in row[0] and row[1].endswith("(n 31)") and row[2] == "40"
+    assert "(n" not in row[0] and row[1].endswith("(n 31, 9 unscored)") and row[2] == "40"
