@@ -289,7 +289,7 @@ class InjectionConfig(Section):
 class TrainConfig(Section):
     """How an explainer is trained."""
 
-    mixtures: list[list[Task]] = [["patching"], ["ablation"], ["features"]]  # one explainer for each
+    mixtures: list[list[Task]] = [["patching"], ["ablation"], ["features"]]  # one explainer each; a task is in one
     weights: dict[Task, Annotated[float, Field(gt=0)]] = {}  # how often a task's questions are seen; 1 unless given
     epochs: Positive = 1
     batch_size: Positive = 32  # questions per optimizer step, over all workers
@@ -456,6 +456,13 @@ class Experiment(Section):
         for mixture in self.train.mixtures:
             if not mixture:
                 raise ValueError("`train.mixtures` holds an empty mixture: name at least one task in each")
+        for task in self.tasks:
+            named = sum(mixture.count(task) for mixture in self.train.mixtures)
+            if named > 1:  # two explainers of one name would answer the same questions
+                raise ValueError(
+                    f"`train.mixtures` names {task!r} {named} times: a task belongs to one mixture of an experiment; "
+                    "compare mixtures in experiments of their own; below the same `storage` they share the ground truth"
+                )
         return self
 
     @model_validator(mode="after")

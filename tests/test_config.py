@@ -65,6 +65,8 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("ground_truth.patching.cases.test=0", ["cases.test", "0", "greater than or equal to 1"]),
         ("train.mixtures=[[patchin]]", ["'patchin'", "'patching'"]),
         ("train.mixtures=[[]]", ["empty mixture"]),
+        ("train.mixtures=[[patching],[patching, ablation]]", ["train.mixtures", "'patching' 2 times", "of their own"]),
+        ("train.mixtures=[[patching],[features, features]]", ["train.mixtures", "'features' 2 times"]),
         ("ground_truth={}", ["ground_truth", "at least one"]),
         ("ground_truth.patching.blocks=1", ["other_layer", "ground_truth.patching.blocks"]),
         ("models.llama.path=/x", ["models.llama", "not both"]),

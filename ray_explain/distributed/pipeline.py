@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -23,12 +23,16 @@ from ray_explain.distributed.experiment import (
     marked,
     train_explainers,
 )
-from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.power import say_power
 from ray_explain.distributed.training_plan import plan_training
 from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
+from ray_explain.evaluation.grading import rows_of, series_of
+from ray_explain.evaluation.metrics import headline, measured
+from ray_explain.evaluation.shares import Shares, shown
 from ray_explain.report.data import ReportData, WorkedExample
+from ray_explain.report.examples import examples_of
 from ray_explain.report.page import write_report
 
 __all__ = [
@@ -45,8 +49,6 @@ __all__ = [
     "say_power",
     "train_explainers",
 ]
-
-EXAMPLES_PER_CELL = 4  # worked examples of each task, target and explainer, half of them right where there are any
 
 
 def run_pipeline(session: Session) -> None:
@@ -92,19 +94,23 @@ def _report_data(session: Session) -> ReportData:
     graded, scores, comparisons = (
         storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
     )
-    explainers, largest = plan.experiment.explainers, max(plan.experiment.fractions)
-    several = plan.is_whole and len(set(explainers) & set(plan.experiment.targets)) > 1
-    whole = graded.filter(pc.equal(graded["fraction"], largest))
+    explainers = plan.experiment.explainers
     seed, resamples = plan.experiment.seed, plan.experiment.evaluate.resamples
+    asked = graded.filter(pc.is_in(graded["explainer"], pa.array(explainers)))
+    as_shown = shown(asked, Shares(series_of(asked), explainers))
+    headlines = {task: headline(task, [metric.name for metric in measured(graded)]) for task in plan.experiment.tasks}
+    right_or_wrong = pa.array([task for task, metric in headlines.items() if metric == "exact_match"], pa.string())
     manifests = _manifests(plan)
     return ReportData(
         title=f"{plan.experiment.name}: language models explaining their own computations",
         scores=scores,
         comparisons=comparisons,
         explainers={name: name for name in explainers},
-        examples=list(_examples(session, whole)),
-        advantages=self_advantage(whole, seed=seed, resamples=resamples) if several else [],
-        calibrations=calibrations(whole, explainers, seed=seed, resamples=resamples),
+        examples=list(_examples(session, as_shown, headlines)),
+        advantages=self_advantage(asked, seed=seed, resamples=resamples),
+        calibrations=calibrations(
+            as_shown.filter(pc.is_in(as_shown["task"], right_or_wrong)), explainers, seed=seed, resamples=resamples
+        ),
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
         run={
@@ -166,20 +172,24 @@ def _seconds(manifests: Iterable[Manifest]) -> dict[str, float]:
     return {kind: took for kind, took in seconds.items() if took >= 1}
 
 
-def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
-    """Some questions of every task, target and explainer with its answers, right and wrong ones."""
+def _examples(session: Session, graded: pa.Table, headlines: Mapping[Task, str]) -> Iterator[WorkedExample]:
+    """Some questions of every task, target and explainer with its answers as the report shows them, of its first seed
+    there; `graded` holds these alone."""
     plan = session.plan
+    told = {(one["task"], one["target"], one["explainer"], one["seed"], one["fraction"]) for one in series_of(graded)}
     for target, task in plan.target_tasks():
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
-        for run in plan.runs():
-            shown = (target, plan.experiment.seeds[0], max(plan.experiment.fractions))
-            if (run.target, run.seed, run.fraction) != shown or task not in run.tasks or run.text_only:
-                continue
+        of_target = [run for run in plan.runs() if run.target == target and not run.text_only]
+        first: dict[str, Run] = {}
+        for run in (run for run in of_target if (task, target, run.explainer, run.seed, run.fraction) in told):
+            first.setdefault(run.explainer, run)
+        for run in first.values():
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():
                 said.setdefault(row["question_id"], {})[row["control"]] = row["text"]
-            for row in _chosen(graded, task, target, run.explainer, run.seed):
-                question, answers = questions[row["question_id"]], said[row["question_id"]]
+            series = {"task": task, "target": target, "explainer": run.explainer, "seed": run.seed, "control": "none"}
+            for chosen in examples_of(rows_of(graded, series), headlines[task]):
+                question, answers = questions[chosen.question_id], said[chosen.question_id]
                 yield WorkedExample(
                     task=task,
                     target=target,
@@ -187,7 +197,8 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
                     question=question["prompt"],
                     truth=question["answer"],
                     answer=answers["none"],
-                    right=row["exact"],
+                    right=chosen.right,
+                    score=chosen.score,
                     controls={control: text for control, text in answers.items() if control != "none"},
                 )
 
@@ -195,18 +206,6 @@ def _examples(session: Session, graded: pa.Table) -> Iterator[WorkedExample]:
 def _without_vectors(session: Session, task: Task, target: str) -> list[dict[str, Any]]:
     questions = session.table(session.plan.questions(task, target))
     return questions.select(["question_id", "prompt", "answer"]).to_pylist()
-
-
-def _chosen(graded: pa.Table, task: Task, target: str, explainer: str, seed: int) -> list[dict[str, Any]]:
-    """Half right and half wrong answers, as far as there are both, the first by id: the same in every report."""
-    mask = pc.and_(pc.equal(graded["task"], task), pc.equal(graded["target"], target))
-    mask = pc.and_(mask, pc.and_(pc.equal(graded["explainer"], explainer), pc.equal(graded["seed"], seed)))
-    rows = graded.filter(pc.and_(mask, pc.equal(graded["control"], "none"))).sort_by("question_id")
-    rows = rows.select(["question_id", "exact"]).to_pylist()
-    right, wrong = ([row for row in rows if row["exact"] is is_right] for is_right in (True, False))
-    half = EXAMPLES_PER_CELL // 2
-    n_right = min(len(right), max(half, EXAMPLES_PER_CELL - len(wrong)))
-    return right[:n_right] + wrong[: EXAMPLES_PER_CELL - n_right]
 
 
 def _say_summary(session: Session, seconds: float, report: str) -> None:

@@ -22,18 +22,23 @@ def say_power(session: Session) -> None:
     found = list(sizes(graded, experiment.explainers, seed=experiment.seed, resamples=experiment.evaluate.resamples))
     if not found:
         raise BadInput("no target of this experiment is explained by itself and by another model: nothing to compare")
-    session.say("Self minus cross, exact match; found in 4 of 5 studies by a two-sided test at 5 %:")
+    session.say("Self minus cross; found in 4 of 5 studies by a two-sided test at 5 %:")
     for one in found:
-        session.say("\n".join(_told(one)))
+        session.say("\n".join(told(one)))
     if any(one.seed_variance is None for one in found):
         session.say("One seed says nothing of how much seeds differ: these sizes hold for these explainers only.")
 
 
-def _told(one: Size) -> list[str]:
+def told(one: Size) -> list[str]:
+    """The lines that say what a study like the pilot finds, and what it takes to find more."""
     size = f"{one.questions:,} questions, {numbers.plural(one.seeds, 'seed')}"
-    head = f"{numbers.task_label(one.task)}, {one.target} itself against {one.against} ({size})"
+    share = "" if one.fraction == 1 else f", at {numbers.share_label(one.fraction)}"
+    what = f"{numbers.task_label(one.task)}, {numbers.metric_label(one.metric)}"
+    head = f"{what}, {one.target} itself against {one.against}{share} ({size})"
     if one.detectable is None:
-        return [f"{head}: both are right on the same questions; that says nothing of what it takes"]
+        return [
+            f"{head}: they answered alike, or differ by the same in every group; that says nothing of what it takes"
+        ]
     return [
         f"{head}: finds {numbers.signed(one.detectable, 3)} or more",
         *[f"  {numbers.signed(need.wanted)} needs {_need(need, one)}" for need in one.needs],

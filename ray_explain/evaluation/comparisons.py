@@ -1,7 +1,7 @@
 """One explainer against another on the same questions: self minus cross, uplift over controls, gain over baselines."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from jaxtyping import Float
 from ray_explain import records
 from ray_explain.evaluation import intervals
 from ray_explain.evaluation.grading import rows_of, series_of
-from ray_explain.evaluation.metrics import Metric, Part, Tally, defined, measured, tally
+from ray_explain.evaluation.metrics import Metric, Part, Tally, defined, headline, measured, tally
+from ray_explain.evaluation.shares import common_share
 
 BY = ("all", "changed", "stratum")
 PERMUTATIONS = 4999
@@ -91,35 +92,53 @@ def comparisons(
     return records.rows_table(corrected(rows), records.COMPARISONS)
 
 
-def self_advantage(
-    graded: pa.Table, *, metric: str = "exact_match", by: str = "all", seed: int, resamples: int = 2000
-) -> list[dict[str, Any]]:
-    """For each task that targets explain and each fraction of the training data, the difference in differences: how
-    much better models explain themselves than the strength of the explainer and the ease of the target foretell
-    (`intervals.self_weights`).
+def self_advantage(graded: pa.Table, *, seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
+    """For each task the difference in differences on its headline metric: how much better models explain themselves
+    than the strength of the explainer and the ease of the target foretell (`intervals.self_weights`).
 
-    Only explainers that are also targets, and seeds that all pairings have, take part. Each row has task, fraction,
-    difference, low, high, p_value, p_holm (over the tasks), n_groups and seeds; groups are resampled together over all
-    targets.
-
-    Raises:
-        ValueError: a task has no square of at least two models, or the pairings have no seed in common.
+    Only explainers that are also targets take part, at the share of the training data that the most pairings know
+    (`shares.common_share`), with the seeds that all of these have. Each row has task, fraction, metric, by, difference,
+    low, high, p_value, p_holm (over the tasks), n_groups and seeds; groups are resampled together over all targets. A
+    task has none where less than two models explain themselves and each other, or where the pairings have no seed in
+    common.
     """
-    named = [series for series in series_of(graded) if series["control"] == "none"]
+    asked = [series for series in series_of(graded) if series["control"] == "none" and series["fraction"]]
     metrics, rows = measured(graded), []
-    for task, fraction in sorted({(series["task"], series["fraction"]) for series in named if series["fraction"]}):
-        alike = [series for series in named if (series["task"], series["fraction"]) == (task, fraction)]
-        targets = {series["target"] for series in alike}
-        cells: dict[tuple[str, str], dict[int, Tally]] = defaultdict(dict)
-        for series in alike:
-            if series["explainer"] in targets:
-                kind = by if by == "all" else by.split("=")[0]
-                tallied = tally(rows_of(graded, series), [kind], metrics)
-                cells[series["explainer"], series["target"]][series["seed"]] = tallied
-        if cells:
-            facts = {"task": task, "fraction": fraction, "contrast": "advantage", "metric": metric, "by": by}
-            rows.append(facts | _advantage(cells, metric, by, resamples, seed))
+    for task in sorted({series["task"] for series in asked}):
+        fraction, square = _square([series for series in asked if series["task"] == task])
+        cells = {
+            pairing: {series["seed"]: tally(rows_of(graded, series), ["all"], metrics) for series in by_seed}
+            for pairing, by_seed in square.items()
+        }
+        if cells and _tell_an_advantage(cells):
+            metric = headline(task, [metric.name for metric in metrics])
+            facts = {"task": task, "fraction": fraction, "contrast": "advantage", "metric": metric, "by": "all"}
+            rows.append(facts | _advantage(cells, metric, "all", resamples, seed))
     return corrected(rows)
+
+
+def _square(asked: Sequence[dict[str, Any]]) -> tuple[float, dict[tuple[str, str], list[dict[str, Any]]]]:
+    """The share of the training data that the most pairings of models that are also targets know, and their series."""
+    targets = {series["target"] for series in asked}
+    among = [series for series in asked if series["explainer"] in targets]
+    known: dict[tuple[str, str], set[float]] = defaultdict(set)
+    square: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for series in among:
+        known[series["explainer"], series["target"]].add(series["fraction"])
+    fraction = common_share(known.values())
+    for series in among:
+        if series["fraction"] == fraction:
+            square[series["explainer"], series["target"]].append(series)
+    return fraction, square
+
+
+def _tell_an_advantage(cells: Mapping[tuple[str, str], Mapping[int, Tally]]) -> bool:
+    """Whether two models at least explain themselves and each other, and all pairings have a seed in common."""
+    try:
+        intervals.self_weights(sorted(cells))
+    except ValueError:
+        return False
+    return bool(set.intersection(*(set(by_seed) for by_seed in cells.values())))
 
 
 def pilot(
@@ -164,13 +183,13 @@ def pilot(
 
 
 def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `p_holm`: corrected over those of the same task, fraction, contrast, metric and kind of part."""
+    """The rows with `p_holm`: corrected over those of the same task, fraction, contrast, metric and kind of part; the
+    advantages over each other, since there is one a task.
+    """
     families: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        family = [row[key] for key in ("task", "fraction", "contrast", "metric")]
-        if row["contrast"] == "advantage":  # one a task: the tasks are the several
-            family[0] = ""
-        families[*family, row["by"].split("=")[0]].append(i)
+        family = [] if row["contrast"] == "advantage" else [row[key] for key in ("task", "fraction", "metric")]
+        families[row["contrast"], *family, row["by"].split("=")[0]].append(i)
     p_holm: dict[int, float] = {}
     for members in families.values():
         p_values = [np.nan if rows[i]["p_value"] is None else rows[i]["p_value"] for i in members]

@@ -1,7 +1,7 @@
 """The paper's metrics, computed from sums over groups of graded answers, with intervals."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray_explain import records
 from ray_explain.evaluation import intervals
 from ray_explain.evaluation.grading import GRADED, grade, rows_of, series_of
 
-__all__ = ["BY", "GRADED", "METRICS", "Metric", "Part", "Tally", "grade", "scores", "tally"]
+__all__ = ["BY", "GRADED", "METRICS", "Metric", "Part", "Tally", "grade", "headline", "scores", "tally"]
 
 BY = ("all", "changed", "layer", "role", "stratum")
 
@@ -137,6 +137,22 @@ class Tally:
 def measured(graded: pa.Table) -> list[Metric]:
     """The metrics that some answer of a table has."""
     return [metric for metric in METRICS if metric.counted(graded).any()]
+
+
+# What marks free descriptions, the most telling first.
+_OF_FREE_TEXT = ("simulated", "judged", "embedding")
+
+
+def headline(task: str, known: Collection[str]) -> str:
+    """The metric that a task is judged on, of those that are `known` of it: exact match.
+
+    Free descriptions are next to never the same words, so exact match is about 0 whoever gives them: they are judged by
+    what marked them, where something did. Those of a fixed vocabulary, which have a correlation, are judged by exact
+    match.
+    """
+    if task != "features" or "correlation" in known:
+        return "exact_match"
+    return next((name for name in _OF_FREE_TEXT if name in known), "exact_match")
 
 
 def tally(graded: pa.Table, by: Sequence[str], metrics: Sequence[Metric]) -> Tally:

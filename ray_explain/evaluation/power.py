@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from scipy import stats
@@ -10,8 +11,10 @@ from scipy import stats
 from ray_explain.evaluation.comparisons import pilot
 from ray_explain.evaluation.grading import series_of
 from ray_explain.evaluation.intervals import CONFIDENCE, Pilot, questions_needed
+from ray_explain.evaluation.metrics import headline, measured
+from ray_explain.evaluation.shares import Shares
 
-WANTED = (0.02, 0.05, 0.10)  # differences of self and cross in exact match
+WANTED = (0.02, 0.05, 0.10)  # differences of self and cross in the headline metric
 POWER = 0.8
 MOST_SEEDS = 50
 
@@ -35,31 +38,39 @@ class Size:
     task: str
     target: str
     against: str
+    fraction: float  # of the training data that both know
+    metric: str  # the task's headline
     questions: int  # of the pilot
     seeds: int
     seed_variance: float | None  # None with one seed, which says nothing of others
     detectable: float | None  # the difference that a study like the pilot finds with probability `POWER`
-    needs: Sequence[Need]  # none, as `detectable`, where both sides were right on the same questions: no spread is seen
+    needs: Sequence[Need]  # none, as `detectable`, where the two differ alike in all groups: no spread is seen
 
 
 def sizes(graded: pa.Table, trained: Sequence[str], *, seed: int, resamples: int = 2000) -> Iterator[Size]:
-    """One for each target that explains itself and each other trained explainer of it.
+    """One for each target that explains itself and each other trained explainer of it that knows a same share of the
+    training data (`shares.Shares.of_pair`) with a same seed.
 
-    At the largest share of the training data, on exact match over all questions, for a two-sided test at 5 %.
+    On the task's headline metric over all questions, for a two-sided test at 5 %.
     """
     asked = [one for one in series_of(graded) if one["control"] == "none" and one["explainer"] in trained]
-    largest = max((one["fraction"] for one in asked), default=0.0)
-    seeds: dict[tuple[str, str, str], set[int]] = {}
+    shares, seeds = Shares(asked, trained), dict[tuple[str, str, str, float], set[int]]()
     for one in asked:
-        if one["fraction"] == largest:
-            seeds.setdefault((one["task"], one["target"], one["explainer"]), set()).add(one["seed"])
-    for task, target, against in sorted(seeds):
-        if against == target or (task, target, target) not in seeds:
+        seeds.setdefault((one["task"], one["target"], one["explainer"], one["fraction"]), set()).add(one["seed"])
+    known = [metric.name for metric in measured(graded)]
+    for task, target, against in sorted({key[:3] for key in seeds}):
+        fraction = shares.of_pair(task, target, target, against)
+        if against == target or fraction is None:
             continue
-        names = {"task": task, "target": target, "explainer": target, "against": against}
-        known = pilot(graded, **names, fraction=largest, seed=seed, resamples=resamples)
-        n_seeds = len(seeds[task, target, target] & seeds[task, target, against])
-        yield _size(task, target, against, known, _questions(graded, task, target), n_seeds)
+        n_seeds = len(seeds[task, target, target, fraction] & seeds[task, target, against, fraction])
+        if n_seeds:
+            names = {"task": task, "target": target, "against": against}
+            metric = headline(task, known)
+            found = pilot(
+                graded, **names, explainer=target, metric=metric, fraction=fraction, seed=seed, resamples=resamples
+            )
+            questions = _questions(graded, task, target)
+            yield _size(found, questions, n_seeds, **names, fraction=fraction, metric=metric)
 
 
 def _questions(graded: pa.Table, task: str, target: str) -> int:
@@ -67,12 +78,10 @@ def _questions(graded: pa.Table, task: str, target: str) -> int:
     return len({row["question_id"] for row in rows if (row["task"], row["target"]) == (task, target)})
 
 
-def _size(task: str, target: str, against: str, known: Pilot, questions: int, seeds: int) -> Size:
+def _size(known: Pilot, questions: int, seeds: int, **identity: Any) -> Size:
     seen = known.group_variance > 0
     return Size(
-        task=task,
-        target=target,
-        against=against,
+        **identity,
         questions=questions,
         seeds=seeds,
         seed_variance=known.seed_variance if seeds > 1 else None,

@@ -23,6 +23,7 @@ def caveats(data: ReportData, scores: Scores) -> list[Caveat]:
         _whether_and_what,
         _shared_basis,
         _not_ranked,
+        _what_is_missing,
         _what_intervals_hold,
         _unparsed,
         _what_self_means,
@@ -89,18 +90,76 @@ def _not_ranked(data: ReportData, scores: Scores) -> Caveat | None:
     )
 
 
-def _what_intervals_hold(data: ReportData, scores: Scores) -> Caveat:
-    seeds = len(data.seeds)
-    drawn = (
-        f"There are {seeds} seeds of training: a difference holds their draw too, a score is the mean over them."
-        if seeds > 1
-        else "Each explainer was trained once, so the intervals do not hold what another seed would give."
+def _what_is_missing(data: ReportData, scores: Scores) -> Caveat | None:
+    told = [text for task in data.tasks for target in data.targets_of(task) if (text := _missing(task, target, data))]
+    if not told:
+        return None
+    return Caveat(
+        title="Not every explainer is scored at every share of the training data.",
+        text="Those of a target are shown at the largest share at which all of them, or else most, are scored. "
+        f"{' '.join(f'{text[0].upper()}{text[1:]}.' for text in told)} All scores are in scores.json.",
     )
+
+
+def _missing(task: str, target: str, data: ReportData) -> str:
+    """What explainers of one target have no score at; empty where nothing is missing."""
+    known, whole = data.shares.known(task, target), data.fractions[-1]
+    absent = [data.model_of(name) for name in data.explainers if name not in known]
+    lacking = [data.model_of(name) for name, shares in known.items() if whole not in shares]
+    common = data.shares.common(task, target)
+    own = {data.model_of(name): data.shares.of(task, target, name) for name, it in known.items() if common not in it}
+    parts = [f"{_names(absent)} not scored at all"] if absent else []
+    if lacking:
+        parts.append(f"{_names(lacking)} not scored at {numbers.share_label(whole)}")
+    if lacking and common != whole:
+        parts.append(f"explainers are shown at {numbers.share_label(common)}")
+    parts += [f"{name} is shown at {numbers.share_label(share)}" for name, share in own.items()]
+    return f"{numbers.task_label(task)}, target {target}: {', '.join(parts)}" if parts else ""
+
+
+def _names(names: list[str]) -> str:
+    ordered = sorted(names, key=numbers.natural)
+    return f"{ordered[0]} is" if len(ordered) == 1 else f"{', '.join(ordered[:-1])} and {ordered[-1]} are"
+
+
+def _what_intervals_hold(data: ReportData, scores: Scores) -> Caveat:
     return Caveat(
         title="The intervals hold the draw of the questions, not of everything.",
         text="They resample groups of test questions: an entity, an item or a feature with all its questions. "
-        f"{drawn} Differences are paired on the same questions, and p-values are corrected (Holm) over the comparisons "
-        "of one kind on one task. Other models, other data or another recipe could give other numbers.",
+        f"{_seeds(data, scores)}{_unlike_seeds(data, scores)} Differences are paired on the same questions, and "
+        "p-values are corrected (Holm) over the comparisons of one kind on one task. Other models, other data or "
+        "another recipe could give other numbers.",
+    )
+
+
+def _seeds(data: ReportData, scores: Scores) -> str:
+    """What the differences that are shown hold of the draw of the seeds: no more than the one with the fewest."""
+    pairs = [row["seeds"] for row in data.comparison_rows]
+    once = all(len(it.seeds) <= 1 for key, it in scores.estimates.items() if key.row.trained)
+    if once:
+        return "Each explainer was trained once, so the intervals do not hold what another seed would give."
+    if not pairs:
+        return "A score is the mean over the seeds of training, and its interval does not hold their draw."
+    least, most = min(pairs), max(pairs)
+    if most == 1:
+        return "Differences are of one seed of training, so their intervals do not hold what another seed would give."
+    if least == 1:
+        return (
+            f"Differences are of 1 to {most} seeds of training; those of one do not hold what another seed would give, "
+            "the others hold the draw of the seeds too. A score is the mean over them."
+        )
+    seeds = f"{least} to {most}" if least < most else f"{least}"
+    return f"Differences are of {seeds} seeds of training and hold their draw too; a score is the mean over them."
+
+
+def _unlike_seeds(data: ReportData, scores: Scores) -> str:
+    places = [(task, target) for task in data.tasks for target in data.targets_of(task)]
+    told = [f"{numbers.task_label(task)} of {target}" for task, target in places if scores.seeds_differ(task, target)]
+    if not told:
+        return ""
+    return (
+        f" Explainers do not have the same seeds on {', '.join(told)}: a score is the mean over those that it has, a "
+        "difference over those that both sides have, so that scores need not subtract to it."
     )
 
 

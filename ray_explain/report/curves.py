@@ -2,13 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_explain.report import numbers
 from ray_explain.report.data import ReportData
-from ray_explain.report.estimates import Estimate, Row, Scores, pooled, row_of
+from ray_explain.report.estimates import Estimate, Row, Scores, pooled, row_of, row_order
 from ray_explain.report.figures import Axis, axis_for
 
 HEIGHT = 190  # pixels of a plot's inside
@@ -56,14 +56,14 @@ def learning_curves(task: str, data: ReportData, scores: Scores) -> list[Plot]:
     grouped: dict[tuple[str, Row, float], list[dict[str, Any]]] = defaultdict(list)
     for score in data.every_score:
         if (score["task"], score["metric"], score["by"], score["control"]) == (task, metric, by, "none"):
-            target = score["target"]
-            grouped[target, row_of(data, score["explainer"], target), score["fraction"]].append(score)
+            row = row_of(data, task, score["target"], score["explainer"])._replace(share=None)
+            grouped[score["target"], row, score["fraction"]].append(score)
     found = {key: pooled(rows) for key, rows in grouped.items()}
     places = list(zip(_places(data.fractions), [f"{100 * f:.3g}{numbers.THIN}%" for f in data.fractions]))
     title = numbers.score_label(metric, by)
     plots = []
     for target in data.targets_of(task):
-        rows = [*scores.explainers(task, target), *_lookup(task, target, scores)]
+        rows = _drawn({row for of, row, _ in found if of == target})
         at = {row: [found.get((target, row, f), Estimate()) for f in data.fractions] for row in rows}
         axis = axis_for(it for estimates in at.values() for it in estimates)
         series = [_series(row, [x for x, _ in places], estimates, axis) for row, estimates in at.items()]
@@ -71,9 +71,13 @@ def learning_curves(task: str, data: ReportData, scores: Scores) -> list[Plot]:
     return plots
 
 
-def _lookup(task: str, target: str, scores: Scores) -> list[Row]:
-    known = {row.name: row for row in scores.rows(task, target) if not row.trained}
-    return [known[name] for name in LOOKUPS if name in known][:1]
+def _drawn(rows: Collection[Row]) -> list[Row]:
+    """Every explainer, whatever share it came to, and one lookup."""
+    lookups = {row.name: row for row in rows if not row.trained}
+    return (
+        sorted((row for row in rows if row.trained), key=row_order)
+        + [lookups[name] for name in LOOKUPS if name in lookups][:1]
+    )
 
 
 def _places(fractions: Sequence[float]) -> list[float]:
@@ -90,9 +94,11 @@ def reliability(task: str, data: ReportData) -> list[Plot]:
         series = []
         for it in data.calibrations:
             if (it.task, it.target) == (task, target):
-                estimates = [Estimate(value=b.right, low=b.low, high=b.high, n=b.n, seeds=1) for b in it.bins]
+                estimates = [Estimate(value=b.right, low=b.low, high=b.high, n=b.n, seeds=(0,)) for b in it.bins]
                 series.append(
-                    _series(row_of(data, it.explainer, target), [100 * b.confidence for b in it.bins], estimates, axis)
+                    _series(
+                        row_of(data, task, target, it.explainer), [100 * b.confidence for b in it.bins], estimates, axis
+                    )
                 )
         if series:
             series.sort(key=lambda one: (not one.row.is_self, numbers.natural(one.row.name)))
@@ -132,7 +138,7 @@ def calibration_text(task: str, target: str, data: ReportData) -> list[str]:
     for it in data.calibrations:
         if (it.task, it.target) != (task, target):
             continue
-        value, low, high = it.overconfidence
+        who, (value, low, high) = row_of(data, task, target, it.explainer).label, it.overconfidence
         if low is None or high is None:
             how = "too few groups to say whether it is"
         elif low <= 0 <= high:
@@ -145,7 +151,7 @@ def calibration_text(task: str, target: str, data: ReportData) -> list[str]:
             else f" (95{numbers.THIN}% interval {numbers.signed(low)} to {numbers.signed(high)})"
         )
         told.append(
-            f"{data.model_of(it.explainer)}: {how}; mean confidence minus accuracy {numbers.signed(value)}{bounds}, "
+            f"{who}: {how}; mean confidence minus accuracy {numbers.signed(value)}{bounds}, "
             f"expected calibration error {numbers.decimal(it.error)}, {numbers.plural(it.n, 'answer')}."
         )
     return told

@@ -10,7 +10,9 @@ import pyarrow as pa
 
 from ray_explain.artifacts import Manifest
 from ray_explain.evaluation.calibration import Calibration
+from ray_explain.evaluation.shares import Shares
 from ray_explain.records import COMPARISONS, SCORES, TASKS, conform
+from ray_explain.report import numbers
 
 RUN_PARTS = ("versions", "machine", "sizes", "seconds")
 
@@ -25,7 +27,8 @@ class WorkedExample:
     question: str  # holds `<vector>` where a vector went in
     truth: str
     answer: str
-    right: bool
+    right: bool | None  # None where answers of this task are scored, not right or wrong
+    score: float | None = None  # by the task's headline metric, where `right` is None
     controls: Mapping[str, str] = field(default_factory=dict)  # control -> the answer under it
 
 
@@ -43,8 +46,8 @@ class ReportData:
     comparisons: pa.Table  # records.COMPARISONS
     explainers: Mapping[str, str]  # trained ones: name in the tables -> model it started from, named as targets are
     examples: Sequence[WorkedExample] = ()
-    advantages: Sequence[Mapping[str, Any]] = ()  # evaluation.comparisons.self_advantage, on exact match
-    calibrations: Sequence[Calibration] = ()  # of the trained explainers
+    advantages: Sequence[Mapping[str, Any]] = ()  # evaluation.comparisons.self_advantage
+    calibrations: Sequence[Calibration] = ()  # of the trained explainers, as they are shown (`shares`)
     targets: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
     )  # target -> label -> value; fractions in 0..1
@@ -70,20 +73,35 @@ class ReportData:
         return [_finite(row) for row in self.scores.to_pylist()]
 
     @cached_property
+    def shares(self) -> Shares:
+        """At which share of the training data each explainer is shown on each task and target."""
+        return Shares(self.every_score, self.explainers)
+
+    @cached_property
     def score_rows(self) -> list[dict[str, Any]]:
-        """The scores as mappings, undefined numbers as None, in the order of the table: those of explainers that
-        know the largest fraction of the training data, and of what knows none.
+        """The scores as mappings, undefined numbers as None, in the order of the table: of each explainer and baseline
+        those at the share at which it is shown.
         """
-        return [row for row in self.every_score if row["fraction"] in (0, self.fractions[-1])]
+        of = self.shares.of
+        return [row for row in self.every_score if row["fraction"] == of(row["task"], row["target"], row["explainer"])]
 
     @cached_property
     def comparison_rows(self) -> list[dict[str, Any]]:
-        """The comparisons at that fraction as mappings, undefined numbers as None, in the order of the table."""
-        return [_finite(row) for row in self.comparisons.to_pylist() if row["fraction"] == self.fractions[-1]]
+        """The comparisons of what is shown as mappings, undefined numbers as None, in the order of the table.
+
+        Of two explainers that are not shown at the same share it is the one at the largest that both know.
+        """
+        return [_finite(row) for row in self.comparisons.to_pylist() if row["fraction"] == self._compared_at(row)]
+
+    def _compared_at(self, row: Mapping[str, Any]) -> float | None:
+        place, one, other = (row["task"], row["target"]), row["explainer"], row["against"]
+        if row["contrast"] == "self_minus_cross" and {one, other} <= set(self.shares.known(*place)):
+            return self.shares.of_pair(*place, one, other)
+        return self.shares.of(*place, one)
 
     @cached_property
     def fractions(self) -> list[float]:
-        """Of the training data that explainers were trained on, from small to large; 0 if none was trained."""
+        """Shares of the training data that something was scored at, from small to large; 0 if there is none."""
         return sorted(set(self.scores["fraction"].to_pylist()) - {0.0}) or [0.0]
 
     @property
@@ -101,10 +119,10 @@ class ReportData:
         """Targets on which `task` was scored, by name."""
         return sorted({row["target"] for row in self.score_rows if row["task"] == task})
 
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds of training of the trained explainers."""
-        return sorted({row["seed"] for row in self.score_rows if row["explainer"] in self.explainers})
+    def share_text(self, task: str, target: str) -> str:
+        """`at 30 % of the training data`, which is where explainers of the target are shown; empty for all of it."""
+        share = self.shares.common(task, target)
+        return "" if share in (0, 1) else f"at {numbers.share_label(share)}"
 
     def model_of(self, explainer: str) -> str:
         """The model a trained explainer started from; the name of a baseline as it is."""

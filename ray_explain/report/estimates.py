@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from ray_explain.evaluation.metrics import headline
 from ray_explain.report import numbers
 from ray_explain.report.data import ReportData
 
@@ -19,7 +20,7 @@ class Estimate:
     high: float | None = None
     n: int = 0  # questions, the same ones for each seed
     unparsed: int = 0  # answers, over all seeds, that could not be read; they count as wrong
-    seeds: int = 0
+    seeds: tuple[int, ...] = ()  # of training, over which it is the mean; the one of what has none is 0
     span: tuple[float, float] | None = None  # smallest and largest value of the seeds
 
     @property
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     control: str
     trained: bool
     is_self: bool
+    share: float | None = None  # of the training data at which it is shown, where others of the target are not
 
     @property
     def kind(self) -> str:
@@ -59,10 +61,11 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         """How a person calls it."""
+        share = "" if self.share is None else f", at {numbers.share_label(self.share)}"
         if not self.trained:
             extra = "" if self.control == "none" else f", {numbers.control_label(self.control)}"
-            return numbers.baseline_label(self.name) + extra
-        return self.name if self.control == "none" else numbers.control_label(self.control)
+            return numbers.baseline_label(self.name) + extra + share
+        return self.name + share if self.control == "none" else numbers.control_label(self.control)
 
 
 class Key(NamedTuple):
@@ -81,7 +84,7 @@ class Scores:
     def __init__(self, data: ReportData) -> None:
         grouped: dict[Key, list[dict[str, Any]]] = defaultdict(list)
         for score in data.score_rows:
-            row = row_of(data, score["explainer"], score["target"], score["control"])
+            row = row_of(data, score["task"], score["target"], score["explainer"], score["control"])
             grouped[Key(score["task"], score["target"], row, score["metric"], score["by"])].append(score)
         self.estimates = {key: pooled(rows) for key, rows in grouped.items()}
 
@@ -94,7 +97,7 @@ class Scores:
         found: dict[tuple[str, str], set[Row]] = defaultdict(set)
         for key in self.estimates:
             found[key.task, key.target].add(key.row)
-        return {place: sorted(rows, key=_row_order) for place, rows in found.items()}
+        return {place: sorted(rows, key=row_order) for place, rows in found.items()}
 
     def rows(self, task: str, target: str) -> list[Row]:
         """The target itself, then other explainers, each followed by its controls, then the baselines."""
@@ -103,6 +106,14 @@ class Scores:
     def explainers(self, task: str, target: str) -> list[Row]:
         """The trained explainers as they are asked, the target itself first."""
         return [row for row in self.rows(task, target) if row.kind in ("self", "cross")]
+
+    def seeds(self, task: str, target: str, row: Row) -> tuple[int, ...]:
+        """Seeds of training that its headline score is the mean over."""
+        return self.get(task, target, row, *self.headline(task)[0]).seeds
+
+    def seeds_differ(self, task: str, target: str) -> bool:
+        """Whether scores of its explainers are means over different seeds, so that they do not simply subtract."""
+        return len({self.seeds(task, target, row) for row in self.explainers(task, target)}) > 1
 
     @cached_property
     def _columns(self) -> dict[str, set[tuple[str, str]]]:
@@ -117,22 +128,30 @@ class Scores:
         return (metric, by) in self._columns[task]
 
     def metrics(self, task: str) -> list[str]:
-        """Metrics of a task: exact match, content match and has-changed F1 first, then others by name.
-
-        Before them the simulator correlation, where there is one: free descriptions are next to never the same words.
+        """Metrics of a task: first what it is judged on, then exact match, content match, has-changed F1 and others by
+        name. Where it is not judged on exact match, that comes last.
         """
-        order = ["simulated", "exact_match", "content_match", "changed_f1", "detection", "judged"]
         found = {metric for metric, _ in self._columns[task]}
-        return [metric for metric in order if metric in found] + sorted(found - set(order))
+        first, order = headline(task, found), ["exact_match", "content_match", "changed_f1", "detection", "judged"]
+
+        def place(metric: str) -> tuple[Any, ...]:
+            at = order.index(metric) if metric in order else len(order)
+            return (metric != first, metric == "exact_match", at, metric)
+
+        return sorted(found, key=place)
 
     def headline(self, task: str) -> list[tuple[str, str]]:
-        """The one or two (metric, by) that a task is judged on: all questions, and content on changed cases."""
-        first = ((self.metrics(task) or ["exact_match"])[0], "all")
+        """The one or two (metric, by) that a task is judged on: all questions, and content on changed cases.
+
+        Where it is not judged on exact match, nothing that counts the same words is beside it.
+        """
+        first, *others = self.metrics(task) or ["exact_match"]
         for second in (("content_match", "changed=true"), ("exact_match", "changed=true")):
             if self.has(task, *second):
-                return [first, second]
-        others = [(metric, "all") for metric in self.metrics(task) if metric not in (first[0], "content_match")]
-        return [first, *[other for other in others if self.has(task, *other)][:1]]
+                return [(first, "all"), second]
+        wrong = ("content_match",) if first == "exact_match" else ("exact_match", "similarity")
+        seconds = [(metric, "all") for metric in others if metric not in wrong and self.has(task, metric)]
+        return [(first, "all"), *seconds[:1]]
 
     def columns(self, task: str) -> list[tuple[str, str]]:
         """The headline, then the other metrics over all questions; at most four."""
@@ -183,7 +202,7 @@ def pooled(rows: Iterable[dict[str, Any]]) -> Estimate:
         high=_mean([row["high"] for row in rows]) if whole else None,
         n=max(row["n"] for row in rows),
         unparsed=sum(row["unparsed"] for row in rows),
-        seeds=len(rows),
+        seeds=tuple(sorted(row["seed"] for row in rows)),
         span=(min(values), max(values)) if whole and len(values) > 1 else None,
     )
 
@@ -193,12 +212,16 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def row_of(data: ReportData, explainer: str, target: str, control: str = "none") -> Row:
-    """Whose scores those of `explainer`, a name in the tables, on `target` are."""
-    return Row(data.model_of(explainer), control, explainer in data.explainers, data.is_self(explainer, target))
+def row_of(data: ReportData, task: str, target: str, explainer: str, control: str = "none") -> Row:
+    """Whose scores those of `explainer`, a name in the tables, on a task and target are, as they are shown."""
+    share = data.shares.of(task, target, explainer)
+    apart = share if share and share != data.shares.common(task, target) else None
+    trained, is_self = explainer in data.explainers, data.is_self(explainer, target)
+    return Row(data.model_of(explainer), control, trained, is_self, apart)
 
 
-def _row_order(row: Row) -> tuple[Any, ...]:
+def row_order(row: Row) -> tuple[Any, ...]:
+    """Sort key: the target itself, then other explainers, each followed by its controls, then the baselines."""
     controls = ["none", "shuffled", "no_vector", "other_layer", "random"]
     control = controls.index(row.control) if row.control in controls else len(controls)
     return (not row.trained, not row.is_self, numbers.natural(row.name), control, row.control)

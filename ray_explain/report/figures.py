@@ -69,6 +69,7 @@ class Heat:
 
     estimate: Estimate
     is_self: bool
+    share: float | None  # of the training data at which it is shown, where others of its target are not
 
     @property
     def strength(self) -> float | None:
@@ -85,6 +86,7 @@ class Matrix:
     targets: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Heat]]]
     gaps: Sequence[Sequence[tuple[str, str]]]  # of each target: (other explainer, self minus it as text)
+    seeds_differ: Sequence[bool]  # of each target, whether its cells are means over different seeds
 
 
 def matrices(task: str, data: ReportData, scores: Scores) -> list[Matrix]:
@@ -98,22 +100,34 @@ def matrices(task: str, data: ReportData, scores: Scores) -> list[Matrix]:
 def _matrix(
     task: str, metric: str, by: str, targets: list[str], models: list[str], data: ReportData, scores: Scores
 ) -> Matrix:
+    rows = {(row.name, target): row for target in targets for row in scores.explainers(task, target)}
+
     def heat(model: str, target: str) -> Heat:
-        row = Row(model, "none", True, model == target)
-        return Heat(estimate=scores.get(task, target, row, metric, by), is_self=model == target)
+        row = rows.get((model, target))
+        it = Estimate() if row is None else scores.get(task, target, row, metric, by)
+        return Heat(estimate=it, is_self=model == target, share=row and row.share)
 
     wanted = {"task": task, "metric": metric, "by": by, "contrast": "self_minus_cross"}
     found = [row for row in data.comparison_rows if all(row[key] == value for key, value in wanted.items())]
     gaps = [
-        [(data.model_of(row["against"]), _gap(row)) for row in found if row["target"] == target] for target in targets
+        [(data.model_of(row["against"]), _gap(row, data)) for row in found if row["target"] == target]
+        for target in targets
     ]
-    rows = [(model, [heat(model, target) for target in targets]) for model in models]
-    return Matrix(title=numbers.score_label(metric, by), targets=targets, rows=rows, gaps=gaps)
+    cells = [(model, [heat(model, target) for target in targets]) for model in models]
+    return Matrix(
+        title=numbers.score_label(metric, by),
+        targets=targets,
+        rows=cells,
+        gaps=gaps,
+        seeds_differ=[scores.seeds_differ(task, target) for target in targets],
+    )
 
 
-def _gap(row: dict[str, Any]) -> str:
+def _gap(row: dict[str, Any], data: ReportData) -> str:
     difference, low, high = numbers.difference_parts(row)
-    return f"{difference} [{low}, {high}]" if low else difference
+    apart = row["fraction"] != data.shares.common(row["task"], row["target"])
+    share = f", at {numbers.share_label(row['fraction'])}" if apart else ""
+    return (f"{difference} [{low}, {high}]" if low else difference) + share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +139,8 @@ class Panel:
     axes: Sequence[Axis]
     rows: Sequence[tuple[Row, Sequence[Estimate]]]
     unparsed: Sequence[int]  # of each row, over all questions
-    seeds: int  # over how many the explainers' values are means
+    seeds: Sequence[tuple[int, ...]]  # of each row, over which its values are means
+    seeds_differ: bool  # whether those of its explainers do
 
 
 def panels(task: str, data: ReportData, scores: Scores) -> list[Panel]:
@@ -151,7 +166,8 @@ def panels(task: str, data: ReportData, scores: Scores) -> list[Panel]:
             axes=axes,
             rows=rows,
             unparsed=[max((it.unparsed for it in estimates), default=0) for _, estimates in rows],
-            seeds=max(it.seeds for _, estimates in rows for it in estimates),
+            seeds=[max((it.seeds for it in estimates), key=len) for _, estimates in rows],
+            seeds_differ=scores.seeds_differ(task, target),
         )
         for target, rows in by_target.items()
     ]

@@ -121,7 +121,7 @@ class Findings:
 
     def _access(self, rows: list[dict[str, Any]]) -> Finding:
         target, other = rows[0]["target"], self.data.model_of(rows[0]["against"])
-        task, verdict = numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
+        task, verdict = _on(rows[0]), verdict_of_all(rows)
         better = f"{target} explains itself better than {other} explains it on {task}"
         worse = f"{other} explains {target} better than {target} explains itself on {task}"
         falls_short = verdict == "weak" and (rows[0]["difference"] or 0) <= 0
@@ -130,7 +130,7 @@ class Findings:
 
     def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
         verdict = verdict_of_all([row for row in rows if row["against"] not in SPARED] or rows)
-        who, task = self._who(rows[0]), numbers.task_label(rows[0]["task"])
+        who, task = self._who(rows[0]), _on(rows[0])
         without = f"{who} answers better without the vector on {task}"
         head = _head(verdict, f"{who} uses the vector on {task}", without)
         falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
@@ -138,7 +138,7 @@ class Findings:
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
     def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
-        who, task, verdict = self._who(rows[0]), numbers.task_label(rows[0]["task"]), verdict_of_all(rows)
+        who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(rows)
         each = f"each of {len(rows)} baselines" if len(rows) > 1 else numbers.baseline_label(rows[0]["against"])
         claim = {
             "weak": f"{who} differs from {each} on {task}",
@@ -173,7 +173,7 @@ class Findings:
         }[verdict]
         if verdict == "mixed":
             text += f"; in {lost} the other model is better." if lost else "."
-        return Finding(verdict=verdict, text=f"{_start(task)}: {text}", differences=rows)
+        return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
     def _vector_summary(self, task: str) -> Finding:
         rows = [row for row in self._of("uplift", task) if self._is_self(row) and row["against"] not in SPARED]
@@ -186,7 +186,7 @@ class Findings:
             "opposite": "models that explain themselves answer better without the vector.",
             "unknown": "nothing can be said on the use of the vector; no comparison with a control is defined.",
         }[verdict]
-        return Finding(verdict=verdict, text=f"{_start(task)}: {text}", differences=rows)
+        return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
 
 _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
@@ -206,9 +206,8 @@ def _head(verdict: Verdict, claim: str, opposite: str) -> str:
 
 def _advantage(row: dict[str, Any]) -> Finding:
     """The difference in differences of a task, told like a comparison."""
-    row = {"metric": "exact_match", "by": "all", "p_holm": None} | row
-    verdict, task = verdict_of(row), numbers.task_label(row["task"])
-    claim = f"models explain themselves better than explainer strength and target ease foretell on {task}"
+    verdict = verdict_of(row)
+    claim = f"models explain themselves better than explainer strength and target ease foretell on {_on(row)}"
     head = {
         "shown": claim[0].upper() + claim[1:],
         "opposite": claim[0].upper() + claim[1:].replace("better", "worse"),
@@ -284,6 +283,18 @@ def _span(rows: Sequence[dict[str, Any]], dropped: str = "") -> str:
     return f"{' to '.join(dict.fromkeys(ends))} {numbers.metric_label(rows[0]['metric'])}"
 
 
-def _start(task: str) -> str:
+def _on(row: dict[str, Any]) -> str:
+    """`activation patching`, and at which share of the training data, where that is not all of it."""
+    return numbers.task_label(row["task"]) + _at([row["fraction"]])
+
+
+def _at(shares: Iterable[float]) -> str:
+    known = sorted(set(shares))
+    if known in ([], [1.0]):
+        return ""
+    return f", at {_list([numbers.share_label(share) for share in known])}"
+
+
+def _start(task: str, rows: Sequence[dict[str, Any]]) -> str:
     label = numbers.task_label(task)
-    return label[:1].upper() + label[1:]
+    return label[:1].upper() + label[1:] + _at(row["fraction"] for row in rows)

@@ -64,8 +64,11 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
         estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
         whole = max(it.n for it in estimates)
         texts = [_unscored(it, whole) if by == "all" else it.text for it, (_, by) in zip(estimates, columns)]
-        lines.append([_name(row), *texts, numbers.count(whole)])
-    return f"### Target {escaped(target)}\n\n" + table(head, lines)
+        differ = scores.seeds_differ(task, target) and row.kind in ("self", "cross")
+        seeds = f", {numbers.seeds_label(scores.seeds(task, target, row))}" if differ else ""
+        lines.append([_name(row) + seeds, *texts, numbers.count(whole)])
+    share = data.share_text(task, target)
+    return f"### Target {escaped(target)}{f', {share}' if share else ''}\n\n" + table(head, lines)
 
 
 def _unscored(it: Estimate, whole: int) -> str:
@@ -111,13 +114,14 @@ def _calibration(task: str, data: ReportData) -> str:
 
 
 def _comparisons(data: ReportData) -> str:
-    head = ["task", "target", "explainer", "against", "contrast", "metric", "questions", "difference", "low", "high",
-            "p", "p (Holm)", "n", "groups", "seeds"]  # fmt: skip
+    head = ["task", "target", "explainer", "against", "contrast", "metric", "questions", "share", "difference", "low",
+            "high", "p", "p (Holm)", "n", "groups", "seeds"]  # fmt: skip
     lines = [
         [
             *[row[key] for key in ("task", "target", "explainer", "against", "contrast")],
             numbers.metric_label(row["metric"]),
             numbers.by_label(row["by"]),
+            f"{100 * row['fraction']:.3g}%",
             *[numbers.signed(row[key], 3) for key in ("difference", "low", "high")],
             *[numbers.decimal(row[key], 4) for key in ("p_value", "p_holm")],
             *[numbers.count(row[key]) for key in ("n", "n_groups", "seeds")],

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNDEFINED = "–"
@@ -96,6 +96,16 @@ def by_label(by: str) -> str:
 def score_label(metric: str, by: str) -> str:
     """`exact match, all questions`."""
     return f"{metric_label(metric)}, {by_label(by)}"
+
+
+def share_label(share: float) -> str:
+    """`30 % of the training data`."""
+    return f"{100 * share:.3g}{THIN}% of the training data"
+
+
+def seeds_label(seeds: Sequence[int]) -> str:
+    """`seed 0`, `seeds 0, 1`."""
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(str(seed) for seed in seeds)}"
 
 
 def plain(name: str) -> str:

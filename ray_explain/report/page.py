@@ -16,7 +16,7 @@ from ray_explain import report, storage
 from ray_explain.report import curves, figures, markdown, numbers
 from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData, WorkedExample
-from ray_explain.report.estimates import Scores
+from ray_explain.report.estimates import Row, Scores, row_of
 from ray_explain.report.findings import Finding, Findings
 
 MOST_EXAMPLES = 120
@@ -54,7 +54,7 @@ def page(data: ReportData, scores: Scores) -> str:
         groups=_groups(found),
         caveats=caveats(data, scores),
         tasks=[_task(task, data, scores) for task in data.tasks],
-        examples=_examples(data),
+        examples=_examples(data, scores),
         n_examples=len(data.examples),
         comparisons=_comparisons(data, scores),
         stages=_stages(data),
@@ -78,6 +78,7 @@ def _environment() -> jinja2.Environment:
     names = (
         *("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain", "metric_meaning"),
         *("task_question", "task_label", "metric_label", "by_label", "control_label", "baseline_label"),
+        *("seeds_label", "share_label"),
     )
     made.filters.update({name: getattr(numbers, name) for name in names})
     made.filters.update({"question_text": _question_text, "answer_text": _answer_text})
@@ -152,6 +153,7 @@ def _task(task: str, data: ReportData, scores: Scores) -> dict[str, Any]:
         "reliability": [
             (plot, curves.calibration_text(task, plot.target, data)) for plot in curves.reliability(task, data)
         ],
+        "shares": {target: data.share_text(task, target) for target in data.targets_of(task)},
         "rates": {target: scores.changed_rate(task, target) for target in data.targets_of(task)},
     }
 
@@ -166,14 +168,32 @@ def _comparisons(data: ReportData, scores: Scores) -> list[dict[str, Any]]:
     return [data.comparison_rows[i] for i in sorted(chosen[:MOST_COMPARISONS])]
 
 
-def _examples(data: ReportData) -> list[tuple[WorkedExample, str, bool]]:
-    """(example, model, is self), at most MOST_EXAMPLES: in turn from each task, self and cross, right and wrong."""
-    kinds: dict[tuple[str, bool, bool], list[tuple[WorkedExample, str, bool]]] = defaultdict(list)
+@dataclass(frozen=True, kw_only=True)
+class _Card:
+    """A worked example as it is drawn."""
+
+    example: WorkedExample
+    row: Row
+    judged: str  # right, wrong or scored: what it is filtered by
+    judgement: str  # the same with the score
+
+
+def _examples(data: ReportData, scores: Scores) -> list[_Card]:
+    """At most MOST_EXAMPLES: in turn from each task, self and cross, right and wrong."""
+    kinds: dict[tuple[str, bool, str], list[_Card]] = defaultdict(list)
     for it in data.examples:
-        is_self = data.is_self(it.explainer, it.target)
-        kinds[it.task, is_self, it.right].append((it, data.model_of(it.explainer), is_self))
+        card = _card(it, row_of(data, it.task, it.target, it.explainer), scores)
+        kinds[it.task, card.row.is_self, card.judged].append(card)
     in_turn = [it for turn in zip_longest(*kinds.values()) for it in turn if it is not None]
     return in_turn[:MOST_EXAMPLES]
+
+
+def _card(it: WorkedExample, row: Row, scores: Scores) -> _Card:
+    if it.right is None:
+        metric = numbers.metric_label(scores.headline(it.task)[0][0])
+        return _Card(example=it, row=row, judged="scored", judgement=f"{metric} {numbers.decimal(it.score)}")
+    judged, mark = ("right", "✓") if it.right else ("wrong", "✗")
+    return _Card(example=it, row=row, judged=judged, judgement=f"{mark} {judged}")
 
 
 def _stages(data: ReportData) -> list[tuple[str, float, float]]:

@@ -217,13 +217,31 @@ def test_a_task_that_no_target_explains_has_no_advantage(world):
     assert self_advantage(world.graded("majority", 0.5), seed=0) == []
 
 
-def test_an_advantage_needs_a_square_and_a_known_metric(world):
+def test_a_task_without_a_square_or_a_common_seed_has_no_advantage(world):
     lone = pa.concat_tables([world.graded("a", 0.5), world.graded("b", 0.5)])
-    with pytest.raises(ValueError, match="at least two models"):
-        self_advantage(lone, seed=0)
-    square = pa.concat_tables([world.graded(e, 0.5, target=t) for e in "ab" for t in "ab"])
-    with pytest.raises(ValueError, match="no 'similarity' by 'all'"):
-        self_advantage(square, metric="similarity", seed=0)
+    assert self_advantage(lone, seed=0, resamples=100) == []
+    unlike = [world.graded(e, 0.5, target=t, seed=int(e == "a" and t == "b")) for e in "ab" for t in "ab"]
+    assert self_advantage(pa.concat_tables(unlike), seed=0, resamples=100) == []
+
+
+def test_an_advantage_is_that_at_the_largest_share_that_all_pairings_know(world):
+    known = [(e, t, f) for e in "ab" for t in "ab" for f in (0.1, 0.3, 1.0) if (e, t, f) != ("a", "b", 1.0)]
+    square = pa.concat_tables([world.graded(e, 0.5 * f, target=t, fraction=f) for e, t, f in known])
+    (row,) = self_advantage(square, seed=0, resamples=100)
+    assert (row["fraction"], row["metric"]) == (0.3, "exact_match")
+
+
+def test_the_advantage_of_scored_descriptions_is_on_their_score(questions, answers):
+    """No description is worded as the right one; `simulated` is higher by .2 where models explain themselves."""
+    table = questions(*({"task": "features", "group": f"g{i}"} for i in range(20)))
+
+    def graded(explainer, target):
+        made = grade(table, answers(table, ["x"] * 20, explainer), target=target, seed=0)
+        score = pa.array([0.3 + 0.01 * i + 0.2 * (explainer == target) for i in range(20)])
+        return made.set_column(made.column_names.index("simulated"), "simulated", score)
+
+    (row,) = self_advantage(pa.concat_tables([graded(e, t) for e in "ab" for t in "ab"]), seed=0, resamples=100)
+    assert (row["metric"], row["difference"]) == ("simulated", pytest.approx(0.2))
 
 
 def test_what_one_side_has_no_score_for_is_left_out_on_both(questions, answers):
@@ -245,4 +263,5 @@ def test_advantages_are_corrected_over_their_tasks():
         {"task": task, "fraction": 1.0, "contrast": "advantage", "metric": "exact_match", "by": "all", "p_value": p}
         for task, p in (("patching", 0.03), ("ablation", 0.04), ("features", None))
     ]
+    rows[1] |= {"fraction": 0.3, "metric": "simulated"}  # each task has its own share and headline
     assert [row["p_holm"] for row in corrected(rows)] == [pytest.approx(0.06), pytest.approx(0.06), None]

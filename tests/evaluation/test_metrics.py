@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ray_explain import records
-from ray_explain.evaluation.metrics import METRICS, grade, scores, tally
+from ray_explain.evaluation.metrics import METRICS, grade, headline, scores, tally
 
 
 @pytest.fixture
@@ -171,3 +171,17 @@ def test_five_thousand_answers_are_scored_with_two_thousand_resamples_in_five_se
     start = time.process_time()
     scores(grade(table, told, target="t", seed=0), seed=0)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("task", "known", "judged_on"),
+    [
+        ("patching", {"exact_match", "content_match"}, "exact_match"),
+        ("features", {"exact_match", "similarity", "correlation", "judged", "embedding"}, "exact_match"),
+        ("features", {"exact_match", "similarity", "judged", "embedding", "simulated"}, "simulated"),
+        ("features", {"exact_match", "similarity", "judged", "embedding"}, "judged"),
+        ("features", {"exact_match", "similarity"}, "exact_match"),
+    ],
+)
+def test_free_descriptions_are_judged_on_what_marked_them_and_all_else_on_exact_match(task, known, judged_on):
+    assert headline(task, known) == judged_on

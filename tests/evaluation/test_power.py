@@ -1,5 +1,6 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from ray_explain.evaluation.intervals import Pilot, questions_needed
@@ -52,6 +53,31 @@ def test_seeds_that_differ_much_are_told_to_be_the_thing_that_is_missing(graded)
     assert small.questions is None and small.seeds is None
 
 
-def test_two_that_are_right_on_the_same_questions_say_nothing_of_what_it_takes(graded):
+def test_explainers_are_planned_for_at_the_largest_share_that_both_know(graded):
+    whole = graded(a=[0.7], b=[0.5])
+    at = whole.schema.get_field_index("fraction")
+    part = whole.set_column(at, whole.schema.field(at), pa.array([0.3] * whole.num_rows))
+    only_a = whole.filter(pc.equal(whole["explainer"], "a"))
+    (plan,) = sizes(pa.concat_tables([part, only_a]), ["a", "b"], seed=0, resamples=100)
+    assert (plan.fraction, plan.against) == (0.3, "b")
+    other = part.filter(pc.equal(part["explainer"], "b"))
+    assert not list(sizes(pa.concat_tables([other, only_a]), ["a", "b"], seed=0, resamples=100))
+
+
+def test_scored_descriptions_are_planned_for_on_their_score(questions, answers):
+    """Both never say the right words, which would say that nothing differs; their scores do."""
+    table = questions(*({"task": "features", "group": f"g{i // 2}"} for i in range(80)))
+    rng = np.random.default_rng(0)
+
+    def graded(name):
+        made = grade(table, answers(table, ["x"] * 80, name), target="a", seed=0)
+        return made.set_column(made.column_names.index("judged"), "judged", pa.array(rng.random(80)))
+
+    (plan,) = sizes(pa.concat_tables([graded("a"), graded("b")]), ["a", "b"], seed=0, resamples=300)
+    assert plan.metric == "judged"
+    assert plan.detectable == pytest.approx((1.96 + 0.84) * np.sqrt(2 / 12 / 80), rel=0.25)
+
+
+def test_two_that_answer_alike_say_nothing_of_what_it_takes(graded):
     (plan,) = sizes(graded(a=[1.0], b=[1.0]), ["a", "b"], seed=0, resamples=300)
     assert plan.detectable is None and not plan.needs

@@ -1,3 +1,5 @@
+import pytest
+
 from ray_explain.report.caveats import caveats
 from ray_explain.report.estimates import Scores
 
@@ -35,7 +37,58 @@ def test_answers_that_could_not_be_read_are_counted_without_baselines(report, sc
     assert "cannot be read" not in told(report(scores=[score_row("patching", "llama", "llama")]))
 
 
-def test_one_seed_is_called_one_seed(report, score_row) -> None:
-    assert "trained once" in told(report())
-    rows = [score_row("patching", "llama", "llama", seed=seed) for seed in (0, 1)]
-    assert "There are 2 seeds of training" in told(report(scores=rows))
+@pytest.mark.parametrize(
+    ("of_differences", "said"),
+    [
+        ((2, 2), "Differences are of 2 seeds of training and hold their draw too"),
+        ((2, 3), "Differences are of 2 to 3 seeds of training and hold their draw too"),
+        ((1, 3), "Differences are of 1 to 3 seeds of training; those of one do not hold what another seed would give"),
+        (
+            (1, 1),
+            "Differences are of one seed of training, so their intervals do not hold what another seed would give",
+        ),
+        ((), "A score is the mean over the seeds of training, and its interval does not hold their draw."),
+    ],
+)
+def test_no_more_seeds_are_claimed_than_the_differences_have(
+    report, score_row, comparison_row, of_differences, said
+) -> None:
+    rows = [score_row("patching", "llama", name, seed=seed) for name in ("llama", "qwen3") for seed in range(3)]
+    differences = [
+        comparison_row("self_minus_cross", "patching", "llama", "llama", "qwen3", seeds=seeds)
+        for seeds in of_differences
+    ]
+    text = told(report(scores=rows, comparisons=differences))
+    assert said in text and "trained once" not in text and "do not have the same seeds" not in text
+
+
+def test_explainers_that_were_trained_once_are_called_so(report) -> None:
+    assert "Each explainer was trained once" in told(report())
+
+
+def test_explainers_of_other_seeds_are_named(report, score_row) -> None:
+    rows = [
+        score_row("patching", "llama", name, seed=seed) for name, seed in [("llama", 0), ("llama", 1), ("qwen3", 1)]
+    ]
+    assert "do not have the same seeds on activation patching of llama:" in told(report(scores=rows))
+
+
+def test_what_is_missing_at_the_largest_share_is_named(report, score_row) -> None:
+    def of(target, **known):
+        return [score_row("patching", target, name, fraction=f) for name, shares in known.items() for f in shares]
+
+    models = {name: name for name in ("llama", "qwen3", "gemma")}
+    rows = of("llama", llama=[0.3, 1.0], qwen3=[0.3], gemma=[0.3, 1.0]) + of("gemma", gemma=[0.3, 1.0], llama=[1.0])
+    rows += of("qwen3", llama=[0.3, 1.0], qwen3=[1.0], gemma=[0.1])
+    text = told(report(scores=rows, comparisons=[], explainers=models)).replace("\u202f", " ")
+    assert (
+        "Activation patching, target llama: qwen3 is not scored at 100 % of the training data, explainers are shown at "
+        "30 % of the training data." in text
+    )
+    assert "Activation patching, target gemma: qwen3 is not scored at all." in text
+    assert (
+        "Activation patching, target qwen3: gemma is not scored at 100 % of the training data, gemma is shown at 10 % "
+        "of the training data." in text
+    )
+    whole = of("llama", llama=[1.0], qwen3=[1.0], gemma=[1.0])
+    assert "Not every explainer" not in told(report(scores=whole, comparisons=[], explainers=models))

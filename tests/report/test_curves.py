@@ -47,6 +47,18 @@ def test_a_share_that_nobody_was_trained_on_is_left_out_of_a_line(report, score_
     assert [len(series.points) for series in plot.series] == [2, 1, 2]
 
 
+def test_an_explainer_that_did_not_come_to_the_largest_share_has_a_curve(report, score_row):
+    rows = at_fractions(score_row, (0.1, 0.2), (0.3, 0.4), (1.0, 0.8))
+    rows = [row for row in rows if (row["explainer"], row["fraction"]) != ("qwen3", 1.0)]
+    data = report(scores=rows, comparisons=[])
+    (plot,) = learning_curves("patching", data, Scores(data))
+    assert [(one.row.label, len(one.points)) for one in plot.series] == [
+        ("llama", 3),
+        ("qwen3", 2),
+        ("nearest neighbour", 3),
+    ]
+
+
 def test_calibration_is_drawn_at_the_mean_confidence_self_first(report):
     data = report(calibrations=[calibration(explainer="qwen3"), calibration()])
     (plot,) = reliability("patching", data)

@@ -46,11 +46,66 @@ def test_the_known_tasks_come_first(report, score_row) -> None:
     assert rows_table(rows, SCORES).num_rows == 3
 
 
-def test_the_report_shows_the_largest_fraction_and_what_was_not_trained(report, score_row) -> None:
-    rows = [
-        score_row("patching", "llama", name, value=value, fraction=fraction)
-        for name, value, fraction in [("llama", 0.4, 0.25), ("llama", 0.7, 0.5), ("untrained", 0.1, 0.0)]
+def at_shares(score_row, target="llama", **known):
+    """Scores on patching: of each name, the shares of the training data; a value tells its share."""
+    return [
+        score_row("patching", target, name.replace("_", " "), value=share / 2, fraction=share)
+        for name, shares in known.items()
+        for share in shares
     ]
+
+
+def told(data):
+    return [(row["target"], row["explainer"], row["fraction"]) for row in data.score_rows]
+
+
+def test_the_largest_share_that_all_explainers_know_is_shown_and_what_was_not_trained(report, score_row) -> None:
+    rows = at_shares(score_row, llama=[0.25, 0.5], qwen3=[0.25, 0.5], untrained=[0.0])
     data = report(scores=rows, comparisons=[])
     assert data.fractions == [0.25, 0.5]
-    assert [(row["explainer"], row["value"]) for row in data.score_rows] == [("llama", 0.7), ("untrained", 0.1)]
+    assert told(data) == [("llama", "llama", 0.5), ("llama", "qwen3", 0.5), ("llama", "untrained", 0.0)]
+
+
+def test_an_explainer_that_did_not_come_to_the_largest_share_is_shown_with_the_others(
+    report, score_row, comparison_row
+) -> None:
+    rows = at_shares(score_row, llama=[0.3, 1.0], qwen3=[0.3], nearest_neighbour=[0.3, 1.0])
+    differences = [
+        comparison_row("self_minus_cross", "patching", "llama", "llama", "qwen3", fraction=0.3),
+        comparison_row("uplift", "patching", "llama", "llama", "shuffled", fraction=0.3),
+        comparison_row("uplift", "patching", "llama", "llama", "shuffled", fraction=1.0),
+    ]
+    data = report(scores=rows, comparisons=differences)
+    assert told(data) == [("llama", name, 0.3) for name in ("llama", "qwen3", "nearest neighbour")]
+    assert [(row["contrast"], row["fraction"]) for row in data.comparison_rows] == [
+        ("self_minus_cross", 0.3),
+        ("uplift", 0.3),
+    ]
+
+
+def test_a_baseline_at_a_larger_share_hides_no_explainer(report, score_row) -> None:
+    data = report(scores=at_shares(score_row, llama=[0.3], nearest_neighbour=[0.3, 1.0]), comparisons=[])
+    assert told(data) == [("llama", "llama", 0.3), ("llama", "nearest neighbour", 0.3)]
+
+
+def test_a_target_whose_explainers_stopped_early_stays_in_the_report(report, score_row) -> None:
+    rows = at_shares(score_row, llama=[0.3, 1.0]) + at_shares(score_row, "qwen3", qwen3=[0.3])
+    data = report(scores=rows, comparisons=[])
+    assert data.targets_of("patching") == ["llama", "qwen3"]
+    assert told(data) == [("llama", "llama", 1.0), ("qwen3", "qwen3", 0.3)]
+    assert data.share_text("patching", "llama") == ""
+    assert data.share_text("patching", "qwen3").replace("\u202f", " ") == "at 30 % of the training data"
+
+
+def test_an_explainer_without_the_share_of_the_others_is_shown_and_compared_at_its_own(
+    report, score_row, comparison_row
+) -> None:
+    models = {name: name for name in ("llama", "qwen3", "gemma")}
+    rows = at_shares(score_row, llama=[0.1, 0.3, 1.0], qwen3=[0.3, 1.0], gemma=[0.03, 0.1])
+    differences = [
+        comparison_row("self_minus_cross", "patching", "llama", "llama", other, fraction=share)
+        for other, share in [("qwen3", 0.3), ("qwen3", 1.0), ("gemma", 0.1)]
+    ]
+    data = report(scores=rows, comparisons=differences, explainers=models)
+    assert told(data) == [("llama", "llama", 1.0), ("llama", "qwen3", 1.0), ("llama", "gemma", 0.1)]
+    assert [(row["against"], row["fraction"]) for row in data.comparison_rows] == [("qwen3", 1.0), ("gemma", 0.1)]

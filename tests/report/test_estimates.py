@@ -12,7 +12,7 @@ def test_seeds_are_told_by_their_mean_and_questions_are_not_counted_twice(report
     ]
     it = Scores(report(scores=rows)).get("patching", "llama", SELF, "exact_match")
     assert (it.value, it.low, it.high) == pytest.approx((0.5, 0.4, 0.6))
-    assert (it.n, it.unparsed, it.seeds, it.span) == (500, 4, 2, (0.4, 0.6))
+    assert (it.n, it.unparsed, it.seeds, it.span) == (500, 4, (0, 1), (0.4, 0.6))
 
 
 def test_a_seed_without_a_value_leaves_the_mean_undefined(score_row) -> None:
@@ -73,8 +73,52 @@ def test_parts_are_found_by_kind_in_their_order(report) -> None:
     assert scores.parts("patching", "layer") == ["layer=0", "layer=1", "layer=2", "layer=3"]
 
 
-def test_where_descriptions_were_simulated_that_is_the_headline(report, score_row) -> None:
-    metrics = ("exact_match", "correlation", "detection", "embedding", "judged", "similarity", "simulated")
+FREE = ("exact_match", "detection", "embedding", "judged", "similarity", "simulated")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "headline", "columns"),
+    [
+        ((), ["simulated", "detection"], ["simulated", "detection", "judged", "embedding"]),
+        (("simulated", "detection"), ["judged", "embedding"], ["judged", "embedding", "similarity", "exact_match"]),
+        (("simulated", "detection", "embedding"), ["judged"], ["judged", "similarity", "exact_match"]),
+        (("simulated", "detection", "judged"), ["embedding"], ["embedding", "similarity", "exact_match"]),
+    ],
+)
+def test_free_descriptions_are_headed_by_what_marked_them_and_not_by_the_same_words(
+    report, score_row, left_out, headline, columns
+) -> None:
+    metrics = [metric for metric in FREE if metric not in left_out]
     scores = Scores(report(scores=[score_row("features", "llama", "llama", metric) for metric in metrics]))
-    assert scores.headline("features") == [("simulated", "all"), ("exact_match", "all")]
-    assert [metric for metric, _ in scores.columns("features")] == ["simulated", "exact_match", "detection", "judged"]
+    assert scores.headline("features") == [(metric, "all") for metric in headline]
+    assert [metric for metric, _ in scores.columns("features")] == columns
+
+
+def test_a_row_that_is_not_at_the_share_of_the_others_says_so(report, score_row) -> None:
+    shares = [("llama", 0.3), ("llama", 1.0), ("qwen3", 0.1), ("nearest neighbour", 1.0), ("untrained", 0.0)]
+    rows = [score_row("patching", "llama", name, fraction=share) for name, share in shares]
+    data = report(
+        scores=[*rows, score_row("patching", "llama", "gemma", fraction=1.0)],
+        comparisons=[],
+        explainers={name: name for name in ("llama", "qwen3", "gemma")},
+        examples=[],
+    )
+    labels = [row.label.replace("\u202f", " ") for row in Scores(data).rows("patching", "llama")]
+    assert labels == [
+        "llama",
+        "gemma",
+        "qwen3, at 10 % of the training data",
+        "nearest neighbour",
+        "untrained, the bare question",
+    ]
+
+
+def test_explainers_of_other_seeds_are_told_apart(report, score_row) -> None:
+    rows = [
+        score_row("patching", "llama", name, seed=seed) for name, seed in [("llama", 0), ("llama", 1), ("qwen3", 1)]
+    ]
+    scores = Scores(
+        report(scores=[*rows, score_row("features", "llama", "llama"), score_row("features", "llama", "qwen3")])
+    )
+    assert [scores.seeds("patching", "llama", row) for row in (SELF, CROSS)] == [(0, 1), (1,)]
+    assert scores.seeds_differ("patching", "llama") and not scores.seeds_differ("features", "llama")

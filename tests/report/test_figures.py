@@ -46,6 +46,30 @@ def test_an_explainer_that_was_not_trained_on_a_target_leaves_an_empty_cell(repo
     assert (empty.strength, empty.estimate.why) == (None, "not measured")
 
 
+def test_cells_at_another_share_or_of_other_seeds_say_so(report, score_row, comparison_row) -> None:
+    models = {name: name for name in ("llama", "qwen3", "gemma")}
+    known = [("llama", 0.1, 0), ("llama", 1.0, 0), ("llama", 1.0, 1), ("qwen3", 1.0, 1), ("gemma", 0.1, 0)]
+    rows = [score_row("patching", "llama", name, fraction=share, seed=seed) for name, share, seed in known]
+    gaps = [
+        comparison_row("self_minus_cross", "patching", "llama", "llama", other, fraction=share)
+        for other, share in [("qwen3", 1.0), ("gemma", 0.1)]
+    ]
+    data = report(scores=rows, comparisons=gaps, explainers=models)
+    (matrix,) = figures.matrices("patching", data, Scores(data))
+    assert [(name, cell.share, cell.estimate.seeds) for name, (cell,) in matrix.rows] == [
+        ("llama", None, (0, 1)),
+        ("gemma", 0.1, (0,)),
+        ("qwen3", None, (1,)),
+    ]
+    assert matrix.seeds_differ == [True]
+    assert [gap.replace("\u202f", " ") for _, gap in matrix.gaps[0]] == [
+        "+.20 [+.16, +.24]",
+        "+.20 [+.16, +.24], at 10 % of the training data",
+    ]
+    panel = figures.panels("patching", data, Scores(data))[0]
+    assert panel.seeds_differ and panel.seeds == [(0, 1), (0,), (1,)]
+
+
 def test_a_panel_has_every_explainer_control_and_baseline(report) -> None:
     data = report()
     panel = figures.panels("patching", data, Scores(data))[0]

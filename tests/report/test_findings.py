@@ -192,15 +192,45 @@ def test_other_metrics_and_parts_make_no_sentence(findings) -> None:
 
 def test_a_difference_in_differences_is_told(findings) -> None:
     row = {
-        "task": "patching",
-        **{key: BETTER[key] for key in ("difference", "low", "high", "p_value")},
+        "task": "features",
+        "fraction": 1.0,
+        "metric": "simulated",
+        "by": "all",
         "n_groups": 43,
         "seeds": 1,
+        **BETTER,
     }
     (found,) = findings(advantages=[row]).access()
     assert found.verdict == "shown" and "explainer strength and target ease" in found.text
+    assert "+.21 simulator correlation" in found.text
     (found,) = findings(advantages=[row | NOTHING]).access()
     assert found.text.startswith("No evidence that models explain themselves better")
+
+
+def test_what_is_compared_at_a_part_of_the_training_data_is_told_with_it(findings, score_row) -> None:
+    rows = [
+        score_row("patching", "llama", name, fraction=f) for name, f in [("llama", 0.3), ("llama", 1.0), ("qwen3", 0.3)]
+    ]
+    found = findings(
+        ("self_minus_cross", "patching", "llama", "llama", "qwen3", BETTER | {"fraction": 0.3}), scores=rows
+    )
+    (summary, *_), (access,) = found.summary(), found.access()
+    assert summary.verdict == access.verdict == "shown"
+    assert plain(summary.text).startswith(
+        "Activation patching, at 30 % of the training data: models explain themselves"
+    )
+    assert plain(access.text).startswith(f"{CLAIM}, at 30 % of the training data: +.21 exact match")
+
+
+def test_scored_descriptions_are_told_in_one_metric(findings, score_row) -> None:
+    metrics = ("simulated", "exact_match", "similarity")
+    rows = [score_row("features", "llama", name, metric) for name in ("llama", "qwen3") for metric in metrics]
+    of = "self_minus_cross", "features", "llama", "llama", "qwen3"
+    found = findings(
+        (*of, BETTER | {"metric": "simulated"}), (*of, NOTHING), (*of, NOTHING | {"metric": "similarity"}), scores=rows
+    )
+    (access,) = found.access()
+    assert access.verdict == "shown" and "simulator correlation" in access.text and "exact match" not in access.text
 
 
 def test_names_of_runs_are_told_as_their_models(findings) -> None:

@@ -30,7 +30,7 @@ def test_every_comparison_is_there_with_three_decimals(report, comparison_row) -
         "self_minus_cross", "patching", "llama", "llama", "qwen3", 0.2134, p_value=0.0123, p_holm=0.0246
     )
     text = tables(report(comparisons=[row]))
-    told = ["+.213", "+.173", "+.253", ".0123", ".0246", "500", "43", "1"]
+    told = ["100%", "+.213", "+.173", "+.253", ".0123", ".0246", "500", "43", "1"]
     assert cells(text, "patching")[3:] == ["self\\_minus\\_cross", "exact match", "all questions", *told]
 
 
@@ -57,4 +57,13 @@ def test_dropped_rows_are_told_with_their_reasons(report) -> None:
 def test_a_score_that_not_all_answers_have_says_how_many(report, score_row) -> None:
     rows = [score_row("features", "llama", "llama", n=40), score_row("features", "llama", "llama", "judged", n=31)]
     row = cells(tables(report(scores=rows, comparisons=[])), "llama (self)")
-    assert "(n" not in row[0] and row[1].endswith("(n 31, 9 unscored)") and row[2] == "40"
+    assert row[0].endswith("(n 31, 9 unscored)") and "(n" not in row[1] and row[2] == "40"
+
+
+def test_the_tables_hold_what_did_not_come_to_the_largest_share_and_other_seeds(report, score_row) -> None:
+    rows = [score_row("patching", "llama", "llama", fraction=share, seed=seed) for share, seed in ((1.0, 0), (0.3, 0))]
+    rows += [score_row("patching", "llama", "llama", fraction=0.3, seed=1)]
+    rows += [score_row("patching", "llama", "qwen3", value=0.41, fraction=0.3, seed=1)]
+    text = tables(report(scores=rows, comparisons=[])).replace("\u202f", " ")
+    assert "### Target llama, at 30 % of the training data" in text
+    assert cells(text, "qwen3, seed 1")[0].startswith(".41") and cells(text, "llama (self), seeds 0, 1")

@@ -13,7 +13,7 @@ from ray_explain.report.data import WorkedExample
 from ray_explain.report.page import MOST_EXAMPLES, write_report
 
 HOSTILE = "</style></script><script>alert('x')</script><img src=http://evil/x onerror=alert(1)>\"'&{{ 7*7 }}{% raw %}"
-VOID = {"meta", "link", "input", "line", "circle", "rect", "br", "img"}
+VOID = {"meta", "link", "input", "line", "rect", "br", "img"}
 
 
 class Page(HTMLParser):
@@ -185,6 +185,27 @@ def test_at_least_a_dozen_examples_can_be_read_with_their_controls(written) -> N
         ("cross", "wrong"),
     }
     assert "vectors shuffled" in page.seen and "the same answer" in page.seen
+
+
+def test_examples_of_scored_descriptions_are_labelled_by_their_score(written, score_row) -> None:
+    given = {"task": "features", "target": "llama", "explainer": "llama", "question": "q", "truth": "t", "answer": "a"}
+    examples = [WorkedExample(**given, right=None, score=score) for score in (0.314, None)]
+    index, page = written(scores=[score_row("features", "llama", "llama", "simulated")], examples=examples)
+    assert "simulator correlation .31" in page.seen and "simulator correlation –" in page.seen
+    assert index.read_text().count('data-verdict="scored"') == 2
+    assert 'value="scored"' in index.read_text() and 'value="wrong"' not in index.read_text()
+
+
+def test_a_page_of_mixed_shares_and_seeds_says_at_which_each_is(written, score_row, comparison_row) -> None:
+    known = [("llama", 1.0, 0), ("llama", 0.3, 0), ("llama", 0.3, 1), ("qwen3", 0.3, 1), ("gemma", 0.1, 0)]
+    rows = [score_row("patching", "llama", name, fraction=share, seed=seed) for name, share, seed in known]
+    gap = comparison_row("self_minus_cross", "patching", "llama", "llama", "qwen3", fraction=0.3)
+    models = {name: name for name in ("llama", "qwen3", "gemma")}
+    _, page = written(scores=rows, comparisons=[gap], explainers=models, examples=[])
+    seen = page.seen.replace("\u202f", " ")
+    assert "llama at 30 % of the training data" in seen  # the head of the heat map's column
+    assert "gemma, at 10 % of the training data" in seen and "Not every explainer is scored at every share" in seen
+    assert "seeds 0, 1" in seen and "seed 1" in seen
 
 
 def test_a_large_experiment_stays_below_three_megabytes(written, score_row) -> None:
