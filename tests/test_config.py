@@ -125,7 +125,7 @@ PLACES = [
     "ground_truth.features.describer.address",
     "ground_truth.features.detector.address",
     "ground_truth.features.simulator.address",
-    "evaluate.judge.url",
+    "evaluate.judge.address",
     "evaluate.embedding",
 ]
 
