@@ -3,6 +3,8 @@
 import importlib
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -217,6 +219,38 @@ def test_a_full_store_is_told_with_what_to_do(
     monkeypatch.setattr("ray_explain.distributed.pipeline.make_models", full)
     assert pretrain.main(["--config", write_config(tmp_path, tmp_path)]) == 1
     assert words in capsys.readouterr().err
+
+
+FILLS_THE_STORE = """
+import sys
+
+import numpy as np
+import ray
+
+from jobs import pretrain
+from ray_explain.distributed import pipeline
+
+
+def fill(_):
+    given = {"object_store_memory": 80 * 2**20, "include_dashboard": False, "log_to_driver": False}
+    no_disk = {"local_fs_capacity_threshold": 1e-4}  # part of the disk, above which Ray takes it for full
+    ray.init(address="local", num_cpus=1, **given, _system_config=no_disk)
+    hundred_and_sixty_mb = [ray.put(np.zeros(20 * 2**20, np.uint8)) for _ in range(8)]
+
+
+pipeline.make_models = fill
+sys.exit(pretrain.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.ray
+def test_a_store_that_is_really_full_ends_the_job_with_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILLS_THE_STORE, "--config", write_config(tmp_path, tmp_path)]
+    root = Path(ray_explain.__file__).parent.parent
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "object store is full" in ended.stderr and "--object-store-memory" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.ray
