@@ -184,10 +184,6 @@ class TopWindows:
         for feature in range(self.n_features):
             yield feature, self.exemplars(feature)
 
-    def density(self) -> Float[Tensor, " d_sae"]:
-        """The part of the windows seen that each feature is on in."""
-        return self.fired.double() / max(1, self.n_windows)
-
     def _random_keys(self, ids: Int[Tensor, " windows"]) -> Int[Tensor, "windows d_sae"]:
         """A priority for each pair, that no other window or feature has a part in: so a sample without replacement."""
         mixed = _hash(_hash(ids + (self.seed << 32))[:, None] ^ _hash(self._numbers.to(ids.device)))

@@ -105,7 +105,7 @@ def test_four_actors_find_what_one_finds(sae, corpus, actors):
     for other in parts[1:]:
         merged = merged.merge(other)
     assert as_lists(merged) == alone
-    assert torch.equal(merged.density(), found_in(sae, corpus).density())
+    assert torch.equal(merged.fired, found_in(sae, corpus).fired)
 
 
 def test_a_merge_can_be_nested_in_any_way(sae, corpus):
@@ -173,7 +173,7 @@ def test_a_feature_that_is_never_off_has_no_negatives():
     found = TopWindows(1, 2, **SIZES)
     found.add(torch.arange(5), torch.ones(5, 2, 1), torch.ones(5, 1))
     assert [exemplar.kind for exemplar in found.exemplars(0)] == ["top"] * 3
-    assert found.density().tolist() == [1.0]
+    assert found.fired.tolist() == [found.n_windows]
 
 
 def test_a_feature_that_is_never_on_has_no_top():
