@@ -18,6 +18,8 @@ from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
 
 Task = Literal["patching", "ablation", "features"]
+Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
+Kind = Literal["replace", "add", "zero", "mean"]
 Control = Literal["shuffled", "no_vector", "other_layer", "random"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a path
 Count = Annotated[int, Field(ge=0)]
@@ -123,6 +125,8 @@ class PatchingConfig(Section):
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
+    site: Site = "resid_post"  # this and the next: of cases whose JSON line says nothing else
+    kind: Kind = "replace"  # which ones can be asked about depends on `wording`, see questions.wordings.says
     balance: PatchingBalance | None = None
 
 

@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from ray_explain.config import Experiment, read_experiment
+from ray_explain.config import Experiment, Kind, Site, read_experiment
 from ray_explain.errors import BadInput
+from ray_explain.interventions import hooks, layout
 from ray_explain.world.facts import World
 
 SMALL = {
@@ -83,6 +84,11 @@ def test_a_wrong_value_or_key_is_named_with_its_rule(config: str, override: str,
         read_experiment(config, ["seed=0", override])
     for word in words:
         assert word in str(refused.value)
+
+
+def test_sites_and_kinds_are_those_of_the_engine() -> None:
+    assert get_args(Site) == layout.SITES
+    assert get_args(Kind) == hooks.KINDS
 
 
 def test_every_fault_is_told_at_once(config: str) -> None:

@@ -31,13 +31,14 @@ from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
-from ray_explain.ground_truth.pairs import layer_blocks
+from ray_explain.ground_truth.pairs import Change, layer_blocks
 from ray_explain.ground_truth.released_files import read_feature_folder, read_folder, write_folder
 from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
 from ray_explain.questions.prompting import BEST_SELFIE, prompted, selfie_label
+from ray_explain.questions.wordings import says
 from ray_explain.stages import READ, Result, check_dropped
 from ray_explain.world.corpus import replay_texts
 from ray_explain.world.facts import World
@@ -236,6 +237,9 @@ def make_ground_truth(session: Session) -> None:
         session.start_ray()
         run_stages([_stage_job(plan, task, target) for target, task in measured], plan.root, plan.experiment.cluster)
     for target, task in plan.target_tasks():
+        if not _is_asked(plan, task):
+            session.say(f"{task} of {target}: no questions, `ground_truth.wording` has no words for this kind of patch")
+            continue
         if task == "features" and plan.groups_features == "feature":
             _stream_questions(session, target)
         session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
@@ -261,6 +265,24 @@ def export_ground_truth(session: Session) -> None:
             f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
         )
         session.say(f"{task} of {target}: {counts} in {place}")
+
+
+def _is_asked(plan: Plan, task: Task) -> bool:
+    """Whether there are words for what is measured."""
+    section = plan.experiment.ground_truth.patching
+    return task != "patching" or section is None or says(plan.experiment.ground_truth.wording, section.kind)
+
+
+def check_asked(plan: Plan) -> None:
+    """Raises: BadInput: there are no words for a question that explainers are to learn."""
+    truth = plan.experiment.ground_truth
+    for _, task in plan.target_tasks():
+        if not _is_asked(plan, task):
+            assert truth.patching is not None
+            raise BadInput(
+                f"`ground_truth.patching.kind` = {truth.patching.kind!r}: `wording` {truth.wording!r} has no words for "
+                "it, so nothing can be trained on it; jobs/ground_truth.py and jobs/export.py measure it all the same"
+            )
 
 
 def _is_released(plan: Plan, task: Task) -> bool:
@@ -337,6 +359,7 @@ def _patching_cases(plan: Plan, target: str) -> Result:
         n=section.cases.model_dump(),
         blocks=blocks,
         seed=plan.experiment.seed,
+        change=Change(section.site, section.kind),
     )
 
 
@@ -450,9 +473,10 @@ def train_explainers(session: Session) -> None:
     """An explainer for each run of the plan.
 
     Raises:
-        BadInput: texts are to be replayed, but no model of the experiment has read the world's.
+        BadInput: texts are to be replayed, but no model of the experiment has read the world's; or as `check_asked`.
     """
     plan = session.plan
+    check_asked(plan)
     make_ground_truth(session)
     missing = [run for run in plan.runs() if session.missing([plan.explainer(run)])]
     if missing:

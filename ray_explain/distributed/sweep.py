@@ -35,6 +35,7 @@ from ray_explain.distributed.experiment import (
     Session,
     align,
     answer_jobs,
+    check_asked,
     make_asked,
     make_ground_truth,
     train_run,
@@ -111,6 +112,7 @@ def sweep(session: Session) -> None:
     Raises:
         JobFailed: some trials failed; the others are done, and in the report.
     """
+    check_asked(session.plan)
     make_ground_truth(session)
     make_asked(session)
     trials, root = trials_of(session), session.plan.root

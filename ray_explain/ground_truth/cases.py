@@ -7,7 +7,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain.ground_truth import counterfact, jsonl, mmlu, released, released_files, world_cases
-from ray_explain.ground_truth.pairs import Block
+from ray_explain.ground_truth.pairs import REPLACE, Block, Change
 from ray_explain.stages import Result
 from ray_explain.world.facts import World
 
@@ -33,6 +33,7 @@ def patching_cases(
     n: Mapping[str, int],
     blocks: Sequence[Block],
     seed: int,
+    change: Change = REPLACE,
 ) -> Result:
     """Patching cases of a world or of a file in one of the formats: `n` of each split, of a file no more than it gives.
 
@@ -44,11 +45,11 @@ def patching_cases(
         OSError: the file cannot be read.
     """
     if isinstance(source, World):
-        made = Result(world_cases.patching_cases(source, tokenizer, n=n, layers=blocks, seed=seed), [])
+        made = Result(world_cases.patching_cases(source, tokenizer, n=n, layers=blocks, seed=seed, change=change), [])
     elif format == "counterfact":
-        made = counterfact.counterfact_cases(source, tokenizer, blocks=blocks, n=n, form=form, seed=seed)
+        made = counterfact.counterfact_cases(source, tokenizer, blocks=blocks, n=n, form=form, seed=seed, change=change)
     else:
-        made = jsonl.patching_cases(source, tokenizer, blocks=blocks, n=n)
+        made = jsonl.patching_cases(source, tokenizer, blocks=blocks, n=n, change=change)
     order = [(name, "ascending") for name in ("base_prompt", "source_prompt", "case_id")]
     return _distinct(made._replace(table=made.table.sort_by(order)))
 

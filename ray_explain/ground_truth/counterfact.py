@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.jsonl import Lines, read_lines
-from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, pair_cases
+from ray_explain.ground_truth.pairs import REPLACE, Block, Change, Pair, SubjectPrompt, pair_cases
 from ray_explain.ground_truth.positions import Unusable, is_text
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.stages import READ, Result
@@ -110,6 +110,7 @@ def counterfact_cases(
     n: Mapping[str, int],
     form: Form = "completion",
     seed: int = 0,
+    change: Change = REPLACE,
 ) -> Result:
     """Up to `n` patching cases of each split, see `pairs.pair_cases`. Dropped are records (by their place in the file)
     and pairs.
@@ -118,7 +119,7 @@ def counterfact_cases(
     """
     facts, dropped = read_counterfact(path)
     pairs, unpaired = counterfact_pairs(facts, tokenizer, form=form, seed=seed)
-    made = pair_cases(pairs, tokenizer, blocks=blocks, n=n, seed=seed)
+    made = pair_cases(pairs, tokenizer, blocks=blocks, n=n, seed=seed, change=change)
     return Result(made.table, [*dropped, *unpaired, *made.dropped], {READ: len(facts) + len(dropped)})
 
 

@@ -3,7 +3,7 @@
 A patching line has `base_prompt`, `source_prompt`, `base_span` and `source_span`. Spans are [start, end] characters.
 The tokens that hold any of them are patched, so both spans must have as many. An ablation line has `prompt` and `span`.
 Every line may have `group` (default: its content), `split` (default: drawn by group) and `stratum`; further
-`role`, `base_truth` and `source_truth`, or `kind` and `truth`.
+`role`, `base_truth`, `source_truth`, `site` and `kind` (of the patch), or `kind` (of the span) and `truth`.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, ablation_case, patching_case
+from ray_explain.ground_truth.pairs import REPLACE, Block, Change, Pair, SubjectPrompt, ablation_case, patching_case
 from ray_explain.ground_truth.positions import (
     HALF_CHARACTER,
     Unusable,
@@ -85,11 +85,19 @@ def json_object(line: bytes) -> dict[str, Any]:
 
 
 def patching_cases(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, blocks: Sequence[Block], n: Mapping[str, int]
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    blocks: Sequence[Block],
+    n: Mapping[str, int],
+    change: Change = REPLACE,
 ) -> Result:
-    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order."""
+    """Each line once with each block, up to `n` cases of each split (records.PATCHING_CASES), lines in order.
+
+    `change` is of lines that say nothing else.
+    """
     lines = read_lines(path)
-    rows, dropped = usable(lines.rows, lambda row: _patching_rows(row, tokenizer, blocks))
+    rows, dropped = usable(lines.rows, lambda row: _patching_rows(row, tokenizer, blocks, change))
     return _limited(rows, n, lines, dropped, records.PATCHING_CASES)
 
 
@@ -101,7 +109,7 @@ def ablation_cases(path: str | Path, *, n: Mapping[str, int]) -> Result:
 
 
 def _patching_rows(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Block]
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Block], otherwise: Change
 ) -> list[dict[str, Any]]:
     prompts, positions = [], []
     for name in ("base", "source"):
@@ -113,7 +121,8 @@ def _patching_rows(
         raise Unusable(UNMATCHED)
     group, split = _group_and_split(row, [(prompt.text, prompt.subject) for prompt in prompts])
     pair = Pair(prompts[0], prompts[1], group=group, split=split, stratum=_string(row, "stratum", "all"))
-    return [patching_case(pair, _string(row, "role", "other"), block, *positions) for block in blocks]
+    change = Change(_string(row, "site", otherwise.site), _string(row, "kind", otherwise.kind))
+    return [patching_case(pair, _string(row, "role", "other"), block, *positions, change=change) for block in blocks]
 
 
 def _ablation_row(row: dict[str, Any]) -> dict[str, Any]:

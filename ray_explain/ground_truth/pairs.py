@@ -17,6 +17,16 @@ Block = tuple[int, int]
 REPEATED = "the same two prompts as before"
 
 
+class Change(NamedTuple):
+    """What a patch does, and where in a block: see `interventions.patching.Intervention`."""
+
+    site: str = "resid_post"
+    kind: str = "replace"
+
+
+REPLACE = Change()
+
+
 class SubjectPrompt(NamedTuple):
     """A prompt about a subject. Spans are characters; see `positions.token_roles` for `statement_end` and `named`."""
 
@@ -66,6 +76,7 @@ def pair_cases(
     blocks: Sequence[Block],
     n: Mapping[str, int],
     seed: int,
+    change: Change = REPLACE,
 ) -> Result:
     """Up to `n` cases of each split (records.PATCHING_CASES): fewer where the pairs give no more.
 
@@ -88,7 +99,7 @@ def pair_cases(
     rows = []
     for split, size in n.items():
         own = [places for places in placed if places.pair.split == split]
-        rows += _dealt(own, blocks, size, random.Random(f"pairs {split} {seed}"))
+        rows += _dealt(own, blocks, size, change, random.Random(f"pairs {split} {seed}"))
     return Result(records.rows_table(rows, records.PATCHING_CASES), dropped)
 
 
@@ -102,7 +113,9 @@ def _by_role(pair: Pair, tokens_of: Callable[[str], PromptTokens]) -> dict[str, 
     return matched(tokens[0], roles[0], tokens[1], roles[1])
 
 
-def _dealt(own: Sequence[Places], blocks: Sequence[Block], size: int, rng: random.Random) -> list[dict[str, Any]]:
+def _dealt(
+    own: Sequence[Places], blocks: Sequence[Block], size: int, change: Change, rng: random.Random
+) -> list[dict[str, Any]]:
     """Up to `size` cases, round after round over the pairs; each takes the (role, block) it still has that is the
     rarest so far."""
     counts: Counter[tuple[str, Block]] = Counter()
@@ -116,7 +129,9 @@ def _dealt(own: Sequence[Places], blocks: Sequence[Block], size: int, rng: rando
         cell = min(cells, key=lambda cell: counts[cell])
         cells.remove(cell)
         counts[cell] += 1
-        rows.append(_case(places, *cell, rng))
+        role, block = cell
+        base, source = rng.choice(places.by_role[role])
+        rows.append(patching_case(places.pair, role, block, [base], [source], change=change))
     return rows
 
 
@@ -124,11 +139,6 @@ def _rounds(left: list[tuple[Places, list[Any]]]) -> Iterator[tuple[Places, list
     """Each item that has a cell left, round after round, until none has."""
     while left := [item for item in left if item[1]]:
         yield from left
-
-
-def _case(places: Places, role: str, block: Block, rng: random.Random) -> dict[str, Any]:
-    base, source = rng.choice(places.by_role[role])
-    return patching_case(places.pair, role, block, [base], [source])
 
 
 def ablation_case(
@@ -148,15 +158,17 @@ def ablation_case(
     }
 
 
-def patching_case(pair: Pair, role: str, block: Block, base: list[int], source: list[int]) -> dict[str, Any]:
-    """The row of records.PATCHING_CASES that replaces the residual stream at `base` by that at `source`."""
+def patching_case(
+    pair: Pair, role: str, block: Block, base: list[int], source: list[int], *, change: Change = REPLACE
+) -> dict[str, Any]:
+    """The row of records.PATCHING_CASES that changes the positions `base`, by default replacing the residual stream
+    there by that at `source`."""
     case = {
         "base_prompt": pair.base.text,
         "source_prompt": pair.source.text,
         "first_layer": block[0],
         "last_layer": block[1],
-        "site": "resid_post",
-        "kind": "replace",
+        **change._asdict(),
         "base_positions": base,
         "source_positions": source,
     }

@@ -7,7 +7,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records
-from ray_explain.ground_truth.pairs import Block, Pair, SubjectPrompt, ablation_case, patching_case
+from ray_explain.ground_truth.pairs import REPLACE, Block, Change, Pair, SubjectPrompt, ablation_case, patching_case
 from ray_explain.ground_truth.pairs import layer_blocks as layer_blocks
 from ray_explain.ground_truth.positions import PromptTokens, reading, span_positions
 from ray_explain.world.cases import PatchingPair, hint_cases, patching_pairs
@@ -21,9 +21,10 @@ def patching_cases(
     n: Mapping[str, int],
     layers: Sequence[Block],
     seed: int,
+    change: Change = REPLACE,
 ) -> pa.Table:
-    """`n` cases of each split (records.PATCHING_CASES): one block of `layers`, both included, is overwritten at one
-    token; within each role, the blocks are equally frequent.
+    """`n` cases of each split (records.PATCHING_CASES): one block of `layers`, both included, is changed at one token;
+    within each role, the blocks are equally frequent.
 
     Raises:
         ValueError: the world does not give that many cases, or the tokenizer is not the world's.
@@ -33,7 +34,7 @@ def patching_cases(
         pairs = patching_pairs(world, size, split, seed) if size else []  # type: ignore[arg-type]
         tokens_of = reading(tokenizer, (text for pair in pairs for text in (pair.base_prompt, pair.source_prompt)))
         for pair, block in zip(pairs, _dealt_blocks(pairs, layers, f"{split} {seed}")):
-            rows.append(_patching_case(pair, block, tokens_of))
+            rows.append(_patching_case(pair, block, tokens_of, change))
     return records.rows_table(rows, records.PATCHING_CASES)
 
 
@@ -50,12 +51,14 @@ def _dealt_blocks(pairs: Sequence[PatchingPair], blocks: Sequence[Block], seed: 
     return dealt
 
 
-def _patching_case(pair: PatchingPair, block: Block, tokens_of: Callable[[str], PromptTokens]) -> dict[str, object]:
+def _patching_case(
+    pair: PatchingPair, block: Block, tokens_of: Callable[[str], PromptTokens], change: Change
+) -> dict[str, object]:
     base = SubjectPrompt(pair.base_prompt, pair.base_span, pair.base_truth)
     source = SubjectPrompt(pair.source_prompt, pair.source_span, pair.source_truth)
     positions = [span_positions(tokens_of(prompt.text), prompt.text, prompt.subject) for prompt in (base, source)]
     whole = Pair(base, source, group=pair.group, split=pair.split, stratum=pair.relation)
-    return patching_case(whole, pair.role, block, positions[0][-1:], positions[1][-1:])
+    return patching_case(whole, pair.role, block, positions[0][-1:], positions[1][-1:], change=change)
 
 
 def ablation_cases(world: World, *, n: Mapping[str, int], seed: int) -> pa.Table:

@@ -8,12 +8,15 @@ import pyarrow as pa
 
 from ray_explain import records
 from ray_explain.questions.asking import asked, plain_columns
-from ray_explain.questions.wordings import Wording, drawing
+from ray_explain.questions.wordings import Wording, drawing, says
 from ray_explain.stages import Result
+
+NO_WORDS = "the wording has no words for this kind of patch"
 
 
 def patching_questions(effects: pa.Table, tokens_of: Callable[[str], list[str]], *, wording: str, seed: int) -> Result:
-    """One question per patching effect (records.patching_effects).
+    """One question per patching effect (records.patching_effects); dropped are kinds of patches that the wording cannot
+    say.
 
     Args:
         tokens_of: The texts of the tokens that the target reads in a prompt, special tokens among them.
@@ -23,12 +26,15 @@ def patching_questions(effects: pa.Table, tokens_of: Callable[[str], list[str]],
         ValueError: a patched position is past the end of its prompt's tokens.
     """
     draw, tokens_of = drawing(wording, "patching", seed), cache(tokens_of)
+    said = [says(wording, kind) for kind in effects["kind"].to_pylist()]
+    dropped = [(case_id, NO_WORDS) for case_id, fine in zip(effects["case_id"].to_pylist(), said) if not fine]
+    effects = effects.filter(pa.array(said, pa.bool_()))
     vectors = records.vectors_of(effects["vectors"])
     rows = [
         _question(effect, tokens_of(effect["base_prompt"]), len(own), draw(effect["case_id"]))
         for effect, own in zip(plain_columns(effects), vectors, strict=True)
     ]
-    return asked(rows, vectors, effects.schema.field("vectors").type.value_type.list_size, [])
+    return asked(rows, vectors, effects.schema.field("vectors").type.value_type.list_size, dropped)
 
 
 def _question(effect: dict[str, Any], tokens: list[str], n_vectors: int, wording: Wording) -> dict[str, Any]:

@@ -109,6 +109,15 @@ def wordings(name: str, task: str) -> tuple[Wording, ...]:
     )
 
 
+def says(name: str, kind: str) -> bool:
+    """Whether a set has words for a patch of this kind.
+
+    The paper's say of a vector that replaces another that it is "added": they serve for both kinds. None has words for
+    what writes no vector (`zero`, `mean`), nor names a site: an experiment is about one.
+    """
+    return kind == "replace" or (kind == "add" and name != "brief")
+
+
 def version(name: str) -> str:
     """An id of all the words of a set, to be kept beside what was trained on them; it changes when a byte of them does.
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ray_explain import records
 from ray_explain.ground_truth import jsonl, positions
+from ray_explain.ground_truth.pairs import Change
 from ray_explain.ground_truth.splits import split_of
 
 PATCH: dict[str, Any] = {
@@ -36,6 +37,14 @@ def test_a_patching_line_gives_a_case_for_each_block(tokenizer: PreTrainedTokeni
         assert tokenizer.decode([ids[at] for at in first[f"{side}_positions"]]) == " lies"
     named = [first[name] for name in ("group", "split", "role", "stratum", "base_truth", "source_truth")]
     assert named == ["Rome", "test", "subject_last", "lies", "Italy", None]
+
+
+def test_a_line_may_say_what_is_done_and_where(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = written(tmp_path, [PATCH, PATCH | {"kind": "zero"}, PATCH | {"site": "mlp_out", "kind": "add"}])
+    rows = jsonl.patching_cases(file, tokenizer, blocks=[(0, 1)], n=ALL, change=Change("attn_out", "mean")).table
+    said = list(zip(rows["site"].to_pylist(), rows["kind"].to_pylist()))
+    assert said == [("attn_out", "mean"), ("attn_out", "zero"), ("mlp_out", "add")]
+    assert len(set(rows["case_id"].to_pylist())) == 3
 
 
 def test_what_a_line_leaves_out_follows_from_its_content(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

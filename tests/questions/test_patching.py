@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
-from ray_explain.questions.patching import patching_questions
+from ray_explain.questions.patching import NO_WORDS, patching_questions
 
 D = 4
 
@@ -99,6 +99,22 @@ def test_what_cannot_be_asked_is_dropped_with_its_reason():
     result = ask(effects({"base_prompt": "ann <vector> in"}, {"patched_answer": ">>> change to <<<x>>>"}, {}))
     assert result.table.num_rows == 1
     assert result.dropped == [("case 0", "text holds the mark <vector>"), ("case 1", "answer cannot be read back")]
+
+
+@pytest.mark.parametrize(
+    ("wording", "asked"),
+    [("paper", ["replace", "add"]), ("paper_chat", ["replace", "add"]), ("brief", ["replace"])],
+)
+def test_a_kind_of_patch_that_the_wording_cannot_say_is_dropped(wording: str, asked: list[str]):
+    nothing, one = np.empty((0, D), np.float32), np.ones((1, D), np.float32)
+    kinds = {"zero": nothing, "add": one, "mean": nothing, "replace": one * 2}
+    made = ask(effects(*[{"kind": kind} for kind in kinds], vectors=list(kinds.values())), wording=wording)
+    names = [f"case {i}" for i, kind in enumerate(kinds) if kind in asked]
+    assert made.table["case_id"].to_pylist() == names
+    assert {case_id for case_id, _ in made.dropped} == {f"case {i}" for i in range(4)} - set(names)
+    assert {reason for _, reason in made.dropped} == {NO_WORDS}
+    vectors = records.vectors_of(made.table["vectors"])
+    assert [own.tolist() for own in vectors] == [kinds[kind].tolist() for kind in kinds if kind in asked]
 
 
 def test_braces_in_a_prompt_are_just_text():

@@ -1,0 +1,73 @@
+"""From the experiment's file to the questions: the stages run in this process, no Ray is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_explain import records, storage
+from ray_explain.artifacts import finished
+from ray_explain.config import Experiment
+from ray_explain.distributed import run_stages
+from ray_explain.distributed.experiment import Session, make_ground_truth, train_explainers
+from ray_explain.distributed.plan import Plan
+from ray_explain.errors import BadInput
+from ray_explain.interventions.hooks import Patch, writing
+from ray_explain.models import load_model
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "start_ray", lambda session: None)
+    monkeypatch.setattr(run_stages, "run_stages", run_stages.make_here)
+
+
+def plan_of(folder: Path, target: Path, wording: str, **patching: Any) -> Plan:
+    values = {
+        "name": "kinds",
+        "storage": str(folder),
+        "models": {"tiny": {"path": str(target)}},
+        "targets": ["tiny"],
+        "explainers": ["tiny"],
+        "ground_truth": {
+            "wording": wording,
+            "patching": {"cases": {"train": 24, "test": 8}, "blocks": 2, **patching},
+        },
+    }
+    return Plan(Experiment.model_validate(values))
+
+
+@pytest.mark.parametrize(
+    ("site", "kind", "wording"),
+    [("attn_out", "add", "paper"), ("resid_pre", "replace", "brief"), ("mlp_out", "zero", "paper")],
+)
+def test_site_and_kind_go_from_the_experiment_into_cases_effects_and_questions(
+    tmp_path: Path, world_target: Path, site: Any, kind: Any, wording: str
+) -> None:
+    plan = plan_of(tmp_path, world_target, wording, site=site, kind=kind)
+    with Session(plan) as session:
+        make_ground_truth(session)
+    effects = storage.read_table(plan.path(plan.effects("patching", "tiny")))
+    assert effects.num_rows == 32
+    assert set(zip(effects["site"].to_pylist(), effects["kind"].to_pylist())) == {(site, kind)}
+    vectors, loaded = records.vectors_of(effects["vectors"]), load_model(str(world_target))
+    for effect, own in zip(effects.drop_columns(["vectors"]).to_pylist(), vectors):
+        assert effect["first_layer"] == effect["last_layer"]
+        values = torch.tensor(own) if kind != "zero" else None
+        assert len(own) == (kind != "zero")
+        at = torch.tensor(effect["base_positions"])
+        patch = Patch(layer=effect["first_layer"], positions=at, site=site, kind=kind, values=values)
+        with writing(loaded.model, patch):
+            logits = loaded.model(torch.tensor([loaded.tokenizer(effect["base_prompt"])["input_ids"]])).logits[0, -1]
+        assert float(logits.log_softmax(-1).max()) == pytest.approx(effect["patched_logprob"], abs=1e-4)
+    asked = finished(plan.questions("patching", "tiny"), plan.root)
+    assert (asked is None) == (kind == "zero")
+    assert asked is None or asked.rows == 32
+
+
+def test_explainers_are_not_trained_on_what_has_no_words(tmp_path: Path, world_target: Path) -> None:
+    plan = plan_of(tmp_path, world_target, "brief", kind="add")
+    with Session(plan) as session, pytest.raises(BadInput, match=r"kind` = 'add': `wording` 'brief'.*ground_truth\.py"):
+        train_explainers(session)
+    assert not list(tmp_path.iterdir())
