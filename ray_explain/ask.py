@@ -22,6 +22,10 @@ Asks a trained explainer one question, runs the real intervention on its target,
   patching  --prompt TEXT --source TEXT --layer 2 --position subject_last
   a hint    --prompt TEXT --hint TEXT          (the part of the prompt to be removed)
   a vector  --vector FILE.npy --layer 2        (or --feature 2/17: feature 17 of layer 2 of the experiment)
+
+A vector is tried on texts: those of the experiment's corpus (`ground_truth.features.corpus`), or the synthetic world's,
+which other targets cannot read. On a corpus, only a feature has descriptions that are known to be right; of another
+vector it prints where it is strongest, and confirms nothing.
 """
 
 
@@ -226,28 +230,68 @@ def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:
     return block
 
 
+class _Vector(NamedTuple):
+    layer: int
+    vector: np.ndarray
+    right: Sequence[str] = ()  # descriptions, where some are known
+    case_id: str | None = None  # of a feature of the experiment
+
+
 def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, n_layers: int, d_model: int) -> Any:
     from ray_explain.evaluation import receipts
-    from ray_explain.world.facts import World
 
-    right: Sequence[str]
     if arguments.feature is not None:
-        layer, vector, right = _feature(arguments.feature, known)
+        one = _feature(arguments.feature, known)
     else:
         layer, last = _block(arguments.layer, n_layers, known.target)
         if layer != last:
             raise BadInput(f"--layer {arguments.layer}: a vector belongs to one layer")
-        vector, right = _vector(arguments.vector, d_model), ()
+        one = _Vector(layer, _vector(arguments.vector, d_model))
+    corpus = _corpus(known)
+    if corpus is None:
+        return _tried_on_the_world(known, witness, one)
+    strongest = receipts.strongest_windows(known.place, *corpus, one.vector, one.layer)
+    return witness.feature(one.vector, one.layer, one.right, _responds(strongest), case_id=one.case_id)
+
+
+def _corpus(known: Known) -> tuple[str, int] | None:
+    """Folder and number of the windows that the experiment's features are looked at on; None if that is the world.
+
+    Raises:
+        BadInput: they are not made yet.
+    """
+    from ray_explain.artifacts import finished
+    from ray_explain.distributed.feature_plan import FeaturePlan, describes
+    from ray_explain.distributed.plan import Plan
+
+    if known.experiment is None or not describes(known.experiment.ground_truth.features):
+        return None
+    plan = Plan(known.experiment)
+    windows = FeaturePlan(plan, known.target).windows()
+    made = finished(windows, plan.root)
+    if made is None:
+        raise BadInput("the corpus of this experiment is not read yet: run jobs/ground_truth.py first")
+    return plan.path(windows), made.rows
+
+
+def _tried_on_the_world(known: Known, witness: Any, one: _Vector) -> Any:
+    from ray_explain.evaluation import receipts
+    from ray_explain.world.facts import World
+
     world = known.experiment.world.world() if known.experiment else World()
-    found = receipts.responses(known.place, world, vector, layer)
-    receipt = witness.feature(vector, layer, right or [found.best])
+    found = receipts.responses(known.place, world, one.vector, one.layer)
+    receipt = witness.feature(one.vector, one.layer, one.right or [found.best], case_id=one.case_id)
     said = {text.lower(): value for text, value in found.correlations.items()}.get(receipt.answer.lower())
     details = [
         f"correlates with “{found.best}” most ({found.correlations[found.best]:.2f})",
         "with the explainer's answer: " + ("none is known" if said is None else f"{said:.2f}"),
-        *[f"responds to {token!r} in: {clip(text, 90)}" for token, text in found.strongest],
+        *_responds(found.strongest),
     ]
     return receipt._replace(details=tuple(details))
+
+
+def _responds(strongest: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"responds to {token!r} in: {clip(text, 90)}" for token, text in strongest]
 
 
 def _vector(path: str, d_model: int) -> np.ndarray:
@@ -261,8 +305,8 @@ def _vector(path: str, d_model: int) -> np.ndarray:
     return vector
 
 
-def _feature(name: str, known: Known) -> tuple[int, np.ndarray, list[str]]:
-    """Layer, direction and right descriptions of a feature of the experiment."""
+def _feature(name: str, known: Known) -> _Vector:
+    """A feature of the experiment."""
     import pyarrow.compute as pc
 
     from ray_explain import records
@@ -289,7 +333,7 @@ def _feature(name: str, known: Known) -> tuple[int, np.ndarray, list[str]]:
         )
         raise BadInput(f"--feature {name}: no such feature of {known.target} was described; {there}")
     row = questions.filter(pc.equal(questions["case_id"], found[0]))
-    return int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py()
+    return _Vector(int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py(), found[0].as_py())
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------
@@ -298,12 +342,14 @@ def _feature(name: str, known: Known) -> tuple[int, np.ndarray, list[str]]:
 def _told(receipt: Any, known: Known) -> str:
     sure = "" if receipt.confidence is None else f"  (probability {receipt.confidence:.2f})"
     verdict = "confirmed" if receipt.confirmed else "refuted"
-    if not receipt.readable:
+    if receipt.confirmed is None:
+        verdict = "open: no description of this vector is known to be right; hold the explanation against the texts"
+    elif not receipt.readable:
         verdict += ": the answer cannot be read"
     lines = [
         ("asked", receipt.question),
         ("explanation", (receipt.answer or "(nothing)") + sure),
-        ("measured", receipt.measured),
+        ("measured", receipt.measured or "where the vector is strongest on the corpus:"),
         *[("", detail) for detail in receipt.details],
         ("", f"on the target {known.target}, {known.place['model']}"),
         ("verdict", verdict),

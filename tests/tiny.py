@@ -26,7 +26,12 @@ EXPERIMENT: dict[str, Any] = {
         "ablation": {"cases": {"train": 60, "test": 30}},
         "features": {"d_sae": 64, "k": 4, "steps": 20, "documents": 300, "min_correlation": 0.05},
     },
-    "train": {"mixtures": [["patching", "ablation", "features"]], "learning_rate": 0.002, "replay": 0.5},
+    "train": {
+        "mixtures": [["patching", "ablation", "features"]],
+        "learning_rate": 0.002,
+        "replay": 0.5,
+        "text_only": True,
+    },
     "evaluate": {"max_new_tokens": 8, "resamples": 100, "shots": [2], "selfie": [1, 10]},
     "cluster": {"concurrent_trainings": 2, "rows_per_slice": 10},
 }

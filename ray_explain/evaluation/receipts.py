@@ -1,5 +1,6 @@
 """Live receipts: what an explainer says about its target, beside what the target does when it is really tried."""
 
+import heapq
 import math
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from ray_explain.evaluation.answering import AnswerStage
 from ray_explain.evaluation.answers import parse
 from ray_explain.evaluation.grading import grade
 from ray_explain.ground_truth.ablation import AblationStage
+from ray_explain.ground_truth.dictionaries import Windowed
+from ray_explain.ground_truth.exemplars import token_texts
 from ray_explain.ground_truth.pairs import Block, Pair, Span, SubjectPrompt, patching_case
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.positions import (
@@ -40,18 +43,23 @@ from ray_explain.world.corpus import documents
 from ray_explain.world.facts import World
 
 DOCUMENTS = 1000  # of the world, on which a vector is tried
+WINDOWS = 1000  # the same, of another corpus
+_WINDOWS_AT_A_TIME = 64
+_SHOWN = (12, 5)  # tokens of a window before the strongest one, and from it on
 HERE = {"group": "asked", "split": "test", "stratum": "asked"}  # where a case belongs that is in no data set
 
 
 class Receipt(NamedTuple):
-    """One question: what was said and what was measured. `confirmed` is exact match, as evaluation counts it."""
+    """One question: what was said and what was measured. `confirmed` is exact match, as evaluation counts it, and None
+    where nothing is known to be right.
+    """
 
     question: str
     answer: str
     confidence: float | None  # probability of the answer's tokens, all together; None where nothing was said
-    measured: str  # the right answer
+    measured: str  # the right answer, or "" where none is known
     readable: bool
-    confirmed: bool
+    confirmed: bool | None
     details: tuple[str, ...] = ()  # of the measurement
 
 
@@ -106,25 +114,38 @@ class Witness:
         return self._receipts(_whole(questions), told)
 
     def feature(
-        self, vector: Float[np.ndarray, " d_model"], layer: int, right: Sequence[str], details: Sequence[str] = ()
+        self,
+        vector: Float[np.ndarray, " d_model"],
+        layer: int,
+        right: Sequence[str],
+        details: Sequence[str] = (),
+        *,
+        case_id: str | None = None,
     ) -> Receipt:
-        """Of a vector at a layer; `right` are the right descriptions, of which `details` tell how they were found."""
-        case_id = records.content_id("vector", np.asarray(vector, np.float32).tolist(), layer)
+        """Of a vector at a layer.
+
+        Args:
+            right: The right descriptions, if any are known.
+            details: What it responds to.
+            case_id: Of a feature of an experiment, which is asked about in the same words as there.
+        """
+        case_id = case_id or records.content_id("vector", np.asarray(vector, np.float32).tolist(), layer)
         words = drawing(self._wording, "features", self._seed)(case_id)
         question = {
             **HERE,
             "case_id": case_id,
             "task": "features",
             "prompt": words.prompt(vectors=words.vectors(1), layers=str(layer)),
-            "answer": right[0],
-            "answers": list(right),
+            "answer": right[0] if right else "",
+            "answers": list(right) or [""],
             "layers": [layer],
             "role": "",
             "changed": None,
             "wording": words.id,
         }
         made = asked([question], [np.asarray(vector, np.float32)[None]], len(vector), [])
-        return self._receipts(_whole(made), [tuple(details)])[0]
+        receipt = self._receipts(_whole(made), [tuple(details)])[0]
+        return receipt if right else receipt._replace(confirmed=None)
 
     def _receipts(self, questions: pa.Table, details: Sequence[tuple[str, ...]]) -> list[Receipt]:
         control = pa.array(["none"] * questions.num_rows, pa.string())
@@ -297,17 +318,19 @@ def responses(
     Raises:
         ValueError: the target does not read the world's words one by one.
     """
+    foreign = (
+        "a vector is tried on texts of the synthetic world, unless it is asked about in an experiment whose "
+        "`ground_truth.features` has a corpus and a describer: "
+    )
     loaded = Target(target)
     texts = list(islice(documents(world, "receipts", 1), DOCUMENTS))
     tokens_of = loaded.read(document.text for document in texts)
     try:
         prompts = [tokens_of(document.text).ids for document in texts]
     except Unusable as reason:
-        raise ValueError(
-            f"a vector is tried on texts of the world, which this target cannot read: {reason}"
-        ) from reason
+        raise ValueError(f"{foreign}this target cannot read the world's texts ({reason})") from reason
     if any(len(ids) != len(document.words) + 1 for ids, document in zip(prompts, texts)):
-        raise ValueError("a vector is tried on texts of the synthetic world: this target has another tokenizer")
+        raise ValueError(f"{foreign}this target has another tokenizer than the world's")
     read = residuals(loaded.model, prompts, [layer], memory_budget=loaded.memory_budget)
     product = torch.cat([own[0, 1:].float().cpu() for own in read]) @ torch.from_numpy(np.array(vector, np.float32))
     concepts = concepts_of(world)
@@ -320,3 +343,37 @@ def responses(
         correlations=told,
         strongest=tuple((document.words[at].text, document.text) for document, at in top),
     )
+
+
+def strongest_windows(
+    target: dict[str, Any],
+    corpus: str,
+    n_windows: int,
+    vector: Float[np.ndarray, " d_model"],
+    layer: int,
+    *,
+    strongest: int = 6,
+) -> tuple[tuple[str, str], ...]:
+    """What a vector responds to on a corpus: (token, text around it) where its product with the residual stream after
+    `layer` is largest, once for each window; the first token of a text is left out.
+
+    Args:
+        target: Config of `Target`.
+        corpus: Folder of a table `corpora.WINDOWS`, of which up to WINDOWS are read, spread over all `n_windows`.
+    """
+    loaded, direction = Target(target), torch.from_numpy(np.array(vector, np.float32))
+    windows = Windowed(loaded, corpus)
+    numbers = range(0, n_windows, -(-n_windows // WINDOWS))
+    found: list[tuple[float, int, list[int]]] = []
+    for start in range(0, len(numbers), _WINDOWS_AT_A_TIME):
+        for ids, stream in windows.residual(numbers[start : start + _WINDOWS_AT_A_TIME], [layer]):
+            if ids:
+                highest = (stream[0].float().cpu() @ direction).max(dim=0)
+                found.append((float(highest.values), int(highest.indices), ids))
+    best = heapq.nlargest(strongest, found, key=lambda one: one[0])
+    return tuple(_around(token_texts(loaded.tokenizer, ids), at) for _, at, ids in best)
+
+
+def _around(tokens: Sequence[str], at: int) -> tuple[str, str]:
+    before, after = _SHOWN
+    return tokens[at].strip(), "".join(tokens[max(0, at - before) : at + after]).strip()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from jobs import evaluate, ground_truth, report
 from ray_explain import storage
 from ray_explain.artifacts import finished
+from ray_explain.ask import main as ask
 from ray_explain.config import read_experiment
 from ray_explain.distributed.feature_plan import FeaturePlan
 from ray_explain.distributed.plan import Plan
@@ -281,6 +282,34 @@ def test_what_a_judge_left_unmarked_is_told_and_asked_for_again(
     }
     assert evaluate.main(evaluated.arguments) == 0
     assert len(chat.asked) == so_far + len(again)
+
+
+def test_a_vector_is_tried_on_the_corpus_of_its_experiment(
+    evaluated: Evaluated, saes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A feature's right descriptions confirm or refute the answer; of another vector it shows the texts."""
+    plan = evaluated.plan
+    questions = storage.read_table(plan.path(plan.questions("features", "small")))
+    effects = storage.read_table(plan.path(plan.effects("features", "small")))
+    row = effects.filter(pc.is_in(effects["case_id"], questions["case_id"].combine_chunks())).to_pylist()[-1]
+    [question] = questions.filter(pc.equal(questions["case_id"], row["case_id"])).to_pylist()
+    capsys.readouterr()
+    assert ask([*evaluated.arguments, "--feature", f"{row['layer']}/{row['feature_id']}"]) == 0
+    told = capsys.readouterr().out
+    assert f"asked        {question['prompt'].splitlines()[0]}" in told  # in the same of the paper's wordings
+    assert f"measured     {question['answer']}" in told and (
+        "verdict      confirmed" in told or "verdict      refuted" in told
+    )
+    vector = read_layer(saes, row["layer"])[row["feature_id"]].numpy()
+    np.save(tmp_path / "v.npy", vector)
+    assert ask([*evaluated.arguments, "--vector", str(tmp_path / "v.npy"), "--layer", str(row["layer"])]) == 0
+    again = capsys.readouterr().out
+    assert "strongest on the corpus" in again and "verdict      open: no description" in again
+
+    def responds(text: str) -> list[str]:
+        return [line for line in text.splitlines() if "responds to " in line]
+
+    assert responds(told) == responds(again) and len(responds(told)) == 6
 
 
 def read_layer(saes: Path, layer: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,18 +10,22 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs import export, ground_truth, pipeline
+from jobs import evaluate, export, ground_truth, pipeline
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import read_experiment
 from ray_explain.distributed.plan import Plan
-from ray_explain.evaluation.receipts import Witness
+from ray_explain.evaluation.grading import grade
+from ray_explain.evaluation.receipts import Receipt, Witness
 from ray_explain.explainer.sidecar import read_sidecar
 from ray_explain.models import files_fingerprint
+from ray_explain.records import TEXT_ONLY
+from ray_explain.stages import Result
 from tests.tiny import config_in, plan_of
 
 pytestmark = pytest.mark.ray
@@ -184,23 +189,79 @@ def questions_about_features(plan: Plan) -> dict[tuple[int, int], tuple[str, lis
     }
 
 
-def test_live_receipts_confirm_as_many_answers_as_were_right_offline(config: str) -> None:
-    """Each test case is run on the target anew and asked anew: the same sentences, the same verdicts."""
+def test_a_target_trained_without_vectors_stands_beside_its_explainers(config: str) -> None:
+    """Of patching and features; an ablation has no vector to do without."""
+    plan = plan_of(config)
+    rows = storage.read_table(f"{plan.path(plan.scores())}/scores").to_pylist()
+    found = {row["task"]: row for row in rows if row["explainer"] == TEXT_ONLY and row["metric"] == "exact_match"}
+    assert set(found) == {"patching", "features"}
+    for task, row in found.items():
+        beside = next(r for r in rows if (r["task"], r["explainer"], r["by"]) == (task, "llama", row["by"]))
+        assert row["n"] == beside["n"] > 0 and row["value"] is not None and row["control"] == "none"
+    compared = storage.read_table(f"{plan.path(plan.scores())}/comparisons").to_pylist()
+    against = {(row["task"], row["contrast"]) for row in compared if row["against"] == TEXT_ONLY}
+    assert against == {("patching", "over_baseline"), ("features", "over_baseline")}
+    for name in ("index.html", "tables.md"):
+        assert "trained without vectors" in Path(plan.root, "report", name).read_text(), name
+
+
+def test_the_next_experiment_is_planned_from_a_finished_one(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _made_at(plan_of(config).root)
+    assert evaluate.main(["--config", config, "--power"]) == 0
+    told = capsys.readouterr().out
+    for task, n in (("activation patching", 40), ("input ablation", 30)):
+        assert re.search(rf"^{task}, llama itself against qwen3 \({n} questions, 1 seed\): ", told, re.MULTILINE), task
+    assert "One seed says nothing of how much seeds differ" in told
+    assert _made_at(plan_of(config).root) == before
+    assert evaluate.main(["--config", config, "--power", "evaluate.resamples=300"]) == 2
+    assert "plans from finished scores" in capsys.readouterr().err
+
+
+def receipts_of(plan: Plan, witness: Witness, task: str, tokenizer: PreTrainedTokenizerBase) -> list[Receipt]:
+    """Of the test split: each case is run on the target anew, and asked about anew."""
+    if task == "features":
+        rows = held_out(plan, "features").to_pylist()
+        return [
+            witness.feature(row["vectors"][0], row["layers"][0], row["answers"], case_id=row["case_id"]) for row in rows
+        ]
+    cases = storage.read_table(plan.path(plan.cases(task, "llama")))
+    cases = cases.filter(pc.equal(cases["split"], "test"))
+    return witness.patches(cases, tokenizer) if task == "patching" else witness.ablations(cases)
+
+
+def held_out(plan: Plan, task: str) -> pa.Table:
+    questions = storage.read_table(plan.path(plan.questions(task, "llama")))
+    return questions.filter(pc.equal(questions["split"], "test"))
+
+
+@pytest.mark.parametrize("task", ["patching", "ablation", "features"])
+def test_live_receipts_confirm_what_was_right_offline(config: str, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An explainer's own answers, and those of one that knows every second truth."""
     plan = plan_of(config)
     run = next(run for run in plan.runs() if run.explainer == run.target and not run.text_only)
     target = {"target": "llama", "target_revision": None, "d_target": 32}
     asking = target | {"explainer": "llama", "folder": plan.path(plan.explainer(run)), "batch_size": 64}
     sizes = {"max_new_tokens": 8, "max_tokens": plan.experiment.train.max_tokens}
     witness = Witness(asking | sizes, plan.model_place("llama"), wording="brief", seed=plan.experiment.seed)
-    graded = storage.read_table(f"{plan.path(plan.scores())}/graded")
     tokenizer = AutoTokenizer.from_pretrained(plan.path(plan.model("llama")))
-    for task in ("patching", "ablation"):
-        cases = storage.read_table(plan.path(plan.cases(task, "llama")))
-        cases = cases.filter(pc.equal(cases["split"], "test"))
-        receipts = witness.patches(cases, tokenizer) if task == "patching" else witness.ablations(cases)
-        rows = graded.filter((pc.field("task") == task) & (pc.field("explainer") == "llama"))
-        offline = rows.filter(pc.field("control") == "none")["exact"].to_pylist()
-        answers = storage.read_table(plan.path(plan.answers(run, task)))
-        said = answers.filter(pc.equal(answers["control"], "none"))["text"].to_pylist()
-        assert sum(receipt.confirmed for receipt in receipts) == sum(offline)
-        assert [receipt.answer for receipt in receipts] == said and len(said) >= 30
+    receipts = receipts_of(plan, witness, task, tokenizer)
+    graded = storage.read_table(f"{plan.path(plan.scores())}/graded")
+    rows = graded.filter((pc.field("task") == task) & (pc.field("explainer") == "llama"))
+    answers = storage.read_table(plan.path(plan.answers(run, task))).filter(pc.field("control") == "none")
+    assert [receipt.answer for receipt in receipts] == answers["text"].to_pylist() and len(receipts) >= 20
+    assert [one.confirmed for one in receipts] == rows.filter(pc.field("control") == "none")["exact"].to_pylist()
+
+    questions = held_out(plan, task)
+    said = answers["text"].to_pylist()
+    said = [right if i % 2 else text for i, (right, text) in enumerate(zip(questions["answer"].to_pylist(), said))]
+    answers = answers.set_column(answers.column_names.index("text"), answers.schema.field("text"), [said])
+    numbers = iter(range(len(said)))
+
+    def knowing(asked: pa.Table) -> Result:
+        told = answers.take([next(numbers) for _ in range(asked.num_rows)])
+        return Result(told.set_column(0, told.schema.field("question_id"), asked["question_id"]), [])
+
+    monkeypatch.setattr(witness, "_answering", knowing)
+    confirmed = [receipt.confirmed for receipt in receipts_of(plan, witness, task, tokenizer)]
+    assert confirmed == grade(questions, answers, target="llama", seed=0)["exact"].to_pylist()
+    assert 0 < sum(map(bool, confirmed)) < len(confirmed)

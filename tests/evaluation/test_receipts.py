@@ -4,18 +4,30 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.ask import main
-from ray_explain.evaluation.receipts import Witness, ablation_of, patch_of, responses
+from ray_explain.evaluation import receipts
+from ray_explain.evaluation.receipts import Witness, ablation_of, patch_of, responses, strongest_windows
 from ray_explain.explainer.baselines import untrained
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
+from ray_explain.ground_truth.corpora import windows_of_texts
 from ray_explain.models import files_fingerprint, load_model
 from ray_explain.questions import wordings
 from ray_explain.world.facts import World
 from ray_explain.world.pretraining import TargetSize, new_target, save_target
 from ray_explain.world.tokenizer import world_tokenizer
+from tests.ground_truth.conftest import random_model, saved
+
+TEXTS = [f"{i * i + 100} times the {animal} sat on a mat" for i, animal in enumerate(["cat", "dog", "bird"] * 30)]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +166,49 @@ def test_a_vector_responds_to_the_words_it_was_read_at(world_target):
     assert found.best == "the sign ."
     assert {word for word, _ in found.strongest} == {"."}
     assert all(-1 <= value <= 1 and not math.isnan(value) for value in found.correlations.values())
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory):
+    """Config of a random target that reads bytes, as hub models do."""
+    core = Tokenizer(BPE())
+    core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    core.train_from_iterator(TEXTS, BpeTrainer(vocab_size=350, initial_alphabet=ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!")
+    return saved(random_model(len(tokenizer)), tokenizer, tmp_path_factory.mktemp("bytewise"))
+
+
+@pytest.mark.parametrize("most, read", [(1000, range(90)), (40, range(0, 90, 3))])
+def test_a_vector_of_any_target_is_tried_on_windows_of_a_corpus(bytewise, tmp_path, monkeypatch, most, read):
+    """Where transformers' own hidden states have most of it: first tokens left out, windows spread over the corpus."""
+    monkeypatch.setattr(receipts, "WINDOWS", most)
+    tokenizer = AutoTokenizer.from_pretrained(bytewise["model"])
+    model = AutoModelForCausalLM.from_pretrained(bytewise["model"])
+    windows = windows_of_texts(TEXTS, tokenizer, n=90, tokens=40)
+    storage.write_table(windows, str(tmp_path / "windows" / "table.parquet"))
+    vector = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    expected = []
+    for number in read:
+        ids = windows["tokens"][number].as_py()
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2]
+        product = hidden[0, 1:] @ torch.tensor(vector)
+        expected.append((product.max().item(), tokenizer.decode(ids[1 + int(product.argmax())]).strip(), TEXTS[number]))
+    best = sorted(expected, reverse=True)[:4]
+    found = strongest_windows(bytewise, str(tmp_path / "windows"), windows.num_rows, vector, 1, strongest=4)
+    assert len({value for value, _, _ in best}) == 4
+    assert [token for token, _ in found] == [token for _, token, _ in best]
+    assert all(text in whole and token in text for (token, text), (_, _, whole) in zip(found, best))
+
+
+def test_a_target_that_does_not_read_the_world_is_told_what_its_vectors_need(bytewise):
+    with pytest.raises(ValueError, match="has a corpus and a describer: this target cannot read"):
+        responses(bytewise, World(), np.ones(32, np.float32), 0)
+
+
+def test_without_a_right_description_nothing_is_confirmed_or_refuted(explainer, world_target):
+    receipt = witness(explainer, world_target).feature(np.ones(32, np.float32), 0, [], ["responds to 'dog'"])
+    assert receipt.confirmed is None and receipt.measured == "" and receipt.details == ("responds to 'dog'",)
 
 
 def run(*arguments):
