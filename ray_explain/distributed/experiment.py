@@ -73,12 +73,14 @@ class Session:
             BadInput: the cluster is not there, or cannot be used for this experiment.
         """
         # These take a second that a finished experiment can save.
-        from ray_explain.distributed.checks import check_gpus
+        from ray_explain.distributed.checks import check_gpus, unused_gpus
         from ray_explain.distributed.cluster import cluster
 
         if not self._started:
             self._stack.enter_context(cluster(self.plan.experiment.storage))
             check_gpus(self.plan.experiment.cluster)
+            if (told := unused_gpus(self.plan.experiment.cluster)) is not None:
+                self.say(told)
             self._started = True
 
     def say(self, text: str) -> None:
