@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import settings
 
 import ray_explain.distributed  # noqa: F401 - sets how Ray behaves, before anything imports it
 from tests.object_store import FlakyProxy, Server, environment
 from tests.serving import serving
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Every run draws anew; one that fails prints the example and the line that draws it again. The examples of each test
+# bound its time, not a clock: machines are busy.
+settings.register_profile("anew", derandomize=False, print_blob=True, deadline=None)
+settings.load_profile("anew")
 
 
 class ObjectStore(NamedTuple):

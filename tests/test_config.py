@@ -1,14 +1,15 @@
 """An experiment is read strictly, and every refusal says the way out."""
 
+import inspect
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from ray_explain.config import Experiment, Kind, Site, read_experiment
+from ray_explain.config import Experiment, Kind, Site, _Loader, _types_in, read_experiment
 from ray_explain.errors import BadInput
 from ray_explain.interventions import hooks, layout
 from ray_explain.world.facts import World
@@ -276,3 +277,57 @@ def test_presets_train_as_the_paper_did(
     )
     assert (train.weight_decay, train.clip, train.precision) == (0.01, 1.0, "bfloat16")
     assert train.injection.model_dump() == {"mode": "replace", "layer": None, "scale": "raw", "projection": "identity"}
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+TOLD_IN_REPORT_MD = ("evaluate.judge", "evaluate.embedding")
+SECTIONS = ["train", "ground_truth", "evaluate", "sweep", "cluster"]
+
+
+class Key(NamedTuple):
+    """A key of the file. Sections are told by the keys that they hold."""
+
+    default: Any
+    place: tuple[type, str]  # the section that it was first written in, which several keys may hold, and its name there
+    is_section: bool
+
+
+def keys_below(path: str, section: Any) -> dict[str, Key]:
+    found = {}
+    for name, field in section.model_fields.items():
+        inner = [one for one in _types_in(field.annotation) if issubclass(one, BaseModel)]
+        owner = next(one for one in reversed(section.__mro__) if name in inspect.get_annotations(one))
+        found[f"{path}.{name}"] = Key(field.default, (owner, name), bool(inner))
+        for one in inner:
+            found |= keys_below(f"{path}.{name}", one)
+    return found
+
+
+def keys_of(name: str) -> dict[str, Key]:
+    return keys_below(name, Experiment.model_fields[name].annotation)
+
+
+def told_on(page: str) -> dict[str, str]:
+    """What the first column of the page's tables of settings has -> what the second has, both without marks of code."""
+    text = (DOCS / page).read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| (\S.*?) \|", text[text.index("# Settings") :], re.MULTILINE)
+    return {key: default.strip("`") for key, default in rows}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_key_of_a_section_is_in_the_docs_with_its_default(name: str) -> None:
+    """The keys of a section that stands at several places are told at one of them."""
+    rows, keys = told_on("training.md" if name == "train" else "settings.md"), keys_of(name)
+    told = {key: rows[way] for key in keys for way in (key, key.removeprefix(f"{name}.")) if way in rows}
+    places = {keys[key].place for key in told}
+    missing = [key for key, own in keys.items() if key not in told and own.place not in places and not own.is_section]
+    assert [key for key in missing if not key.startswith(TOLD_IN_REPORT_MD)] == []
+    for key, default in told.items():
+        if default != "-" and not isinstance(keys[key].default, BaseModel):
+            assert yaml.load(default, Loader=_Loader) == keys[key].default, key
+
+
+def test_the_docs_tell_of_no_key_that_there_is_not() -> None:
+    keys = {key for name in SECTIONS for key in keys_of(name)}
+    assert [key for key in told_on("training.md") if f"train.{key}" not in keys] == []
+    assert [key for key in told_on("settings.md") if not {key, f"ground_truth.{key}"} & keys] == []

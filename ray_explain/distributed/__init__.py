@@ -5,7 +5,11 @@ How these behave is set here, before anything imports them, unless the user has 
 
 import os
 
+# Whether an actor or a worker has GPUs is decided by what it asked for alone: without this, Ray leaves all GPUs of a
+# machine visible to those that asked for none, and they would all take the first one.
+NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 _ENVIRONMENT = {
+    **NO_GPU_UNASKED,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the driver's share of it goes to the terminal
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the newer reader makes one block of small inputs, and so of all work

@@ -83,6 +83,17 @@ def check_gpus(wanted: ClusterConfig) -> None:
             )
 
 
+def unused_gpus(wanted: ClusterConfig) -> str | None:
+    """A sentence for those who have GPUs and use none; Ray must be running."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if not gpus or wanted.gpus_per_actor or wanted.gpus_per_worker:
+        return None
+    return (
+        f"The cluster has {gpus:g} GPUs, and this experiment uses none: set `cluster.gpus_per_worker` (training) and "
+        "`cluster.gpus_per_actor` (ground truth, answers) to use them"
+    )
+
+
 def check_same_code() -> None:
     """Ray must be running. The nodes that are there run the code that this process runs.
 

@@ -11,6 +11,7 @@ import ray
 import ray.data
 
 from ray_explain.config import ClusterConfig
+from ray_explain.distributed import NO_GPU_UNASKED
 from ray_explain.distributed.capacity import fleet
 from ray_explain.distributed.checks import check_address, check_same_code
 from ray_explain.errors import BadInput
@@ -33,7 +34,8 @@ def cluster(root: str, wanted: ClusterConfig) -> Iterator[None]:
     ours, at_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if ours and os.environ.get("RAY_ADDRESS"):
         check_address(os.environ["RAY_ADDRESS"])
-        ray.init(log_to_driver=False, configure_logging=False)
+        # Workers of a cluster that others started do not have our environment.
+        ray.init(log_to_driver=False, configure_logging=False, runtime_env={"env_vars": NO_GPU_UNASKED})
     elif ours:
         ray.init(
             address="local",

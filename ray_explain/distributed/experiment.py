@@ -74,7 +74,7 @@ class Session:
             BadInput: the cluster is not there, or cannot be used for this experiment.
         """
         # These take a second that a finished experiment can save.
-        from ray_explain.distributed.checks import check_gpus
+        from ray_explain.distributed.checks import check_gpus, unused_gpus
         from ray_explain.distributed.cluster import check_shared, cluster
 
         wanted = self.plan.experiment.cluster
@@ -83,6 +83,8 @@ class Session:
         else:
             self._stack.enter_context(cluster(self.plan.experiment.storage, wanted))
             check_gpus(wanted)
+            if (told := unused_gpus(wanted)) is not None:
+                self.say(told)
             self._started = True
 
     def say(self, text: str) -> None:

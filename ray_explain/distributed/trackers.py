@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from ray_explain.errors import BadInput
 
+_TAG = "ray_explain.run"
+
 
 class Tracker(Protocol):
     """Where numbers of a run are sent to."""
@@ -18,15 +20,26 @@ class Tracker(Protocol):
 
 
 class _MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI (else below the working directory)."""
+    """MLflow, at MLFLOW_TRACKING_URI (else below the working directory); a run of this name goes on."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
         import mlflow
 
         self._mlflow = mlflow
         mlflow.set_experiment(project)
-        mlflow.start_run(run_name=name)
-        mlflow.log_params({key: str(value)[:500] for key, value in config.items()})
+        found = mlflow.search_runs(
+            experiment_names=[project],
+            filter_string=f"tags.`{_TAG}` = '{name}'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+            output_format="list",
+        )
+        if found:
+            mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            mlflow.start_run(run_name=name, tags={_TAG: name})
+            # Only once: MLflow refuses other values, and how the work is done may differ when it goes on.
+            mlflow.log_params({key: str(value)[:500] for key, value in config.items()})
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics(dict(values), step=step)

@@ -153,12 +153,14 @@ def _seeds(data: ReportData, scores: Scores) -> str:
 
 
 def _unlike_seeds(data: ReportData, scores: Scores) -> str:
-    places = [(task, target) for task in data.tasks for target in data.targets_of(task)]
-    told = [f"{numbers.task_label(task)} of {target}" for task, target in places if scores.seeds_differ(task, target)]
+    told = []
+    for task in data.tasks:
+        targets = [target for target in data.targets_of(task) if scores.seeds_differ(task, target)]
+        told += [f"{numbers.task_label(task)} of {', '.join(targets)}"] if targets else []
     if not told:
         return ""
     return (
-        f" Explainers do not have the same seeds on {', '.join(told)}: a score is the mean over those that it has, a "
+        f" Explainers do not have the same seeds on {'; '.join(told)}: a score is the mean over those that it has, a "
         "difference over those that both sides have, so that scores need not subtract to it."
     )
 

@@ -292,7 +292,7 @@ def _at(shares: Iterable[float]) -> str:
     known = sorted(set(shares))
     if known in ([], [1.0]):
         return ""
-    return f", at {_list([numbers.share_label(share) for share in known])}"
+    return f", at {numbers.share_label(*known)}"
 
 
 def _start(task: str, rows: Sequence[dict[str, Any]]) -> str:

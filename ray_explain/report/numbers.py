@@ -98,9 +98,9 @@ def score_label(metric: str, by: str) -> str:
     return f"{metric_label(metric)}, {by_label(by)}"
 
 
-def share_label(share: float) -> str:
-    """`30 % of the training data`."""
-    return f"{100 * share:.3g}{THIN}% of the training data"
+def share_label(*shares: float) -> str:
+    """`30 % of the training data`, `10 %, 30 % of the training data`."""
+    return f"{', '.join(f'{100 * share:.3g}{THIN}%' for share in shares)} of the training data"
 
 
 def seeds_label(seeds: Sequence[int]) -> str:

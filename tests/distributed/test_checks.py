@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 
 import ray_explain
-from ray_explain.config import ClusterConfig, TrainConfig
+from ray_explain.config import ClusterConfig, TrainConfig, read_experiment
 from ray_explain.distributed import checks
 from ray_explain.distributed.cluster import cluster
+from ray_explain.distributed.experiment import Session
+from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput
 from tests.distributed.training_runs import run_of
 from tests.serving import serving
@@ -259,3 +262,26 @@ def test_gpus_are_refused_where_there_are_none(running_ray: None, key: str) -> N
     with pytest.raises(BadInput, match=rf"`cluster.{key}` = 1, but no node .* more than 0 GPUs: set it to 0"):
         checks.check_gpus(ClusterConfig.model_validate({key: 1}))
     checks.check_gpus(ClusterConfig())
+
+
+@pytest.mark.ray
+def test_an_actor_sees_the_gpus_that_it_asked_for_and_no_others(running_ray: None) -> None:
+    import ray
+
+    look = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(look.options(num_gpus=0).remote()) == ""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("gpus", "asked", "told"), [(2.0, {}, True), (0.0, {}, False), (2.0, {"gpus_per_worker": 1}, False)]
+)
+def test_who_has_gpus_and_uses_none_is_told_so_once(
+    running_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, asked: dict[str, float], told: bool
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": gpus})
+    plan = Plan(read_experiment(write_config(tmp_path, tmp_path, cluster=asked)))
+    with Session(plan, console=Console(record=True, width=200)) as session:
+        session.start_ray()
+        session.start_ray()
+    assert session.console.export_text().count("The cluster has 2 GPUs, and this experiment uses none") == told

@@ -94,7 +94,7 @@ def test_what_is_seen_does_not_depend_on_the_size_of_steps():
 
 
 @given(n=st.integers(1, 60), batch_size=st.integers(1, 20), micro_batches=st.integers(1, 6), seed=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_the_sizes_no_example_is_lost_and_no_micro_batch_is_empty(n, batch_size, micro_batches, seed):
     options = dict(epoch=0, batch_size=batch_size, micro_batches=micro_batches, seed=seed, weights={})
     n_steps = -(-n // batch_size)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ray_explain.explainer.batches import collate
 from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import learning_rate_factor, parameter_groups, with_lora
@@ -75,6 +76,33 @@ def test_adapters_are_beside_all_linear_maps_of_the_blocks(family, new_model):
         if hasattr(module, "lora_A")
     }
     assert adapted == maps
+
+
+LLAMA_MAPS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+MAPS = {
+    "llama": LLAMA_MAPS,
+    "qwen3": LLAMA_MAPS,
+    "mistral": LLAMA_MAPS,
+    "gemma2": LLAMA_MAPS,
+    "gemma3": LLAMA_MAPS,
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "gpt2": {"c_attn", "c_proj", "c_fc"},
+    "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_adapters_of_a_family_are_at_its_own_maps_of_attention_and_mlp_and_all_learn(
+    name, new_model, markers, examples
+):
+    model = with_lora(new_model(name), rank=2, alpha=2, dropout=0.0)
+    adapted = {at.rpartition(".")[2] for at, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == MAPS[name]
+    explainer = Explainer(model, markers, Projection("identity", 32, 32), InjectionConfig(), train_markers=True)
+    explainer(collate(examples, 0)).loss.backward()
+    for at, parameter in explainer.named_parameters():
+        if "lora_B" in at:
+            assert parameter.grad.abs().sum() > 0, at
 
 
 def test_the_same_seed_gives_the_same_adapters_and_leaves_the_global_random_state_alone(new_model):

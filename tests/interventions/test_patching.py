@@ -85,7 +85,7 @@ def assert_same_logits(one: torch.Tensor, other: torch.Tensor) -> None:
     assert torch.equal(one.argmax(-1), other.argmax(-1))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_sweep_gives_what_one_hook_per_patch_gives(model, judged, data):
     bases = data.draw(prompts())
@@ -96,7 +96,7 @@ def test_a_sweep_gives_what_one_hook_per_patch_gives(model, judged, data):
             assert_same_logits(without, model(torch.tensor([bases[changes[i].base]])).logits[0, -1])
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_family_that_cannot_be_walked_gives_the_same_by_hooks(fallback_model, judged, data):
     bases = data.draw(prompts())

@@ -216,6 +216,7 @@ def test_what_is_compared_at_a_part_of_the_training_data_is_told_with_it(finding
     )
     (summary, *_), (access,) = found.summary(), found.access()
     assert summary.verdict == access.verdict == "shown"
+    assert "exact match (95 %" in plain(access.text)
     assert plain(summary.text).startswith(
         "Activation patching, at 30 % of the training data: models explain themselves"
     )

@@ -62,3 +62,9 @@ def test_a_value_of_any_kind_is_told(value: object, text: str) -> None:
 def test_a_long_text_is_cut_and_says_how_long_it_was() -> None:
     assert numbers.clip("a" * 3000, 10) == "aaaaaaaaaa … (3,000 characters)"
     assert numbers.clip("short", 10) == "short"
+
+
+def test_shares_and_seeds_are_told_in_words() -> None:
+    assert numbers.share_label(0.3).replace(numbers.THIN, " ") == "30 % of the training data"
+    assert numbers.share_label(0.1, 0.025).replace(numbers.THIN, " ") == "10 %, 2.5 % of the training data"
+    assert (numbers.seeds_label((0,)), numbers.seeds_label((0, 2))) == ("seed 0", "seeds 0, 2")
