@@ -18,10 +18,10 @@ from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.estimates import Row, Scores, row_of
 from ray_explain.report.findings import Finding, Findings
+from ray_explain.report.provenance import kinds
 
 MOST_EXAMPLES = 120
 MOST_CHARACTERS = 1_500  # of a text of an example
-MOST_CONFIG = 6_000  # characters of an artifact's config
 MOST_COMPARISONS = 400  # rows; the others stand in tables.md
 MOST_FINDINGS = 6  # of explainers of other models; more are folded away
 VECTOR = "<vector>"
@@ -58,10 +58,7 @@ def page(data: ReportData, scores: Scores) -> str:
         n_examples=len(data.examples),
         comparisons=_comparisons(data, scores),
         stages=_stages(data),
-        configs=[
-            (it, numbers.clip(json.dumps(_plain_json(it.config), indent=2, sort_keys=True), MOST_CONFIG))
-            for it in data.provenance
-        ],
+        kinds=kinds(data.provenance),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ray_explain.artifacts import Manifest
+from ray_explain.records import content_id
 from ray_explain.report.data import WorkedExample
 from ray_explain.report.page import MOST_EXAMPLES, write_report
 
@@ -208,6 +209,28 @@ def test_a_page_of_mixed_shares_and_seeds_says_at_which_each_is(written, score_r
     assert "seeds 0, 1" in seen and "seed 1" in seen
 
 
+def artifacts_of_576_runs() -> list[Manifest]:
+    """Four models by four, three seeds, four shares and three mixtures; each run has an explainer and its answers."""
+    runs = itertools.product("abcd", "abcd", ("patching", "ablation", "features"), range(3), (0.03, 0.1, 0.3, 1.0))
+    train = {f"setting_{i}": {"mode": "replace", "layer": i} for i in range(30)}
+    return [
+        Manifest(
+            kind=kind,
+            label=f"{explainer}-of-{target}-{task}-s{seed}-f{share}",
+            fingerprint=content_id(kind, explainer, target, task, seed, share),
+            config={**train, "seed": seed, "fraction": share},
+            parents=(),
+            rows=500,
+            dropped={"longer than 160 tokens": 4},
+            seconds=61.0,
+            commit="3f9c2d1" * 5,
+            versions={f"library-{i}": "2.13.0" for i in range(10)},
+        )
+        for explainer, target, task, seed, share in runs
+        for kind in ("explainers", f"{task}_answers")
+    ]
+
+
 def test_a_large_experiment_stays_below_three_megabytes(written, score_row) -> None:
     models = [f"model-{i}" for i in range(6)]
     every = itertools.product(("patching", "ablation", "features"), models, models)
@@ -220,8 +243,11 @@ def test_a_large_experiment_stays_below_three_megabytes(written, score_row) -> N
     rows = [score_row(*of, metric, **kind) for of in every for metric in metrics for kind in kinds]
     given = {"task": "patching", "target": "model-0", "explainer": "model-0", "truth": "t", "answer": "a"}
     long = [WorkedExample(**given, question="word " * 20_000, right=i % 2 == 0) for i in range(500)]
-    index, page = written(scores=rows, explainers={model: model for model in models}, examples=long)
+    index, page = written(
+        scores=rows, explainers={model: model for model in models}, examples=long, provenance=artifacts_of_576_runs()
+    )
     assert index.stat().st_size < 3_000_000
+    assert all(it.fingerprint in page.seen for it in artifacts_of_576_runs())
     assert page.tags.count("dl") >= MOST_EXAMPLES
     assert f"{MOST_EXAMPLES} of the 500 that were given" in page.seen
 
