@@ -71,8 +71,8 @@ def start_of(run: TrainRun, workers: int, read: Reader = read_here) -> Start:
 
 def examples_of(
     run: TrainRun, tokenizer: PreTrainedTokenizerBase, markers: Markers, read: Reader = read_here
-) -> tuple[list[Example], dict[str, int]]:
-    """The questions of the training split and the replayed texts as tokens, and why others were left out.
+) -> tuple[list[Example], list[tuple[str, str]]]:
+    """The questions of the training split and the replayed texts as tokens; id and reason of those left out.
 
     Vectors stay on the machine's disk (`VectorFile`), written once by its first worker; all workers must call it.
 
@@ -170,7 +170,7 @@ def steps_of(run: TrainRun, examples: Sequence[Example], workers: int) -> list[S
     )
 
 
-def new_engine(explainer: Explainer, train: TrainConfig, workers: int, *, cut: bool = False) -> Any:
+def new_engine(explainer: Explainer, train: TrainConfig, workers: int) -> Any:
     """A DeepSpeed engine that trains `explainer` with AdamW; see `zero_config`."""
     groups = parameter_groups(explainer, weight_decay=train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
@@ -183,6 +183,6 @@ def projection_kind(train: TrainConfig, d_target: int, d_explainer: int) -> Kind
 
 
 
-def _config_of(train: TrainConfig, workers: int, *, cut: bool = False) -> dict[str, Any]:
+def _config_of(train: TrainConfig, workers: int) -> dict[str, Any]:
     passes = micro_batches(train, workers)
-    return zero_config(train, max(1, train.batch_size // passes), passes // workers, cut=cut)
+    return zero_config(train, max(1, train.batch_size // passes), passes // workers)
