@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import storage
 from ray_explain.artifacts import finish
-from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_share, state_of
+from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.question_stream import read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
@@ -34,7 +34,7 @@ from ray_explain.explainer.examples import Example
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import learning_rate_factor
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
-from ray_explain.explainer.training import LossNotFinite, not_finite
+from ray_explain.explainer.training import NotFinite, not_finite
 from ray_explain.questions import wordings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any = None) 
         _train(run, root, board, verdicts)
     except Halted as told:
         logger.info("%s", told)
-    except (BadInput, LossNotFinite) as error:
+    except (BadInput, NotFinite) as error:
         if dist.get_rank() == 0:
             storage.write_json({"reason": str(error)}, f"{root}/ray_train/{run.name}/{STOPPED}")
 
@@ -71,8 +71,7 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
     start = start_of(run, workers, read_through_ray)
     sample = _sample(run, start)
     with _last_checkpoint() as (folder, state):
-        cut = folder is not None and must_be_cut(folder, workers)
-        engine = new_engine(start.explainer, run.train, workers, cut=cut)
+        engine = new_engine(start.explainer, run.train, workers)
         if folder is not None:
             load_shares(engine, folder)
     state = state or {"step": 0, "lines": "", "best": -1.0}
@@ -96,7 +95,8 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
         hearing.after(number, watch.last)
 
     train_steps(engine, start.examples, start.steps, run, pad_id=start.pad_id, first=state["step"], after=after)
-    _save(engine, run, root, start, watch, best, time.monotonic() - started)
+    how = {"workers": workers, "zero_stage": train.zero_stage, "resumed_at": state["step"]}
+    _save(engine, run, root, start, watch, best, how, time.monotonic() - started)
     watch.close()
 
 
@@ -113,7 +113,7 @@ def train_steps(
     """All steps from `first` on (from 0); `after` is called after each. Needs a process group, and not Ray.
 
     Raises:
-        LossNotFinite: on all workers, before the weights are touched; the message names the questions.
+        NotFinite: on all workers, before the weights are touched; the message names the questions.
     """
     train, rank, world = run.train, dist.get_rank(), dist.get_world_size()
     cuda = engine.device.type == "cuda"
@@ -139,20 +139,20 @@ def train_steps(
             if place < len(own) - 1:
                 engine.step()  # counts the pass; weights change after the last one
             else:
-                norm = take_step(engine, train.clip)
+                norm = take_step(engine, train.clip, [examples[i].question_id for part in step for i in part])
             sums += torch.stack([outcome.nll, outcome.n_right, outcome.n_tokens]).float()
         after(Taken(number + 1, sums, norm, rate))
 
 
 def _check_finite(loss: Float[Tensor, ""], question_ids: Sequence[str]) -> None:
-    """Raises: LossNotFinite: on all workers, if the loss of any of them is NaN or infinite."""
+    """Raises: NotFinite: on all workers, if the loss of any of them is NaN or infinite."""
     bad = (~torch.isfinite(loss.detach())).int()
     if dist.get_world_size() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if bad:
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, (loss.item(), list(question_ids)) if not torch.isfinite(loss) else None)
-        raise not_finite(*next(one for one in told if one is not None))
+        raise not_finite("the loss", *next(one for one in told if one is not None))
 
 
 def _sample(run: TrainRun, start: Start) -> Sample | None:
@@ -257,8 +257,20 @@ def write_explainer(
     save_explainer(explainer, folder, sidecar, tokenizer, state_dict=state)
 
 
-def _save(engine: Any, run: TrainRun, root: str, start: Start, watch: Watch, best: _Best, seconds: float) -> None:
-    """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares."""
+def _save(
+    engine: Any,
+    run: TrainRun,
+    root: str,
+    start: Start,
+    watch: Watch,
+    best: _Best,
+    how: Mapping[str, int],
+    seconds: float,
+) -> None:
+    """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares.
+
+    `how` it was trained at the end: it went on from the checkpoint of step `resumed_at`, 0 without an interruption.
+    """
     state = whole_state(engine.module, run.train.zero_stage)
     if watch.first:
         before = best_folder(run, root)
@@ -277,6 +289,6 @@ def _save(engine: Any, run: TrainRun, root: str, start: Start, watch: Watch, bes
             rows=len(start.examples),
             dropped=start.dropped,
             seconds=seconds,
-            measured={"workers": dist.get_world_size(), **watch.last, **kept_score},
+            measured={**how, **watch.last, **kept_score},
         )
     dist.barrier()

@@ -26,7 +26,7 @@ from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.markers import Markers, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
-from ray_explain.explainer.projection import Projection
+from ray_explain.explainer.projection import Kind, Projection
 from ray_explain.explainer.vector_file import VectorFile
 from ray_explain.explainer.vocabulary import make_room
 from ray_explain.interventions.layout import layout_of
@@ -71,8 +71,8 @@ def start_of(run: TrainRun, workers: int, read: Reader = read_here) -> Start:
 
 def examples_of(
     run: TrainRun, tokenizer: PreTrainedTokenizerBase, markers: Markers, read: Reader = read_here
-) -> tuple[list[Example], dict[str, int]]:
-    """The questions of the training split and the replayed texts as tokens, and why others were left out.
+) -> tuple[list[Example], list[tuple[str, str]]]:
+    """The questions of the training split and the replayed texts as tokens; id and reason of those left out.
 
     Vectors stay on the machine's disk (`VectorFile`), written once by its first worker; all workers must call it.
 
@@ -138,8 +138,8 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     layers = sorted({layer for example in examples for layer in example.layers})
     d_target = next(example.vectors.shape[1] for example in examples)
     d_explainer = model.config.get_text_config().hidden_size
-    is_linear = d_target != d_explainer or train.injection.projection != "identity"
-    projection = Projection("linear" if is_linear else "identity", d_target, d_explainer, layers, seed=run.seed)
+    kind = projection_kind(train, d_target, d_explainer)
+    projection = Projection(kind, d_target, d_explainer, layers, seed=run.seed)
     if run.alignment is not None:
         maps = read_maps(run.alignment)
         projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
@@ -170,13 +170,19 @@ def steps_of(run: TrainRun, examples: Sequence[Example], workers: int) -> list[S
     )
 
 
-def new_engine(explainer: Explainer, train: TrainConfig, workers: int, *, cut: bool = False) -> Any:
+def new_engine(explainer: Explainer, train: TrainConfig, workers: int) -> Any:
     """A DeepSpeed engine that trains `explainer` with AdamW; see `zero_config`."""
     groups = parameter_groups(explainer, weight_decay=train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
     return engine_of(explainer, optimizer, _config_of(train, workers, cut=cut))
 
 
-def _config_of(train: TrainConfig, workers: int, *, cut: bool = False) -> dict[str, Any]:
+def projection_kind(train: TrainConfig, d_target: int, d_explainer: int) -> Kind:
+    """A ridge projection is a linear one that starts elsewhere."""
+    is_linear = d_target != d_explainer or train.injection.projection != "identity"
+    return "linear" if is_linear else "identity"
+
+
+def _config_of(train: TrainConfig, workers: int) -> dict[str, Any]:
     passes = micro_batches(train, workers)
-    return zero_config(train, max(1, train.batch_size // passes), passes // workers, cut=cut)
+    return zero_config(train, max(1, train.batch_size // passes), passes // workers)

@@ -37,8 +37,9 @@ def test_the_pages_code_runs_and_gives_what_hooks_give(
     assert sorted(names["answers"]) == [0, 1, 2]
     for layer, answer in names["answers"].items():
         vector = stream[layer][:, names["origin"]]
-        with torch.no_grad(), replacing(
-            model, Patch(layer=layer, positions=torch.tensor([names["to"]]), values=vector)
+        with (
+            torch.no_grad(),
+            replacing(model, Patch(layer=layer, positions=torch.tensor([names["to"]]), values=vector)),
         ):
             assert answer == tokenizer.decode([int(model(base).logits[0, -1].argmax())])
     rest = torch.tensor([prompt_tokens(tokenizer, "The capital of").ids])
