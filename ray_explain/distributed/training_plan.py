@@ -1,7 +1,7 @@
 """What training the explainers of an experiment would take, said before anything is started."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import pyarrow.compute as pc
@@ -10,11 +10,15 @@ from rich.table import Table
 
 from ray_explain import storage
 from ray_explain.artifacts import finished
-from ray_explain.config import TrainConfig
-from ray_explain.distributed.experiment import Session, model_config
+from ray_explain.config import Task, TrainConfig
+from ray_explain.distributed.experiment import Session, d_model, model_config, n_layers
 from ray_explain.distributed.plan import Plan, Run
-from ray_explain.distributed.training_setup import micro_batches
+from ray_explain.distributed.training_setup import micro_batches, projection_kind
+from ray_explain.explainer.batches import n_steps
+from ray_explain.explainer.examples import TEXT_TASK
+from ray_explain.explainer.markers import N_MARKERS
 from ray_explain.explainer.memory import Footprint, Peak, footprint, peak
+from ray_explain.ground_truth.splits import training_rows
 
 _GIB = 2**30
 _SAFETY = 0.9  # of a device's memory: the rest is fragments, libraries and what others hold
@@ -38,7 +42,7 @@ def plan_training(session: Session) -> None:
     Raises:
         BadInput: a model's config cannot be read.
     """
-    device, has = _device()
+    machine = _machine()
     for run in session.plan.runs():
         train, done = session.plan.train_config(run), work_of(session.plan, run)
         about = "" if done.known else ", at most"
@@ -48,68 +52,118 @@ def plan_training(session: Session) -> None:
             f"{train.batch_size}, {done.rows} at once on each of {train.workers} workers, up to {train.max_tokens} "
             "tokens each"
         )
-        session.console.print(_table(train, done.made, device, has))
+        gpus = session.plan.experiment.cluster.gpus_per_worker
+        session.console.print(_table(train, done.made, gpus, machine))
 
 
 def work_of(plan: Plan, run: Run) -> Work:
     """What a run takes, from configs alone; questions are counted where they are there already."""
     train = plan.train_config(run)
-    passes = micro_batches(train, train.workers)
+    passes, asked = micro_batches(train, train.workers), [_asked(plan, run, task) for task in run.tasks]
     rows = math.ceil(train.batch_size / passes)
     made = footprint(
         model_config(plan, run.explainer),
         dtype=train.precision,
         lora_rank=train.lora.rank if train.lora else None,
+        n_beside=_beside(plan, run, len(set().union(*(one.layers for one in asked)))),
         gradient_checkpointing=train.gradient_checkpointing,
         rows=rows,
         tokens=train.max_tokens,
         answer_tokens=min(plan.experiment.evaluate.max_new_tokens, train.max_tokens),
     )
-    counts = [_questions(plan, run, task) for task in run.tasks]
-    weighted = sum(
-        count * train.weights.get(task, 1.0) + count * train.replay for task, (count, _) in zip(run.tasks, counts)
+    counts = {str(task): one.n for task, one in zip(run.tasks, asked)}
+    questions = sum(counts.values())
+    steps = n_steps(
+        counts | {TEXT_TASK: round(questions * train.replay)},
+        {str(task): weight for task, weight in train.weights.items()},
+        epochs=train.epochs,
+        batch_size=train.batch_size,
     )
-    steps = train.epochs * math.ceil(weighted / train.batch_size)
-    return Work(made, sum(count for count, _ in counts), steps, rows, all(known for _, known in counts))
+    return Work(made, questions, steps, rows, all(one.known for one in asked))
 
 
-def _questions(plan: Plan, run: Run, task: Any) -> tuple[int, bool]:
-    """Questions of the training split, and whether they were counted or are only what the config asks for."""
+def _beside(plan: Plan, run: Run, n_layers_read: int) -> int:
+    """Numbers trained beside the model: the projection from so many layers and, with adapters, the markers."""
+    train, d_target, d_explainer = plan.train_config(run), d_model(plan, run.target), d_model(plan, run.explainer)
+    is_linear = projection_kind(train, d_target, d_explainer) == "linear"
+    return is_linear * n_layers_read * d_target * d_explainer + (train.lora is not None) * N_MARKERS * d_explainer
+
+
+class _Asked(NamedTuple):
+    """The questions of one task that a run is trained on."""
+
+    n: int
+    layers: set[int]  # that their vectors belong to
+    known: bool  # counted, and not only what the config asks for
+
+
+def _asked(plan: Plan, run: Run, task: Task) -> _Asked:
     questions = plan.questions(task, run.target)
     if finished(questions, plan.root) is not None:
-        split = storage.read_table(plan.path(questions), ["split"]).column("split")
-        return pc.sum(pc.equal(split, "train")).as_py() or 0, True
+        every = storage.read_table(plan.path(questions), ["split", "group", "layers"])
+        rows = training_rows(every, run.fraction)
+        return _Asked(rows.num_rows, set(pc.list_flatten(rows["layers"]).to_pylist()), True)
+    section, layers = getattr(plan.experiment.ground_truth, task), _layers(plan, run, task)
+    count = len(layers) * (section.per_layer or section.d_sae) if task == "features" else section.cases.train
+    return _Asked(max(1, round(run.fraction * count)), layers, False)
+
+
+def _layers(plan: Plan, run: Run, task: Task) -> set[int]:
+    """Those of the target that the config asks for vectors of."""
+    if task == "ablation":
+        return set()
     section = getattr(plan.experiment.ground_truth, task)
-    if task != "features":
-        return section.cases.train, False
-    n_layers = len(section.layers)
-    if section.layers == "all":
-        n_layers = model_config(plan, run.target).get_text_config().num_hidden_layers
-    return n_layers * (section.per_layer or section.d_sae), False
+    asked = section.layers if task == "features" else section.blocks
+    if isinstance(asked, str | int):  # all of them, or as many blocks as to hold them all
+        return set(range(n_layers(plan, run.target)))
+    return set(asked) if task == "features" else {at for first, last in asked for at in range(first, last + 1)}
 
 
-def _device() -> tuple[str, list[int]]:
-    """What a worker would run on, and the bytes of each such device of this machine."""
-    if torch.cuda.is_available():
-        every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return every[0].name, [one.total_memory for one in every]
-    return "the memory of this machine (no GPU is here)", [psutil.virtual_memory().total]
+class Machine(NamedTuple):
+    """What there is here, in bytes."""
+
+    gpus: list[int]  # memory of each
+    gpu: str  # their name
+    memory: int
+
+    def __str__(self) -> str:
+        return f"{len(self.gpus)} x {self.gpu}" if self.gpus else "no GPU"
 
 
-def _table(train: TrainConfig, made: Footprint, device: str, has: list[int]) -> Table:
-    table = Table(title=f"peak of each worker, GiB, and whether it fits {len(has)} x {device}", title_justify="left")
+def _machine() -> Machine:
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    name = every[0].name if every else ""
+    return Machine([one.total_memory for one in every], name, psutil.virtual_memory().total)
+
+
+def _table(train: TrainConfig, made: Footprint, gpus_per_worker: float, machine: Machine) -> Table:
+    here = machine if gpus_per_worker else f"{machine.memory / _GIB:.0f} GiB of memory"
+    title = f"peak of each worker, GiB, and whether {train.workers} of them fit this machine: {here}"
+    table = Table(title=title, title_justify="left")
     names = ("ZeRO", "weights", "optimizer", "activations", "gradients", "buffers", "peak", "on the host", "fits")
     for name in names:
         table.add_column(name, justify="right")
     for stage in (0, 1, 2, 3):
         found = peak(made, zero_stage=stage, workers=train.workers, offload=train.offload)
         parts = [found.weights, found.optimizer, found.activations, found.gradients, found.buffers, found.total]
-        here = f"{stage} <" if stage == train.zero_stage else f"{stage}  "
-        table.add_row(here, *(f"{part / _GIB:.2f}" for part in [*parts, found.offloaded]), _fits(found, train, has))
+        mark = f"{stage} <" if stage == train.zero_stage else f"{stage}  "
+        fit = fits(found, train.workers, gpus_per_worker, machine)
+        table.add_row(mark, *(f"{part / _GIB:.2f}" for part in [*parts, found.offloaded]), fit)
     return table
 
 
-def _fits(found: Peak, train: TrainConfig, has: list[int]) -> str:
-    if torch.cuda.is_available():
-        return "yes" if found.total <= _SAFETY * min(has) else "no"
-    return "yes" if (found.total + found.offloaded) * train.workers <= _SAFETY * has[0] else "no"
+def fits(found: Peak, workers: int, gpus_per_worker: float, machine: Machine) -> str:
+    """ "yes", or "no" and of what there is too little on this machine.
+
+    A worker computes on one GPU, however many it reserves; of less than one, several share a GPU.
+    """
+    most = _SAFETY * machine.memory
+    if not gpus_per_worker:
+        return "yes" if (found.total + found.offloaded) * workers <= most else "no: memory"
+    together = max(1, math.floor(1 / gpus_per_worker + 1e-6))  # on one GPU
+    whole = max(1, math.ceil(gpus_per_worker - 1e-6))
+    if len(machine.gpus) // whole * together < workers:
+        return f"no: {math.ceil(workers / together) * whole} x GPU"
+    if found.total * min(together, workers) > _SAFETY * min(machine.gpus):
+        return "no: GPU memory"
+    return "yes" if found.offloaded * workers <= most else "no: host memory"

@@ -26,7 +26,7 @@ from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.markers import Markers, markers_of
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import parameter_groups, with_lora
-from ray_explain.explainer.projection import Projection
+from ray_explain.explainer.projection import Kind, Projection
 from ray_explain.explainer.vector_file import VectorFile
 from ray_explain.explainer.vocabulary import make_room
 from ray_explain.interventions.layout import layout_of
@@ -138,8 +138,8 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     layers = sorted({layer for example in examples for layer in example.layers})
     d_target = next(example.vectors.shape[1] for example in examples)
     d_explainer = model.config.get_text_config().hidden_size
-    is_linear = d_target != d_explainer or train.injection.projection != "identity"
-    projection = Projection("linear" if is_linear else "identity", d_target, d_explainer, layers, seed=run.seed)
+    kind = projection_kind(train, d_target, d_explainer)
+    projection = Projection(kind, d_target, d_explainer, layers, seed=run.seed)
     if run.alignment is not None:
         maps = read_maps(run.alignment)
         projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
@@ -149,6 +149,12 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     if train.gradient_checkpointing:
         explainer.checkpoint_gradients()
     return explainer
+
+
+def projection_kind(train: TrainConfig, d_target: int, d_explainer: int) -> Kind:
+    """A ridge projection is a linear one that starts elsewhere."""
+    is_linear = d_target != d_explainer or train.injection.projection != "identity"
+    return "linear" if is_linear else "identity"
 
 
 def micro_batches(train: TrainConfig, workers: int) -> int:

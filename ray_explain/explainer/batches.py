@@ -143,13 +143,23 @@ def _chosen(tasks: Sequence[str], weights: Mapping[str, float], epoch: int, seed
     chosen: list[int] = []
     for task in sorted(set(tasks)):
         members = [i for i, other in enumerate(tasks) if other == task]
-        size = len(members) * weights.get(task, 1.0)
-        start, end = round(epoch * size), round((epoch + 1) * size)
+        start, end = _turn(len(members), weights.get(task, 1.0), epoch)
         for turn in range(start // len(members), -(-end // len(members))):
             shuffled = random.Random(f"turn {seed} {task} {turn}").sample(members, len(members))
             first = turn * len(members)
             chosen += shuffled[max(start - first, 0) : end - first]
     return chosen
+
+
+def _turn(n: int, weight: float, epoch: int) -> tuple[int, int]:
+    """Where the piece of an epoch begins and ends in the endless row of a task's `n` examples."""
+    return round(epoch * n * weight), round((epoch + 1) * n * weight)
+
+
+def n_steps(counts: Mapping[str, int], weights: Mapping[str, float], *, epochs: int, batch_size: int) -> int:
+    """How many steps `training_steps` makes of so many examples of each task."""
+    turns = [[_turn(n, weights.get(task, 1.0), epoch) for task, n in counts.items()] for epoch in range(epochs)]
+    return sum(-(-sum(end - start for start, end in epoch) // batch_size) for epoch in turns)
 
 
 def _by_length(chosen: list[int], lengths: Sequence[int], n_steps: int) -> list[list[int]]:

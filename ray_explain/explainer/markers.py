@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 VECTOR_MARK = "<vector>"
 """What stands for a vector in the prompt of a question, whoever is asked."""
 
+N_MARKERS = 3
 RESERVED = (
     ("<|begin_vector|>", "<|vector|>", "<|end_vector|>"),
     ("<|reserved_special_token_10|>", "<|reserved_special_token_12|>", "<|reserved_special_token_11|>"),  # Llama 3

@@ -51,13 +51,15 @@ def footprint(
     *,
     dtype: str,
     lora_rank: int | None,
+    n_beside: int,
     gradient_checkpointing: bool,
     rows: int,
     tokens: int,
     answer_tokens: int,
 ) -> Footprint:
     """Of a transformers config and a forward pass of `rows` examples of `tokens` tokens, `answer_tokens` of them (of
-    each) learned. Attention is taken to keep no matrix of all pairs of tokens."""
+    each) learned. `n_beside` numbers are trained beside the model: of a projection, of markers. Attention is taken to
+    keep no matrix of all pairs of tokens."""
     config._attn_implementation = "eager"  # others look at the values of the mask
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
@@ -70,8 +72,8 @@ def footprint(
         saved = saved // layout.n_layers + layout.n_layers * rows * tokens * layout.d_model * layout.dtype.itemsize
     parameters = list(model.parameters())
     return Footprint(
-        n_parameters=sum(parameter.numel() for parameter in parameters),
-        n_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        n_parameters=sum(parameter.numel() for parameter in parameters) + n_beside,
+        n_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad) + n_beside,
         bytes_each=DTYPES[dtype].itemsize,
         activations=saved,
         logits=rows * answer_tokens * layout.d_vocab * (3 * 4 + (0 if dtype == "float32" else 2)),

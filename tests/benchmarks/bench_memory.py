@@ -46,6 +46,7 @@ def planned(size: str, train: dict[str, Any]) -> Any:
         config_of(size),
         dtype=train.get("precision", "float32"),
         lora_rank=train["lora"]["rank"] if "lora" in train else None,
+        n_beside=3 * SIZES[size][0] if "lora" in train else 0,
         gradient_checkpointing=train.get("gradient_checkpointing", False),
         rows=ROWS,
         tokens=TOKENS,

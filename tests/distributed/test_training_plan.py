@@ -1,18 +1,26 @@
 """What a training would take is said without starting it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.train import main
 from ray_explain.config import read_experiment
+from ray_explain.distributed import training_plan
 from ray_explain.distributed.plan import Plan
-from ray_explain.distributed.training_plan import work_of
-from ray_explain.explainer.memory import Footprint, peak
+from ray_explain.distributed.training_plan import Machine, fits, work_of
+from ray_explain.distributed.training_setup import start_of
+from ray_explain.explainer.markers import markers_of
+from ray_explain.explainer.memory import _FIXED, Footprint, Peak, peak
+from ray_explain.explainer.module import Explainer
+from ray_explain.explainer.optimise import with_lora
+from ray_explain.explainer.projection import Projection
+from tests.distributed.training_runs import run_of
 
 
 @pytest.fixture
@@ -45,9 +53,79 @@ def test_parameters_and_steps_are_those_of_the_training(config: str, world_targe
     linear = (
         2 * 4 * (4 * (32 + 32) + 3 * (32 + AutoModelForCausalLM.from_pretrained(world_target).config.intermediate_size))
     )
-    assert adapted.made.n_trained == linear
-    assert adapted.made.n_parameters == n + linear
+    markers = 3 * 32
+    assert adapted.made.n_trained == linear + markers
+    assert adapted.made.n_parameters == n + linear + markers
     assert adapted.rows == 2
+
+
+@pytest.mark.parametrize("lora", ["null", "{rank: 4}"])
+@pytest.mark.parametrize(
+    ("projection", "blocks", "layers"),
+    [("identity", 2, []), ("linear", 2, [0, 1]), ("ridge", "[[1, 1]]", [1]), ("linear", "[[0, 1]]", [0, 1])],
+)
+def test_a_projection_counts(
+    config: str, world_target: Path, lora: str, projection: str, blocks: Any, layers: list[int]
+) -> None:
+    overrides = ["evaluate.controls=[]", f"ground_truth.patching.blocks={blocks}"]
+    overrides += [f"train.injection={{projection: {projection}}}"]
+    made = work(config, *overrides, f"train.lora={lora}").made
+    model = AutoModelForCausalLM.from_pretrained(world_target)
+    if lora != "null":
+        model = with_lora(model.requires_grad_(False), rank=4, alpha=4, dropout=0.0)
+    kind = "identity" if projection == "identity" else "linear"
+    markers = markers_of(AutoTokenizer.from_pretrained(world_target))
+    explainer = Explainer(model, markers, Projection(kind, 32, 32, layers), train_markers=lora != "null")
+    counts = [(one.numel(), one.requires_grad) for one in explainer.parameters()]
+    assert made.n_parameters == sum(n for n, _ in counts)
+    assert made.n_trained == sum(n for n, is_trained in counts if is_trained)
+
+
+def test_fractions_and_weights_count_as_in_the_training(
+    config: str, questions: tuple[str, str], world_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of questions that are there, and of those that will be."""
+    expected = {0.3: 30, 1.0: 100}
+    plan = Plan(read_experiment(config, ["fractions=[0.3, 1.0]"]))
+    assert {run.fraction: work_of(plan, run).questions for run in plan.runs()} == expected
+    assert [work_of(plan, run).known for run in plan.runs()] == [False, False]
+    overrides = ["fractions=[0.3, 1.0]", "train.weights={patching: 1.3}", "train.batch_size=4", "train.replay=0.4"]
+    plan = Plan(read_experiment(config, overrides))
+    monkeypatch.setattr(training_plan, "finished", lambda *_: True)
+    monkeypatch.setattr(plan, "path", lambda _: questions[0])
+    for run in plan.runs():
+        train, found = plan.train_config(run), work_of(plan, run)
+        training = replace(run_of(train, "planned", questions[:1], world_target), fraction=run.fraction)
+        n = round(found.questions * train.replay)
+        start = start_of(replace(training, replay=(("fonan was born in", "sunmouth"),) * n), workers=2)
+        assert found.known and found.questions == len(start.examples) - n
+        assert found.steps == len(start.steps)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus_per_worker", "gpus", "memory", "expected"),
+    [
+        (1, 1, [80], 100, "yes"),
+        (4, 1, [80], 10_000, "no: 4 x GPU"),
+        (4, 1, [80] * 4, 400, "yes"),
+        (4, 1, [80, 80, 80, 20], 400, "no: GPU memory"),
+        (2, 2, [80] * 3, 400, "no: 4 x GPU"),
+        (2, 0.5, [80], 400, "yes"),
+        (3, 0.25, [80], 400, "no: GPU memory"),
+        (3, 0.5, [80], 400, "no: 2 x GPU"),
+        (4, 1, [80] * 4, 40, "no: host memory"),
+        (1, 1, [], 10_000, "no: 1 x GPU"),
+        (2, 0, [], 100, "yes"),
+        (3, 0, [], 100, "no: memory"),
+        (2, 0, [80], 60, "no: memory"),
+    ],
+)
+def test_all_workers_have_to_fit_this_machine(
+    workers: int, gpus_per_worker: float, gpus: list[int], memory: int, expected: str
+) -> None:
+    """Each holds 30 on its device and 10 on the host, of which nine tenths are there to be had."""
+    found = Peak(weights=30 - _FIXED, optimizer=0, activations=0, gradients=0, buffers=0, offloaded=10)
+    assert fits(found, workers, gpus_per_worker, Machine(gpus, "card", memory)) == expected
 
 
 def test_what_is_computed_again_is_not_kept(config: str) -> None:
