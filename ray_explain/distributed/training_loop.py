@@ -34,7 +34,7 @@ from ray_explain.explainer.examples import Example
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import learning_rate_factor
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
-from ray_explain.explainer.training import LossNotFinite, not_finite
+from ray_explain.explainer.training import NotFinite, not_finite
 from ray_explain.questions import wordings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any = None) 
         _train(run, root, board, verdicts)
     except Halted as told:
         logger.info("%s", told)
-    except (BadInput, LossNotFinite) as error:
+    except (BadInput, NotFinite) as error:
         if dist.get_rank() == 0:
             storage.write_json({"reason": str(error)}, f"{root}/ray_train/{run.name}/{STOPPED}")
 
@@ -113,7 +113,7 @@ def train_steps(
     """All steps from `first` on (from 0); `after` is called after each. Needs a process group, and not Ray.
 
     Raises:
-        LossNotFinite: on all workers, before the weights are touched; the message names the questions.
+        NotFinite: on all workers, before the weights are touched; the message names the questions.
     """
     train, rank, world = run.train, dist.get_rank(), dist.get_world_size()
     cuda = engine.device.type == "cuda"
@@ -139,20 +139,20 @@ def train_steps(
             if place < len(own) - 1:
                 engine.step()  # counts the pass; weights change after the last one
             else:
-                norm = take_step(engine, train.clip)
+                norm = take_step(engine, train.clip, [examples[i].question_id for part in step for i in part])
             sums += torch.stack([outcome.nll, outcome.n_right, outcome.n_tokens]).float()
         after(Taken(number + 1, sums, norm, rate))
 
 
 def _check_finite(loss: Float[Tensor, ""], question_ids: Sequence[str]) -> None:
-    """Raises: LossNotFinite: on all workers, if the loss of any of them is NaN or infinite."""
+    """Raises: NotFinite: on all workers, if the loss of any of them is NaN or infinite."""
     bad = (~torch.isfinite(loss.detach())).int()
     if dist.get_world_size() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if bad:
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, (loss.item(), list(question_ids)) if not torch.isfinite(loss) else None)
-        raise not_finite(*next(one for one in told if one is not None))
+        raise not_finite("the loss", *next(one for one in told if one is not None))
 
 
 def _sample(run: TrainRun, start: Start) -> Sample | None:

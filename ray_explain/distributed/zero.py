@@ -1,7 +1,7 @@
 """DeepSpeed: from our training section to an engine, its steps, and back to whole weights."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ray_explain.config import TrainConfig
+from ray_explain.explainer.training import check_norm
 
 
 def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int, *, cut: bool = False) -> dict[str, Any]:
@@ -90,15 +91,22 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def take_step(engine: Any, clip: float) -> float:
-    """The optimizer step after the last backward pass of a step; the norm of its gradient before clipping."""
+def take_step(engine: Any, clip: float, question_ids: Sequence[str]) -> float:
+    """The optimizer step after the last backward pass of a step; the norm of its gradient before clipping.
+
+    Raises:
+        NotFinite: the norm is NaN or infinite; no weight was touched. It names the questions of the whole step.
+    """
     if not _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
-        engine.step()
-        return float(engine.get_global_grad_norm())
+        engine.step()  # leaves the weights alone where the norm is not finite, and goes on as if nothing were
+        norm = float(engine.get_global_grad_norm())
+        check_norm(norm, question_ids)
+        return norm
     # DeepSpeed's own clipping goes through parameters one by one, and forgets the norm.
-    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip)
+    norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip))
+    check_norm(norm, question_ids)
     engine.step()
-    return float(norm)
+    return norm
 
 
 def _is_bare(zero_stage: int, is_bfloat16: bool) -> bool:

@@ -1,5 +1,6 @@
 """Training in plain PyTorch on one process: what every distributed run has to reproduce."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,8 +42,8 @@ class StepReport(NamedTuple):
     learning_rate: float
 
 
-class LossNotFinite(ArithmeticError):
-    """A loss is NaN or infinite; the message names the questions of the batch."""
+class NotFinite(ArithmeticError):
+    """A loss or the norm of a gradient is NaN or infinite; the message names the questions it comes from."""
 
 
 def train_plain(
@@ -56,7 +57,7 @@ def train_plain(
     """Train in place with AdamW and gradient clipping; the losses of all steps, as in `StepReport`.
 
     Raises:
-        LossNotFinite: before the weights are touched by it.
+        NotFinite: before the weights are touched by it.
     """
     optimizer = torch.optim.AdamW(
         parameter_groups(explainer, weight_decay=config.weight_decay), lr=config.learning_rate, fused=True
@@ -80,6 +81,7 @@ def train_plain(
             group["lr"] = rate
         outcomes = _backward(explainer, examples, step, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(explainer.parameters(), config.clip).item()
+        check_norm(norm, [examples[i].question_id for part in step for i in part])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report = _report(i, len(steps), outcomes, norm, rate)
@@ -103,15 +105,22 @@ def _backward(explainer: Explainer, examples: Sequence[Example], step: Step, pad
 
 
 def check_finite(outcome: Outcome, question_ids: Sequence[str]) -> None:
-    """Raises: LossNotFinite: the loss of the batch of these questions is NaN or infinite."""
+    """Raises: NotFinite: the loss of the batch of these questions is NaN or infinite."""
     if not torch.isfinite(outcome.loss):
-        raise not_finite(outcome.loss.item(), question_ids)
+        raise not_finite("the loss", outcome.loss.item(), question_ids)
 
 
-def not_finite(loss: float, question_ids: Sequence[str]) -> LossNotFinite:
+def check_norm(norm: float, question_ids: Sequence[str]) -> None:
+    """Raises: NotFinite: the gradient of the step with these questions has a norm that is NaN or infinite; their losses
+    may be finite even so, where a backward pass overflows."""
+    if not math.isfinite(norm):
+        raise not_finite("the gradient's norm", norm, question_ids)
+
+
+def not_finite(what: str, value: float, question_ids: Sequence[str]) -> NotFinite:
     """The error of a batch of these questions."""
-    return LossNotFinite(
-        f"the loss is {loss} on questions {', '.join(question_ids)}: lower the learning rate, or look at their vectors"
+    return NotFinite(
+        f"{what} is {value} on questions {', '.join(question_ids)}: lower the learning rate, or look at their vectors"
     )
 
 

@@ -9,7 +9,7 @@ from ray_explain.explainer.injection import InjectionConfig
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import with_lora
 from ray_explain.explainer.projection import Projection
-from ray_explain.explainer.training import LossNotFinite, PlainTraining, train_plain
+from ray_explain.explainer.training import NotFinite, PlainTraining, train_plain
 
 CONFIG = PlainTraining(epochs=2, batch_size=8, learning_rate=1e-2, schedule="linear", warmup=0.2)
 
@@ -107,8 +107,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
     bad = data[3]._replace(vectors=np.full((2, 32), np.nan, np.float32), question_id="bad one")
     bad = bad._replace(input_ids=[1, 40, 41, 42, 40, 41, 42, 5, 2], n_prompt=7)
     before = [parameter.detach().clone() for parameter in explainer.parameters()]
-    with pytest.raises(LossNotFinite, match="bad one"):
+    with pytest.raises(NotFinite, match="bad one"):
         train_plain(explainer, [*data[:2], bad], PlainTraining(epochs=1, batch_size=3, learning_rate=1.0), pad_id=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, explainer.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched_though_its_loss_is_finite(
+    new_explainer, data
+):
+    explainer, losses, before = new_explainer(), [], []
+    matrix = explainer.language_model.model.layers[1].mlp.up_proj.weight
+    matrix.register_hook(lambda gradient: gradient * (float("inf") if len(losses) == 2 else 1.0))
+
+    def after(report):
+        losses.append(report.loss)
+        before[:] = [parameter.detach().clone() for parameter in explainer.parameters()]
+
+    ids = [f"question {i}" for i in range(24)]
+    named = [example._replace(question_id=name) for example, name in zip(data, ids)]
+    with pytest.raises(NotFinite, match="the gradient's norm is") as told:
+        train_plain(explainer, named, CONFIG, pad_id=0, on_step=after)
+    lengths = [len(example.input_ids) for example in data]
+    [third] = training_steps(lengths, ["patching"] * 24, epochs=2, batch_size=8, micro_batches=1, seed=0)[2]
+    assert len(losses) == 2 and f"on questions {', '.join(ids[i] for i in third)}: lower" in str(told.value)
     assert all(torch.equal(a, b) for a, b in zip(before, explainer.parameters(), strict=True))
 
 
