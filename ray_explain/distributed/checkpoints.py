@@ -1,33 +1,67 @@
-"""Checkpoints of a training: every worker writes its share, and any number of workers can go on from them."""
+"""Checkpoints of a training: every worker writes its share; any number of workers at any ZeRO stage goes on from it.
+
+A share holds, for each trained parameter, the piece that the worker has of its float32 weights and of Adam's moments,
+and where in the whole parameter (flattened) the piece begins. Whoever reads takes from all shares what it needs.
+"""
 
 import json
 import os
-import shutil
-import tempfile
-from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-TAG = "engine"  # of DeepSpeed's part of a checkpoint
-_UNIVERSAL = "engine_universal"  # the same, cut for any number of workers
 _STATE = "state.json"
+_WEIGHTS, _MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
+
+
+class _Piece(NamedTuple):
+    """What this worker has of a parameter."""
+
+    name: str
+    start: int  # in the whole parameter
+    flat: Tensor  # what Adam steps: float32, maybe of several parameters
+    place: slice  # of the piece in `flat`
+
+    @property
+    def numel(self) -> int:
+        return self.place.stop - self.place.start
+
+    def of(self, whole: Tensor) -> Float[Tensor, " numel"]:
+        """The piece's part of `flat`, or of one of Adam's moments of it."""
+        return whole.detach().view(-1)[self.place]
 
 
 def save_share(engine: Any, folder: str, state: dict[str, Any]) -> None:
-    """Write this worker's share of a checkpoint to its own `folder`; all workers must call it.
+    """Write this worker's share of a checkpoint to its own `folder`; all workers must call it, after a first step.
 
     Frozen parameters are left out: those of a LoRA explainer are the base model's. Beside the share lies how large each
     of its files is, so that a checkpoint that was cut is known as such.
     """
-    engine.save_checkpoint(folder, tag=TAG, exclude_frozen_parameters=True)
-    rank = dist.get_rank()
+    rank, adam = dist.get_rank(), _adam(engine)
+    tensors, starts = dict[str, Tensor](), dict[str, str]()
+    is_split = engine.zero_optimization_stage() > 0  # else all workers have the same
+    for piece in _pieces(engine) if is_split or rank == 0 else ():
+        starts[piece.name] = str(piece.start)
+        known = adam.state.get(piece.flat, {})  # nothing for a parameter that has had no gradient yet
+        wholes = {_WEIGHTS: piece.flat} | {moment: known[moment] for moment in _MOMENTS if moment in known}
+        # A copy: some pieces are parts of one tensor, and the steps go on while the file is taken up.
+        tensors |= {f"{what} {piece.name}": piece.of(whole).cpu().clone() for what, whole in wholes.items()}
+    if tensors:
+        save_file(tensors, f"{folder}/{_share(rank)}.safetensors", metadata=starts)
     if rank == 0:
-        Path(folder, _STATE).write_text(json.dumps({**state, "workers": dist.get_world_size()}))
+        told = {**state, "workers": dist.get_world_size(), "adam_steps": _adam_steps(adam)}
+        Path(folder, _STATE).write_text(json.dumps(told))
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
-    Path(folder, f"share-{rank}.json").write_text(json.dumps(sizes))
+    Path(folder, f"{_share(rank)}.json").write_text(json.dumps(sizes))
 
 
 def state_of(folder: str) -> dict[str, Any] | None:
@@ -36,7 +70,7 @@ def state_of(folder: str) -> dict[str, Any] | None:
     try:
         state = json.loads(Path(folder, _STATE).read_text())
         for rank in range(state["workers"]):
-            for name, size in json.loads(Path(folder, f"share-{rank}.json").read_text()).items():
+            for name, size in json.loads(Path(folder, f"{_share(rank)}.json").read_text()).items():
                 if os.path.getsize(Path(folder, name)) != size:
                     return None
     except (FileNotFoundError, json.JSONDecodeError):
@@ -44,58 +78,106 @@ def state_of(folder: str) -> dict[str, Any] | None:
     return state
 
 
-def must_be_cut(folder: str, workers: int) -> bool:
-    """Whether a whole checkpoint holds shares of the optimizer's state for another number of workers. Without ZeRO
-    every worker has all of it."""
-    state = state_of(folder)
-    return state is not None and state["workers"] != workers and any(Path(folder, TAG).glob("*_optim_states.pt"))
-
-
 def load_shares(engine: Any, folder: str) -> None:
-    """Let the engine go on from the checkpoint in `folder`; all workers must call it.
-
-    One that `must_be_cut` is first cut for any number of workers (DeepSpeed's universal checkpoint), once on each
-    machine; the engine must have been made for that (`zero_config`).
-    """
-    if not engine.load_universal_checkpoint():
-        engine.load_checkpoint(folder, tag=TAG, load_module_strict=False)
-        return
-    first = int(os.environ["LOCAL_RANK"]) == 0
-    cut = Path(tempfile.gettempdir(), f"ray_explain-universal-{os.path.basename(os.path.realpath(folder))}")
-    if first:
-        _cut(folder, cut)
-    dist.barrier()
-    adam = engine.optimizer.optimizer
-    decays = [group["weight_decay"] for group in adam.param_groups]
-    engine.load_checkpoint(str(cut), tag=_UNIVERSAL, load_module_strict=False)
-    _mend(adam, decays)
-    dist.barrier()
-    if first:
-        shutil.rmtree(cut)
+    """Let the engine go on from the whole checkpoint in `folder`, before its first step; all workers must call it."""
+    adam, n_steps = _adam(engine), json.loads(Path(folder, _STATE).read_text())["adam_steps"]
+    with ExitStack() as stack, torch.no_grad():
+        shares = _Shares(folder, stack)
+        for piece in _pieces(engine):
+            known = adam.state[piece.flat]
+            for moment in _MOMENTS:
+                known.setdefault(moment, torch.zeros_like(piece.flat))
+                shares.read(moment, piece, known[moment])
+            known["step"] = torch.tensor(float(n_steps), device=piece.flat.device)
+            shares.read(_WEIGHTS, piece, piece.flat)
+    _take_up_weights(engine)
 
 
-def _mend(adam: torch.optim.Optimizer, decays: list[float]) -> None:
-    """What DeepSpeed (0.19.8, stage 3) gets wrong there: all groups get the weight decay of the first one, and share
-    one counter of steps, which then counts each step once for every group."""
-    for group, decay in zip(adam.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    for state in adam.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+class _Shares:
+    """The shares of all workers that wrote a checkpoint; `stack` closes their files."""
+
+    def __init__(self, folder: str, stack: ExitStack) -> None:
+        self._found: dict[str, list[tuple[int, Any]]] = defaultdict(list)  # name in a file -> starts and slices
+        for path in sorted(Path(folder).glob(f"{_share('*')}.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            starts = file.metadata()
+            for key in file.keys():  # noqa: SIM118 - no dictionary
+                self._found[key].append((int(starts[key.partition(" ")[2]]), file.get_slice(key)))
+
+    def read(self, what: str, piece: _Piece, whole: Tensor) -> None:
+        """Fill the piece's part of `whole` with what the checkpoint has of it.
+
+        Raises:
+            KeyError: it has no weights of the parameter.
+        """
+        into, key = piece.of(whole), f"{what} {piece.name}"
+        if what == _WEIGHTS and key not in self._found:
+            raise KeyError(f"the checkpoint has no weights of {piece.name}")
+        for start, part in self._found[key]:
+            first = max(start, piece.start)
+            stop = min(start + part.get_shape()[0], piece.start + piece.numel)
+            if first < stop:
+                into[first - piece.start : stop - piece.start] = part[first - start : stop - start].to(into.device)
 
 
-def _cut(folder: str, cut: Path) -> None:
-    from deepspeed.checkpoint import ds_to_universal
+def _share(rank: int | str) -> str:
+    return f"share-{rank}"
 
-    shutil.rmtree(cut, ignore_errors=True)
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(Path(folder, TAG)),
-            output_folder=str(cut / _UNIVERSAL),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-    )
+
+def _adam(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed was given, out of what it wraps around it."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _adam_steps(adam: torch.optim.Optimizer) -> int:
+    return max((int(known["step"]) for known in adam.state.values() if "step" in known), default=0)
+
+
+def _pieces(engine: Any) -> Iterator[_Piece]:
+    """This worker's pieces of all trained parameters, as DeepSpeed (0.19.8) keeps them."""
+    names = {id(one): name for name, one in engine.module.named_parameters() if one.requires_grad}
+    stage, wrapped = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        for flat, group in zip(wrapped.fp32_partitioned_groups_flat, wrapped.fp16_groups, strict=True):
+            offset = 0
+            for one in group:  # all shares of a parameter are of one size; the last may end in padding
+                size = one.ds_tensor.numel()
+                start = size * dist.get_rank()
+                stop = offset + max(0, min(size, one.ds_numel - start))
+                yield _Piece(names[id(one)], start, flat, slice(offset, stop))
+                offset += size
+    elif stage:
+        for flat, group in zip(wrapped.single_partition_of_fp32_groups, wrapped.bit16_groups, strict=True):
+            for one in group:
+                if (mapped := one._hp_mapping) is not None:  # else others have all of it
+                    here = mapped.hp_fragment_address
+                    start = mapped.lp_fragment_address.start
+                    yield _Piece(names[id(one)], start, flat, slice(here.start, here.start + here.numel))
+    else:
+        for one, flat in _beside(engine):
+            yield _Piece(names[id(one)], 0, flat, slice(0, flat.numel()))
+
+
+def _beside(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Without ZeRO: each trained parameter and what Adam steps, the parameter itself or its float32 copy."""
+    if engine.bfloat16_enabled():
+        groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+        return [pair for own, copies in groups for pair in zip(own, copies, strict=True)]
+    every = [one for group in engine.optimizer.param_groups for one in group["params"]]
+    return list(zip(every, every, strict=True))
+
+
+def _take_up_weights(engine: Any) -> None:
+    """Let the model have the float32 weights."""
+    stage, wrapped = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        wrapped.checkpoint_event_prologue()
+        for number in range(len(wrapped.fp16_groups)):
+            wrapped._reassign_or_swap_out_partitioned_parameters(number)
+        wrapped.checkpoint_event_epilogue()  # gathers what is always whole
+    elif stage:
+        wrapped.update_lp_params()
+    else:
+        with torch.no_grad():
+            for one, flat in _beside(engine):
+                one.copy_(flat)

@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_explain import storage
 from ray_explain.artifacts import finish
-from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_share, state_of
+from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.question_stream import read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
@@ -71,8 +71,7 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
     start = start_of(run, workers, read_through_ray)
     sample = _sample(run, start)
     with _last_checkpoint() as (folder, state):
-        cut = folder is not None and must_be_cut(folder, workers)
-        engine = new_engine(start.explainer, run.train, workers, cut=cut)
+        engine = new_engine(start.explainer, run.train, workers)
         if folder is not None:
             load_shares(engine, folder)
     state = state or {"step": 0, "lines": "", "best": -1.0}
@@ -96,7 +95,8 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
         hearing.after(number, watch.last)
 
     train_steps(engine, start.examples, start.steps, run, pad_id=start.pad_id, first=state["step"], after=after)
-    _save(engine, run, root, start, watch, best, time.monotonic() - started)
+    how = {"workers": workers, "zero_stage": train.zero_stage, "resumed_at": state["step"]}
+    _save(engine, run, root, start, watch, best, how, time.monotonic() - started)
     watch.close()
 
 
@@ -255,8 +255,20 @@ def write_explainer(
     save_explainer(explainer, folder, sidecar, tokenizer, state_dict=state)
 
 
-def _save(engine: Any, run: TrainRun, root: str, start: Start, watch: Watch, best: _Best, seconds: float) -> None:
-    """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares."""
+def _save(
+    engine: Any,
+    run: TrainRun,
+    root: str,
+    start: Start,
+    watch: Watch,
+    best: _Best,
+    how: Mapping[str, int],
+    seconds: float,
+) -> None:
+    """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares.
+
+    `how` it was trained at the end: it went on from the checkpoint of step `resumed_at`, 0 without an interruption.
+    """
     state = whole_state(engine.module, run.train.zero_stage)
     if watch.first:
         before = best_folder(run, root)
@@ -275,6 +287,6 @@ def _save(engine: Any, run: TrainRun, root: str, start: Start, watch: Watch, bes
             rows=len(start.examples),
             dropped=start.dropped,
             seconds=seconds,
-            measured={"workers": dist.get_world_size(), **watch.last, **kept_score},
+            measured={**how, **watch.last, **kept_score},
         )
     dist.barrier()

@@ -176,13 +176,13 @@ def steps_of(run: TrainRun, examples: Sequence[Example], workers: int) -> list[S
     )
 
 
-def new_engine(explainer: Explainer, train: TrainConfig, workers: int, *, cut: bool = False) -> Any:
+def new_engine(explainer: Explainer, train: TrainConfig, workers: int) -> Any:
     """A DeepSpeed engine that trains `explainer` with AdamW; see `zero_config`."""
     groups = parameter_groups(explainer, weight_decay=train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
-    return engine_of(explainer, optimizer, _config_of(train, workers, cut=cut))
+    return engine_of(explainer, optimizer, _config_of(train, workers))
 
 
-def _config_of(train: TrainConfig, workers: int, *, cut: bool = False) -> dict[str, Any]:
+def _config_of(train: TrainConfig, workers: int) -> dict[str, Any]:
     passes = micro_batches(train, workers)
-    return zero_config(train, max(1, train.batch_size // passes), passes // workers, cut=cut)
+    return zero_config(train, max(1, train.batch_size // passes), passes // workers)

@@ -13,14 +13,13 @@ from ray_explain.config import TrainConfig
 from ray_explain.explainer.training import check_norm
 
 
-def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int, *, cut: bool = False) -> dict[str, Any]:
+def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's config. The optimizer and its learning rate are ours, so that nothing has to be compiled (with
     offload, PyTorch's own fused AdamW runs on the CPU); clipping is DeepSpeed's where it has an optimizer of its own
     around ours, else that of `take_step`.
 
     Args:
         micro_batch_size: Only told to DeepSpeed for its books: our loss is already a mean over the whole step.
-        cut: The checkpoint to go on from must be cut anew for this number of workers.
     """
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if not torch.cuda.is_available():
@@ -37,23 +36,14 @@ def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int, *,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.precision == "bfloat16"},
-        "checkpoint": {"load_universal": cut},
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU in every pass
     }
 
 
 def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around `module`; the process group must be there already (Ray Train makes it).
-
-    It reads checkpoints of tensors, plain values and three classes of DeepSpeed; anything else in them is refused.
-    """
+    """A DeepSpeed engine around `module`; the process group must be there already (Ray Train makes it)."""
     deepspeed = _deepspeed()
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler])
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if dist.get_world_size() == 1 and _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
         engine.enable_backward_allreduce = False  # it would copy all gradients to add them to nobody's

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ray_explain.config import Experiment
+from ray_explain.config import Experiment, read_experiment
 from ray_explain.distributed.feature_plan import identity
 from ray_explain.distributed.plan import Plan
-from tests.tiny import EXPERIMENT
+from tests.tiny import EXPERIMENT, config_in
 
 
 def plan(**changes):
@@ -74,3 +74,54 @@ def test_files_of_all_layers_tell_a_path_with_a_layer_in_it_from_others(tmp_path
     (tmp_path / "2-source" / "batch.jsonl").write_text("33")
     assert identity(place) != before
     assert identity("owner/name/layer_{layer}/x") == "owner/name/layer_{layer}/x", "a hub id is known by its name"
+
+
+def explainers(folder: Path, *overrides: str) -> list[str]:
+    """Where the explainers of the tiny experiment lie."""
+    made = Plan(read_experiment(config_in(folder), overrides))
+    return [made.path(made.explainer(run)) for run in made.runs()]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.workers=2",
+        "train.zero_stage=3",
+        "train.offload=true",
+        "train.gradient_checkpointing=true",
+        "train.micro_batch_size=4",
+        "train.validate_every=20",
+        "train.validation_questions=8",
+        "train.checkpoint_every=5",
+        "train.keep_checkpoints=4",
+        "train.max_failures=0",
+        "train.trackers=[mlflow]",
+    ],
+)
+def test_how_an_explainer_is_trained_says_not_which_one_it_is(override: str, tmp_path: Path) -> None:
+    assert explainers(tmp_path, override) == explainers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.batch_size=8",
+        "train.epochs=2",
+        "train.precision=bfloat16",
+        "train.lora={rank: 4}",
+        "train.weights={features: 2}",
+        "train.max_tokens=100",
+        "train.injection={projection: linear}",
+    ],
+)
+def test_what_changes_the_steps_makes_another_explainer(override: str, tmp_path: Path) -> None:
+    assert not set(explainers(tmp_path, override)) & set(explainers(tmp_path))
+
+
+@pytest.mark.parametrize("choosing", ["train.keep=best", "sweep.metric=validation_exact"])
+def test_validation_makes_another_explainer_where_it_chooses_one(choosing: str, tmp_path: Path) -> None:
+    often, seldom, fewer = (
+        explainers(tmp_path, choosing, f"train.validate_every={every}", f"train.validation_questions={n}")
+        for every, n in [(10, 64), (20, 64), (10, 32)]
+    )
+    assert not set(often) & set(seldom) and not set(often) & set(fewer)

@@ -7,11 +7,12 @@ from ray_explain.artifacts import Artifact
 from ray_explain.config import InjectionConfig, LoraConfig, TrainConfig
 
 
-def run_of(train: TrainConfig, label: str, questions: tuple[str, str], target: Path) -> Any:
+def run_of(train: TrainConfig, label: str, questions: tuple[str, ...], target: Path) -> Any:
+    from ray_explain.distributed.plan import identity_of
     from ray_explain.distributed.train import TrainRun
 
     return TrainRun(
-        artifact=Artifact(kind="explainers", label=label, config=train.model_dump(mode="json")),
+        artifact=Artifact(kind="explainers", label=label, config=identity_of(train)),
         model={"model": str(target), "revision": None, "dtype": "float32"},
         target={"name": "target", "revision": None},
         questions=questions,
@@ -61,7 +62,32 @@ CASES = {
     "zero-2-offload": _case(zero_stage=2, offload=True),
     "zero-3-offload": _case(zero_stage=3, offload=True),
     "zero-3-checkpointing": _case(zero_stage=3, gradient_checkpointing=True),
+    "zero-2-lora-dropout": _case(zero_stage=2, lora=LoraConfig(rank=4, alpha=8, dropout=0.1)),
 }
 VALIDATED = ["zero-2", "zero-3", "zero-3-lora"]
 RESUMED = [f"zero-{stage}{kind}" for stage in (0, 1, 2, 3) for kind in ("", "-lora")]
+RESUMED_AS_THEY_WERE = [
+    *("zero-0", "zero-3", "zero-2-lora-dropout", "zero-0-bfloat16", "zero-3-bfloat16", "zero-2-offload"),
+]
+
+
+def later_stage(name: str, n: int) -> str:
+    """The case that differs from one of `RESUMED` in its ZeRO stage alone, `n` stages on, round and round."""
+    _, stage, *kind = name.split("-")
+    return "-".join(["zero", str((int(stage) + n) % 4), *kind])
+
+
 SPLIT = ["zero-3", "zero-3-lora"]
+POISONED = {  # what one number of a gradient becomes
+    "zero-0": "nan",
+    "zero-0-lora": "inf",
+    "zero-0-bfloat16": "inf",
+    "zero-1": "inf",
+    "zero-2": "nan",
+    "zero-2-passes-of-1": "inf",
+    "zero-2-offload": "nan",
+    "zero-3": "nan",
+    "zero-3-lora": "inf",
+    "zero-3-bfloat16": "nan",
+    "zero-3-offload": "inf",
+}

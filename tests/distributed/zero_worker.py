@@ -1,7 +1,8 @@
 """Trains explainers with DeepSpeed on the workers of one torchrun, for test_zero. Usage: session folder target question
-folders. Session "two" trains `CASES` and leaves checkpoints of `RESUMED`, "one" goes on from them and leaves its own,
-"again" goes on from those. "split" trains only `SPLIT`, on a target that has no markers yet, and tells how many numbers
-each worker holds before the first step. Each writes what it saw to <session>.json.
+folders. Session "two" trains `CASES`, leaves checkpoints of `RESUMED` and goes on from others itself; "one" goes on
+from them at another ZeRO stage and leaves its own, "again" goes on from those at a third one. "split" trains only
+`SPLIT`, on a target that has no markers yet, and tells how many numbers each worker holds before the first step. Each
+writes what it saw to <session>.json.
 """
 
 import json
@@ -19,11 +20,22 @@ import ray_explain.distributed  # noqa: F401 - sets what DeepSpeed reads
 from ray_explain import storage
 from ray_explain.config import TrainConfig
 from ray_explain.distributed import training_setup, zero
-from ray_explain.distributed.checkpoints import load_shares, must_be_cut, save_share, state_of
+from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.training_loop import Taken, train_steps, write_explainer
 from ray_explain.distributed.validation import Sample, answers, sample_of, validate
 from ray_explain.explainer.sidecar import load_explainer
-from tests.distributed.training_runs import CASES, CUT, RESUMED, SPLIT, VALIDATED, run_of
+from ray_explain.explainer.training import NotFinite
+from tests.distributed.training_runs import (
+    CASES,
+    CUT,
+    POISONED,
+    RESUMED,
+    RESUMED_AS_THEY_WERE,
+    SPLIT,
+    VALIDATED,
+    later_stage,
+    run_of,
+)
 
 _config = zero.zero_config
 
@@ -82,10 +94,8 @@ def part_of_run(name: str, place: Place, *, first: Path | None = None, leave: Pa
     run, told = place.run(CASES[name], name), dict[str, Any](losses=[], norms=[])
     start = training_setup.start_of(run, dist.get_world_size())
     state = state_of(str(first)) if first else None
-    cut = first is not None and must_be_cut(str(first), dist.get_world_size())
-    engine = training_setup.new_engine(start.explainer, run.train, dist.get_world_size(), cut=cut)
+    engine = training_setup.new_engine(start.explainer, run.train, dist.get_world_size())
     if state:
-        assert state["workers"] != dist.get_world_size()
         load_shares(engine, str(first))
 
     def after(taken: Taken) -> None:
@@ -107,6 +117,42 @@ def part_of_run(name: str, place: Place, *, first: Path | None = None, leave: Pa
 
 class Enough(Exception):
     """The checkpoint can be made."""
+
+
+def poisoned_run(name: str, place: Place) -> dict[str, Any]:
+    """Three steps, in the last of which one worker's gradient of one parameter is no number; the losses stay finite."""
+    run, last, value = place.run(CASES[name], name), 3, float(POISONED[name])
+    start = training_setup.start_of(run, dist.get_world_size())
+    engine = training_setup.new_engine(start.explainer, run.train, dist.get_world_size())
+    parameters, before, taken = list(engine.module.parameters()), list[torch.Tensor](), list[int]()
+
+    def own() -> list[torch.Tensor]:
+        return [getattr(one, "ds_tensor", one).detach().clone() for one in parameters]
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        if len(taken) < last - 1 or dist.get_rank() == 0:
+            return gradient
+        gradient = gradient.clone()
+        gradient.view(-1)[-1] = value
+        return gradient
+
+    next(one for one in reversed(parameters) if one.requires_grad).register_hook(poison)
+
+    def after(step: Taken) -> None:
+        taken.append(step.number)
+        before[:] = own()
+
+    told = "nothing"
+    try:
+        train_steps(engine, start.examples, start.steps[:last], run, pad_id=start.pad_id, after=after)
+    except NotFinite as error:
+        told = str(error)
+    same = all(torch.equal(*pair) for pair in zip(before, own(), strict=True))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {"told": told, "steps": len(taken), "weights are as before": same})
+    engine.destroy()
+    ids = [start.examples[i].question_id for part in start.steps[last - 1] for i in part]
+    return {"workers": everyone, "questions": ids}
 
 
 def add(told: dict[str, Any], taken: Taken) -> None:
@@ -133,14 +179,18 @@ def main(session: str, place: Place) -> None:
         told = {name: whole_run(name, place) | {"held": held_at_start(name, place)} for name in SPLIT}
     elif session == "two":
         told = {name: whole_run(name, place) for name in CASES}
-        for name in RESUMED:
-            part_of_run(name, place, leave=of_two[name])
+        for name in {**dict.fromkeys(RESUMED), **dict.fromkeys(RESUMED_AS_THEY_WERE)}:
+            part_of_run(name, place, leave=place.folder / f"{name}-2")
+        told["resumed"] = {
+            name: part_of_run(name, place, first=place.folder / f"{name}-2") for name in RESUMED_AS_THEY_WERE
+        }
+        told["poisoned"] = {name: poisoned_run(name, place) for name in POISONED}
     elif session == "one":
-        told = {name: part_of_run(name, place, first=of_two[name]) for name in RESUMED}
+        told = {name: part_of_run(later_stage(name, 1), place, first=of_two[name]) for name in RESUMED}
         for name in RESUMED:
-            part_of_run(name, place, leave=of_one[name])
+            part_of_run(later_stage(name, 1), place, leave=of_one[name])
     else:
-        told = {name: part_of_run(name, place, first=of_one[name]) for name in RESUMED}
+        told = {name: part_of_run(later_stage(name, 3), place, first=of_one[name]) for name in RESUMED}
     if dist.get_rank() == 0:
         (place.folder / f"{session}.json").write_text(json.dumps(told))
     dist.barrier()
