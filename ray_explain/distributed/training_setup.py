@@ -151,6 +151,12 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     return explainer
 
 
+def projection_kind(train: TrainConfig, d_target: int, d_explainer: int) -> Kind:
+    """A ridge projection is a linear one that starts elsewhere."""
+    is_linear = d_target != d_explainer or train.injection.projection != "identity"
+    return "linear" if is_linear else "identity"
+
+
 def micro_batches(train: TrainConfig, workers: int) -> int:
     """Forward passes of a step over all workers: a whole number on each."""
     share = max(1, train.batch_size // workers)
@@ -174,13 +180,7 @@ def new_engine(explainer: Explainer, train: TrainConfig, workers: int) -> Any:
     """A DeepSpeed engine that trains `explainer` with AdamW; see `zero_config`."""
     groups = parameter_groups(explainer, weight_decay=train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
-    return engine_of(explainer, optimizer, _config_of(train, workers, cut=cut))
-
-
-def projection_kind(train: TrainConfig, d_target: int, d_explainer: int) -> Kind:
-    """A ridge projection is a linear one that starts elsewhere."""
-    is_linear = d_target != d_explainer or train.injection.projection != "identity"
-    return "linear" if is_linear else "identity"
+    return engine_of(explainer, optimizer, _config_of(train, workers))
 
 
 def _config_of(train: TrainConfig, workers: int) -> dict[str, Any]:
