@@ -42,14 +42,20 @@ class Board:
 
     def __init__(self) -> None:
         self._states: dict[str, State] = {}
+        self._lines: dict[str, None] = {}
 
     def tell(self, key: str, done: float, total: float, note: str = "") -> None:
         """The latest word on `key`; the first one makes its bar."""
         self._states[key] = State(done, total, note)
 
-    def states(self) -> dict[str, State]:
-        """All that was told so far."""
-        return self._states
+    def say(self, line: str) -> None:
+        """A sentence for the person who watches and for the log, once, also where a worker that was lost says it
+        again."""
+        self._lines[line] = None
+
+    def all(self) -> tuple[dict[str, State], list[str]]:
+        """All that was told and said so far."""
+        return self._states, list(self._lines)
 
 
 class Teller:
@@ -134,9 +140,20 @@ def watching() -> Iterator[Any]:
     has_bars = console.is_terminal and not console.is_dumb_terminal
     drawer: _Bars | _Lines = _Bars(console) if has_bars else _Lines(console)
 
+    n_said = 0
+
+    def draw() -> None:
+        nonlocal n_said
+        states, lines = ray.get(board.all.remote())
+        for line in lines[n_said:]:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            logger.warning("%s", line)
+        n_said = len(lines)
+        drawer.draw(states)
+
     def keep_drawing() -> None:
         while not over.wait(_SECONDS_BETWEEN_LOOKS):
-            drawer.draw(ray.get(board.states.remote()))
+            draw()
 
     thread = threading.Thread(target=keep_drawing, daemon=True)
     with drawer:
@@ -147,5 +164,5 @@ def watching() -> Iterator[Any]:
             over.set()
             thread.join(timeout=10)
             if ray.is_initialized():
-                drawer.draw(ray.get(board.states.remote()))
+                draw()
                 ray.kill(board)

@@ -90,7 +90,14 @@ def fit(
     system, checkpoints = storage.filesystem(f"{root}/ray_train")
     trainer = ray.train.torch.TorchTrainer(
         _on_worker,
-        train_loop_config={"run": run, "root": root, "board": board, "verdicts": verdicts, "code": code_here()},
+        train_loop_config={
+            "run": run,
+            "root": root,
+            "board": board,
+            "verdicts": verdicts,
+            "code": code_here(),
+            "max_dropped": cluster.max_dropped,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.train.workers,
             use_gpu=gpus > 0,
@@ -132,7 +139,7 @@ def _why_stopped(run: TrainRun, root: str) -> str | None:
 
 def _on_worker(config: dict[str, Any]) -> None:
     """Imports what is heavy only where it is needed: in the workers, not in Ray Train's controllers."""
-    check_worker(config["root"], config["code"])
+    check_worker(config["root"], config.pop("code"))
     from ray_explain.distributed.training_loop import train_on_worker
 
-    train_on_worker(config["run"], config["root"], config["board"], config["verdicts"])
+    train_on_worker(**config)

@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from ray_explain.distributed.checkpoints import load_shares, save_share, state_o
 from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.question_stream import read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
-from ray_explain.distributed.training_setup import Start, new_engine, start_of
+from ray_explain.distributed.training_setup import Start, new_engine, start_of, told_of_dropped
 from ray_explain.distributed.validation import Sample, held_out, sample_of, validate
 from ray_explain.distributed.watching import CURVE, Watch
 from ray_explain.distributed.zero import take_step, whole_state
@@ -49,14 +50,14 @@ class Taken(NamedTuple):
     learning_rate: float
 
 
-def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any = None) -> None:
+def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: float) -> None:
     """What every worker does: the same steps in the same order, each with its share of every step's examples.
 
     What no new start could mend, and what all workers therefore meet alike, ends the run instead of failing it, since
     Ray Train would start failed workers again; the driver finds the reason in the run's folder.
     """
     try:
-        _train(run, root, board, verdicts)
+        _train(run, root, board, verdicts, max_dropped)
     except Halted as told:
         logger.info("%s", told)
     except (BadInput, NotFinite) as error:
@@ -64,11 +65,14 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any = None) 
             storage.write_json({"reason": str(error)}, f"{root}/ray_train/{run.name}/{STOPPED}")
 
 
-def _train(run: TrainRun, root: str, board: Any, verdicts: Any) -> None:
+def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: float) -> None:
     started, workers = time.monotonic(), dist.get_world_size()
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
     start = start_of(run, workers, read_through_ray)
+    told = told_of_dropped(start, run.artifact.label, max_dropped)
+    if told is not None and dist.get_rank() == 0:
+        board.say.remote(told)
     sample = _sample(run, start)
     with _last_checkpoint() as (folder, state):
         engine = new_engine(start.explainer, run.train, workers)
@@ -287,7 +291,7 @@ def _save(
             run.artifact,
             root,
             rows=len(start.examples),
-            dropped=start.dropped,
+            dropped=Counter(reason for _, reason in start.dropped),
             seconds=seconds,
             measured={**how, **watch.last, **kept_score},
         )

@@ -33,6 +33,7 @@ from ray_explain.interventions.layout import layout_of
 from ray_explain.models import load_model
 
 Reader = Callable[[Encoding, Sequence[Piece]], Iterator[pa.Table]]
+_EXAMPLES_SHOWN = 5
 _NOWHERE = np.zeros((0, 0), np.float32)  # vectors that are not mapped yet
 
 
@@ -43,7 +44,7 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     examples: list[Example]
     steps: list[Step]
-    dropped: dict[str, int]  # questions left out: reason -> count
+    dropped: list[tuple[str, str]]  # (id, reason) of the questions and texts left out
     pad_id: int
 
 
@@ -90,7 +91,7 @@ def examples_of(
         with_vectors=local_rank == 0,
     )
     file = VectorFile(d_target, keep=encoding.with_vectors)
-    examples, places, dropped = list[Example](), list[slice](), Counter[str]()
+    examples, places, dropped = list[Example](), list[slice](), list[tuple[str, str]]()
     known: dict[int, int] = {}  # one object for each token id, not for each token
     pieces = [piece for folder in run.questions for piece in pieces_of(folder, run.fraction)]
     for table in chain(read(encoding, pieces), [encoding.table(_texts(run, d_target))]):
@@ -103,11 +104,34 @@ def examples_of(
                 row |= {"input_ids": ids, "layers": tuple(row["layers"]), "vectors": _NOWHERE}
                 examples.append(Example(**row))
             else:
-                dropped[reason] += 1
+                dropped.append((row["question_id"], reason))
     if not any(example.task != TEXT_TASK for example in examples):
-        raise BadInput(f"{run.artifact.label}: no question of the training split can be learned ({dict(dropped)})")
+        raise BadInput(f"{run.artifact.label}: no question of the training split can be learned ({_counted(dropped)})")
     rows = _shared_rows(file, rank - local_rank)
-    return [one._replace(vectors=rows[place]) for one, place in zip(examples, places)], dict(dropped)
+    return [one._replace(vectors=rows[place]) for one, place in zip(examples, places)], dropped
+
+
+def _counted(dropped: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(reason for _, reason in dropped).most_common())
+
+
+def told_of_dropped(start: Start, label: str, max_dropped: float) -> str | None:
+    """A sentence about the questions and texts that the training `label` leaves out; None where it has all.
+
+    Raises:
+        BadInput: they are more than the share `max_dropped` of all; the first are named.
+    """
+    dropped, n = start.dropped, len(start.examples) + len(start.dropped)
+    if not dropped:
+        return None
+    told = f"{label}: {len(dropped):,} of {n:,} training questions and texts are left out: {_counted(dropped)}"
+    if len(dropped) <= max_dropped * n:
+        return told
+    shown = "; ".join(f"{question_id}: {reason}" for question_id, reason in dropped[:_EXAMPLES_SHOWN])
+    raise BadInput(
+        f"{told}, more than `cluster.max_dropped` = {max_dropped}; the first: {shown}. Mend them, raise "
+        "`train.max_tokens` for over-long ones, or allow more"
+    )
 
 
 def _texts(run: TrainRun, d_target: int) -> Iterator[Question]:

@@ -125,23 +125,43 @@ def _kill_a_worker_after_a_checkpoint(folder: Path, n: int = 1) -> Any:
     return was_killed
 
 
-def test_failed_runs_do_not_stop_others_and_say_why(
-    running_ray: None, questions: tuple[str, str], world_target: Path, tmp_path: Path
+def test_failed_runs_do_not_stop_others_and_what_is_left_out_is_said(
+    running_ray: None,
+    questions: tuple[str, str],
+    world_target: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from ray_explain.distributed.train import train_all
     from ray_explain.errors import JobFailed
 
-    fine = run_of(TRAIN.model_copy(update={"epochs": 1}), "fine", questions, world_target)
+    long, _ = _with_an_over_long_question(questions[0], tmp_path)
+    fine = run_of(TRAIN.model_copy(update={"epochs": 1}), "fine", (long,), world_target)
     tight = run_of(TRAIN.model_copy(update={"max_tokens": 2}), "tight", questions, world_target)
+    tighter = run_of(TRAIN.model_copy(update={"max_tokens": 44}), "tighter", questions, world_target)
     raw = TRAIN.model_copy(update={"injection": InjectionConfig(projection="linear"), "checkpoint_every": 1})
     [bad, name] = _with_a_vector_beyond_float32(questions[0], tmp_path)
     wild = run_of(raw, "wild", (bad,), world_target)
     with pytest.raises(JobFailed) as failure:
-        train_all([tight, wild, fine], str(tmp_path), ClusterConfig(concurrent_trainings=2))
+        train_all([tight, tighter, wild, fine], str(tmp_path), ClusterConfig(concurrent_trainings=2))
     assert re.search(r"tight: .*no question of the training split", str(failure.value))
+    assert re.search(r"tighter: .* left out: \d+ over-long, more than `cluster.max_dropped` = 0.05", str(failure.value))
     assert re.search(rf"wild: the loss is nan on questions .*{name}.*: lower the learning rate", str(failure.value))
-    assert finished(fine.artifact, str(tmp_path)) is not None
+    manifest = finished(fine.artifact, str(tmp_path))
+    assert manifest is not None and manifest.dropped == {"over-long": 1}
+    told = "fine: 1 of 72 training questions and texts are left out: 1 over-long"
+    assert capsys.readouterr().out.count(told) == 1 and told in caplog.text
     assert list((tmp_path / "ray_train" / wild.name).glob("checkpoint_*/state.json")), "the last good checkpoint stays"
+
+
+def _with_an_over_long_question(folder: str, tmp_path: Path) -> tuple[str, str]:
+    """A copy of the questions in which one cannot be learned, and its id."""
+    table = storage.read_table(folder)
+    rows = table.filter(pc.equal(table["split"], "train")).to_pylist()
+    rows[0]["prompt"] += " a" * TRAIN.max_tokens
+    storage.write_table(pa.Table.from_pylist(rows, schema=table.schema), f"{tmp_path}/long/table.parquet")
+    return f"{tmp_path}/long", rows[0]["question_id"]
 
 
 def _with_a_vector_beyond_float32(folder: str, tmp_path: Path) -> tuple[str, str]:
@@ -151,6 +171,24 @@ def _with_a_vector_beyond_float32(folder: str, tmp_path: Path) -> tuple[str, str
     rows[0]["vectors"] = [[3.4e38 for _ in vector] for vector in rows[0]["vectors"]]
     storage.write_table(pa.Table.from_pylist(rows, schema=table.schema), f"{tmp_path}/questions/table.parquet")
     return f"{tmp_path}/questions", rows[0]["question_id"]
+
+
+def test_questions_that_cannot_be_learned_are_counted_and_too_many_of_them_are_refused(
+    questions: tuple[str, str], world_target: Path, tmp_path: Path
+) -> None:
+    from ray_explain.distributed.training_setup import start_of, told_of_dropped
+    from ray_explain.errors import BadInput
+
+    whole = start_of(run_of(TRAIN, "all", questions, world_target), workers=1)
+    assert told_of_dropped(whole, "all", 0.0) is None
+    folder, name = _with_an_over_long_question(questions[0], tmp_path)
+    start = start_of(run_of(TRAIN, "some", (folder,), world_target), workers=1)
+    told = "some: 1 of 72 training questions and texts are left out: 1 over-long"
+    assert told_of_dropped(start, "some", 1 / 72) == told
+    with pytest.raises(
+        BadInput, match=rf"{told}, more than `cluster.max_dropped` = 0.01; the first: {name}: over-long"
+    ):
+        told_of_dropped(start, "some", 0.01)
 
 
 def test_an_explainer_without_vectors_is_trained_on_the_same_words_and_zeros(

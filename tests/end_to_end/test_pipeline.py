@@ -210,7 +210,9 @@ def test_the_next_experiment_is_planned_from_a_finished_one(config: str, capsys:
     assert evaluate.main(["--config", config, "--power"]) == 0
     told = capsys.readouterr().out
     for task, n in (("activation patching", 40), ("input ablation", 30)):
-        assert re.search(rf"^{task}, llama itself against qwen3 \({n} questions, 1 seed\): ", told, re.MULTILINE), task
+        assert re.search(
+            rf"^{task}, exact match, llama itself against qwen3 \({n} questions, 1 seed\): ", told, re.MULTILINE
+        ), task
     assert "One seed says nothing of how much seeds differ" in told
     assert _made_at(plan_of(config).root) == before
     assert evaluate.main(["--config", config, "--power", "evaluate.resamples=300"]) == 2
