@@ -139,7 +139,7 @@ def _why_stopped(run: TrainRun, root: str) -> str | None:
 
 def _on_worker(config: dict[str, Any]) -> None:
     """Imports what is heavy only where it is needed: in the workers, not in Ray Train's controllers."""
-    check_worker(config["root"], config.pop("code"))
+    check_worker(config["root"], config["code"])
     from ray_explain.distributed.training_loop import train_on_worker
 
-    train_on_worker(**config)
+    train_on_worker(**{name: value for name, value in config.items() if name != "code"})
