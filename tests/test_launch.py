@@ -107,7 +107,7 @@ def test_an_empty_split_is_bad_input(tmp_path: Path, world_target: Path, capsys:
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     section = {"source": "jsonl", "path": str(tmp_path / "own.jsonl"), "cases": {"train": 8, "test": 4}}
-    config = write_config(tmp_path, world_target, ground_truth={"ablation": section})
+    config = write_config(tmp_path, world_target, ground_truth={"ablation": section}, cluster={"max_dropped": 1.0})
     assert ground_truth.main(["--config", config]) == 2
     told = capsys.readouterr().err
     assert told.startswith("bad input: `ground_truth.ablation`: split 'test' is empty (1 dropped: ")

@@ -123,7 +123,10 @@ def made(target: str, folder: Path, *given: str) -> subprocess.CompletedProcess[
     for program in ("ray", "python", "tensorboard"):
         stand_in = folder / "bin" / program
         noted = f'printf "%s\\n" "$(basename $0)" "$RAY_AUTH_MODE" "$@" >> {folder}/said-$(basename $0)'
-        stand_in.write_text(f"#!/bin/sh\n{noted}\necho $(basename $0) complains >&2\n")
+        # the real one stays, and what runs beside it has time to start
+        until = f'[ -z "$CLUSTER" ] || [ -s {folder}/said-ray ] || [ $i = 100 ]'
+        stays = f"i=0; until {until}; do sleep 0.1; i=$((i+1)); done" if program == "tensorboard" else ":"
+        stand_in.write_text(f"#!/bin/sh\n{noted}\n{stays}\necho $(basename $0) complains >&2\n")
         stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     command = ["make", "-s", "--old-file=setup", target, f"VENV={folder}", *given]
     environment = os.environ | {"HOME": str(folder)}
@@ -132,6 +135,8 @@ def made(target: str, folder: Path, *given: str) -> subprocess.CompletedProcess[
 
 def makes(target: str, folder: Path, *given: str, program: str = "ray") -> list[str]:
     """The arguments of the programs of this name that a target starts."""
+    for said in folder.glob("said-*"):
+        said.unlink()
     made(target, folder, *given)
     return (folder / f"said-{program}").read_text().splitlines()
 

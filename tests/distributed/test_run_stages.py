@@ -163,9 +163,10 @@ def test_dropped_rows_are_counted_and_too_many_fail_the_stage(
 
 def stopped_after(parts: list[tuple[int, int]], job: Any, root: Path) -> dict[str, int]:
     """As a run leaves it that was stopped after these slices; the time of each part."""
+    from ray_explain.distributed.checks import code_here
     from ray_explain.distributed.run_stages import _Worker
 
-    worker = _Worker([job], str(root))
+    worker = _Worker([job], str(root), code_here())
     for start, stop in parts:
         worker.make(0, start, stop)
     folder = job.artifact.path(str(root))

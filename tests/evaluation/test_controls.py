@@ -84,7 +84,7 @@ def test_shuffling_never_gives_a_question_an_equal_vector_of_another_one(questio
         kinds = [1 + i // 2 for i in range(4)] + [3] * 5  # of vectors: two kinds at layer 0, one at layer 1
         own = [np.full((1, D), kind + i * 1e-7, np.float32) for i, kind in enumerate(kinds)]
         table = questions(
-            *[{"layers": [int(kind == 2)], "group": f"g{i}"} for i, kind in enumerate(kinds)], vectors=own
+            *[{"layers": [int(kind == 3)], "group": f"g{i}"} for i, kind in enumerate(kinds)], vectors=own
         )
         changed = records.vectors_of(under_control(table, "shuffled", seed=seed)["vectors"])
         given = [round(float(each[0, 0])) for each in changed]
