@@ -163,8 +163,10 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     d_target = next(example.vectors.shape[1] for example in examples)
     d_explainer = model.config.get_text_config().hidden_size
     kind = projection_kind(train, d_target, d_explainer)
+    if kind == "linear" and not layers:
+        kind = "none"
     projection = Projection(kind, d_target, d_explainer, layers, seed=run.seed)
-    if run.alignment is not None:
+    if run.alignment is not None and kind == "linear":
         maps = read_maps(run.alignment)
         projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
     injection = InjectionConfig(**train.injection.model_dump(exclude={"projection"}))

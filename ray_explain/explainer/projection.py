@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Kind = Literal["identity", "linear"]
+Kind = Literal["identity", "linear", "none"]
 
 
 class Projection(nn.Module):
@@ -15,7 +15,8 @@ class Projection(nn.Module):
 
     "identity" has no weights. "linear" has one bias-free map for each of `layers`, which starts as the identity where
     the widths agree, else as one random matrix with orthonormal rows or columns (the same for all layers, since all
-    share the residual stream's basis), or as given by `set_weights`. A vector that belongs to a block of several layers
+    share the residual stream's basis), or as given by `set_weights`. "none" is of explainers whose questions have no
+    vectors (ablation): their width may be any. A vector that belongs to a block of several layers
     (a patch of a block is the mean of its layers) is mapped by the mean of their maps.
 
     All weights take part in every forward pass, even of a batch without vectors: under ZeRO-3 all workers then gather
@@ -37,6 +38,7 @@ class Projection(nn.Module):
                     f"target of width {d_target}, explainer of width {d_explainer}: an identity cannot map one to the "
                     "other; use a linear projection"
                 )
+        if kind != "linear":
             self.register_parameter("weight", None)
             return
         if not self.layers:
@@ -62,10 +64,14 @@ class Projection(nn.Module):
         """One vector per row, each with the layers it belongs to.
 
         Raises:
-            ValueError: a vector of another width, or (linear) one of an unknown layer or of none.
+            ValueError: a vector of another width, (linear) one of an unknown layer or of none, or (none) any.
         """
         if vectors.shape[-1] != self.d_target:
             raise ValueError(f"vectors of width {vectors.shape[-1]} of a target of width {self.d_target}")
+        if self.kind == "none":
+            if len(vectors):
+                raise ValueError("this explainer was trained on questions without vectors: it reads none")
+            return vectors.new_zeros(0, self.d_explainer)
         if self.weight is None:
             return vectors
         shares, vectors = self._shares(layers), vectors.to(self.weight)

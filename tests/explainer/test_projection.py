@@ -103,3 +103,11 @@ def test_what_cannot_be_a_projection_is_refused():
         Projection("linear", 4, 6, [0])(torch.ones(1, 5), [(0,)])
     with pytest.raises(ValueError, match=r"maps of layers \[1\]"):
         Projection("linear", 4, 6, [0]).set_weights({1: torch.ones(6, 4)}, frozen=True)
+
+
+def test_an_explainer_whose_questions_have_no_vectors_may_have_any_width():
+    """Ablation alone, asked of a model that is wider or narrower than the target."""
+    projection = Projection("none", 4, 6)
+    assert projection(torch.empty(0, 4), []).shape == (0, 6) and not list(projection.parameters())
+    with pytest.raises(ValueError, match="trained on questions without vectors"):
+        projection(torch.ones(1, 4), [(0,)])
