@@ -32,12 +32,11 @@ class Projection(nn.Module):
         super().__init__()
         self.kind, self.d_target, self.d_explainer, self.layers = kind, d_target, d_explainer, tuple(layers)
         self._row = {layer: row for row, layer in enumerate(self.layers)}
-        if kind == "identity":
-            if d_target != d_explainer:
-                raise ValueError(
-                    f"target of width {d_target}, explainer of width {d_explainer}: an identity cannot map one to the "
-                    "other; use a linear projection"
-                )
+        if kind == "identity" and d_target != d_explainer:
+            raise ValueError(
+                f"target of width {d_target}, explainer of width {d_explainer}: an identity cannot map one to the "
+                "other; use a linear projection"
+            )
         if kind != "linear":
             self.register_parameter("weight", None)
             return
