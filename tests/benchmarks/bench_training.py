@@ -353,6 +353,7 @@ def _gpu_row(name: str, train: Any, what: str, rate: float, steps: int) -> None:
         type(config)(**config.to_dict()),
         dtype="bfloat16",
         lora_rank=train.lora.rank if train.lora else None,
+        n_beside=0,
         gradient_checkpointing=train.gradient_checkpointing,
         rows=train.batch_size,
         tokens=300,
