@@ -33,7 +33,7 @@ from ray_explain.explainer.batches import collate
 from ray_explain.explainer.examples import Example, encode, encode_prompt, stop_ids
 from ray_explain.explainer.generate import generate
 from ray_explain.explainer.module import Explainer
-from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, read_sidecar, save_explainer, sidecar_of
+from ray_explain.explainer.sidecar import load_explainer, load_tokenizer, save_explainer, sidecar_of
 from ray_explain.models import load_model
 from ray_explain.questions import wordings
 from ray_explain.questions.rows import questions_of
