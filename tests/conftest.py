@@ -18,9 +18,8 @@ from tests.serving import serving
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Every run draws anew, and one that fails prints the example and the line that draws it again; where a change is judged (CI)
-# the draws are the same each time, so that it is judged alone. The examples of each test bound its time, not a clock:
-# machines are busy.
+# Every run draws anew, and one that fails prints the example and the line that draws it again. In CI the draws are the
+# same each time, so that a change is judged alone. Examples bound a test's time, not a clock: machines are busy.
 settings.register_profile("anew", derandomize=bool(os.environ.get("CI")), print_blob=True, deadline=None)
 settings.load_profile("anew")
 
