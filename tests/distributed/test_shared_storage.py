@@ -30,7 +30,9 @@ def test_a_local_path_on_several_machines_is_refused_with_the_reason(two_machine
 
 @pytest.mark.parametrize("storage", ["s3://bucket/demo", "file:///mnt/shared/demo"])
 def test_a_place_that_all_machines_see_is_taken(two_machines: None, storage: str) -> None:
+    import ray
+
     from ray_explain.distributed.cluster import cluster
 
     with cluster(storage, ClusterConfig()):
-        pass
+        assert ray.is_initialized()
