@@ -169,7 +169,7 @@ def seeds_study(tau, seeds, studies, groups=50, own=0.2):
 
 @pytest.mark.parametrize("own", [0.2, 0.4])
 @pytest.mark.parametrize("tau", [0.0, 0.03, 0.06, 0.15])
-@pytest.mark.parametrize("seeds, most", [(2, 1.0), (3, 0.99), (5, 0.98)])
+@pytest.mark.parametrize("seeds, most", [(2, 0.995), (3, 0.985), (5, 0.97)])
 def test_intervals_over_seeds_hold_the_truth_whether_or_not_seeds_differ(seeds, most, tau, own):
     held, spread = seeds_study(tau, seeds, studies=1500, own=own)
     assert 0.94 < held.mean() < most  # of 1,500 studies, give or take .006
