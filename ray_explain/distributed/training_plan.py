@@ -85,7 +85,7 @@ def work_of(plan: Plan, run: Run) -> Work:
 def _beside(plan: Plan, run: Run, n_layers_read: int) -> int:
     """Numbers trained beside the model: the projection from so many layers and, with adapters, the markers."""
     train, d_target, d_explainer = plan.train_config(run), d_model(plan, run.target), d_model(plan, run.explainer)
-    is_linear = projection_kind(train, d_target, d_explainer) == "linear"
+    is_linear = projection_kind(train, d_target, d_explainer, n_layers_read) == "linear"
     return is_linear * n_layers_read * d_target * d_explainer + (train.lora is not None) * N_MARKERS * d_explainer
 
 

@@ -162,11 +162,9 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     layers = sorted({layer for example in examples for layer in example.layers})
     d_target = next(example.vectors.shape[1] for example in examples)
     d_explainer = model.config.get_text_config().hidden_size
-    kind = projection_kind(train, d_target, d_explainer)
-    if kind == "linear" and not layers:
-        kind = "none"
+    kind = projection_kind(train, d_target, d_explainer, len(layers))
     projection = Projection(kind, d_target, d_explainer, layers, seed=run.seed)
-    if run.alignment is not None and kind == "linear":
+    if run.alignment is not None:
         maps = read_maps(run.alignment)
         projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
     injection = InjectionConfig(**train.injection.model_dump(exclude={"projection"}))
@@ -177,10 +175,11 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     return explainer
 
 
-def projection_kind(train: TrainConfig, d_target: int, d_explainer: int) -> Kind:
-    """A ridge projection is a linear one that starts elsewhere."""
-    is_linear = d_target != d_explainer or train.injection.projection != "identity"
-    return "linear" if is_linear else "identity"
+def projection_kind(train: TrainConfig, d_target: int, d_explainer: int, n_layers: int) -> Kind:
+    """Of vectors from so many layers. A ridge projection is a linear one that starts elsewhere."""
+    if d_target == d_explainer and train.injection.projection == "identity":
+        return "identity"
+    return "linear" if n_layers else "none"
 
 
 def micro_batches(train: TrainConfig, workers: int) -> int:

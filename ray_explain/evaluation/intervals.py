@@ -160,7 +160,7 @@ def spread_over_seeds(
 
 def _two_sided(size: np.ndarray, variance: np.ndarray, freedom: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 2 * stats.t.sf(size / np.sqrt(variance), freedom)
+        return np.where(size == 0, 1.0, 2 * stats.t.sf(size / np.sqrt(variance), freedom))
 
 
 def _least_p(n_groups: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def test_groups_that_all_say_the_same_leave_room_for_others():
         )
         scale = 1 if one else intervals.alike_bound(5)
         assert (spread.low[0], spread.high[0]) == pytest.approx(tuple(scale * np.array(expected)))
-        assert spread.p_value[0] == pytest.approx(2.0**-4) or not one
+        assert spread.p_value[0] == pytest.approx(2.0**-4 if one else 1)
 
 
 def test_resampling_rows_instead_of_groups_would_be_far_too_sure():
@@ -174,6 +174,13 @@ def test_intervals_over_seeds_hold_the_truth_whether_or_not_seeds_differ(seeds, 
     held, spread = seeds_study(tau, seeds, studies=1500, own=own)
     assert 0.94 < held.mean() < most  # of 1,500 studies, give or take .006
     assert np.mean(spread.p_value <= 0.05) <= 0.055
+
+
+def test_seeds_and_groups_without_any_difference_are_no_evidence_of_one():
+    spread = intervals.spread_over_seeds(
+        np.zeros((3, 1)), np.zeros((100, 3, 1)), np.array([40]), np.array([[-1.0], [1.0]])
+    )
+    assert spread.low[0] < 0 < spread.high[0] and spread.p_value[0] == 1
 
 
 def test_the_spread_of_the_seeds_alone_has_an_interval_of_students_t():
