@@ -168,8 +168,9 @@ def test_credentials_at_a_wrong_place_are_not_repeated_either(config: str, overr
 
 
 def test_an_address_without_credentials_is_taken(config: str) -> None:
-    read_experiment(config, ["evaluate.judge.address=http://127.0.0.1:8000/v1", "evaluate.judge.model=m"])
-    read_experiment(config, ["storage=s3://bucket/a@b/c"])
+    judged = read_experiment(config, ["evaluate.judge.address=http://127.0.0.1:8000/v1", "evaluate.judge.model=m"])
+    assert judged.evaluate.judge is not None and judged.evaluate.judge.address == "http://127.0.0.1:8000/v1"
+    assert read_experiment(config, ["storage=s3://bucket/a@b/c"]).storage == "s3://bucket/a@b/c"
 
 
 @pytest.mark.parametrize("storage", ["s3://key:secret@bucket/x", "s3://bucket/x?endpoint_override=h&access_key=k"])

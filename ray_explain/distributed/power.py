@@ -22,7 +22,7 @@ def say_power(session: Session) -> None:
     found = list(sizes(graded, experiment.explainers, seed=experiment.seed, resamples=experiment.evaluate.resamples))
     if not found:
         raise BadInput("no target of this experiment is explained by itself and by another model: nothing to compare")
-    session.say("Self minus cross; found in 4 of 5 studies by a two-sided test at 5 %:")
+    session.say("Self minus cross; found in 4 of 5 studies by a two-sided test at 5 %, corrected over those of a task:")
     for one in found:
         session.say("\n".join(told(one)))
     if any(one.seed_variance is None for one in found):

@@ -16,6 +16,8 @@ CONFIDENCE = 0.95
 _CHUNK = 2**22  # group counts made at a time, to bound memory
 _LEVELS = 101  # of one t that the other is averaged over
 _HALVINGS = 14  # of the range of a quantile
+_NO_END = 1e12  # questions
+_MOST_SEEDS = 1000
 
 Values = Callable[[Float[np.ndarray, "*batch columns"]], Float[np.ndarray, "*batch parts"]]
 """From sums of columns to the metrics of a table's parts; NaN where one is undefined."""
@@ -181,13 +183,19 @@ def _sum_of_ts_tail(
 
 
 def _sum_of_ts_quantile(
-    scale: np.ndarray, other_scale: np.ndarray, freedom: np.ndarray, other_freedom: int
+    scale: np.ndarray, other_scale: np.ndarray, freedom: np.ndarray, other_freedom: int, alpha: float = 1 - CONFIDENCE
 ) -> Float[np.ndarray, " parts"]:
-    """What scale x t + other_scale x t' is above, or below minus which it is, in 5 % of cases."""
-    low, high = np.zeros_like(scale), scale * _t(freedom) + other_scale * _t(np.asarray(other_freedom))
+    """What scale x t + other_scale x t' is above, or below minus which it is, in a share `alpha` of cases."""
+    low, high = (
+        np.zeros_like(scale),
+        sum(
+            each * stats.t.ppf(1 - alpha / 2, degrees)
+            for each, degrees in [(scale, freedom), (other_scale, other_freedom)]
+        ),
+    )
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        too_low = _sum_of_ts_tail(middle, scale, other_scale, freedom, other_freedom) > (1 - CONFIDENCE) / 2
+        too_low = _sum_of_ts_tail(middle, scale, other_scale, freedom, other_freedom) > alpha / 2
         low, high = np.where(too_low, middle, low), np.where(too_low, high, middle)
     return high
 
@@ -278,18 +286,41 @@ class Pilot(NamedTuple):
     seed_variance: float = 0.0  # of the difference between seeds of training, beyond what questions explain
 
 
+def detectable(
+    known: Pilot, questions: float, *, seeds: int = 1, power: float = 0.8, alpha: float = 1 - CONFIDENCE
+) -> float:
+    """The true difference that a study of so many questions and seeds finds with probability `power`, by a two-sided
+    test as of `spread_over_seeds`: with few seeds its quantiles lie far out."""
+    groups = max(questions / known.questions_per_group, 2.0)
+    of_groups, of_seeds = math.sqrt(known.group_variance / groups), math.sqrt(known.seed_variance / seeds)
+    spread = math.hypot(of_groups, of_seeds)
+    critical = stats.norm.ppf(1 - alpha / 2) * spread
+    if seeds > 1:
+        scales = np.array([of_groups]), np.array([of_seeds])
+        critical = _sum_of_ts_quantile(*scales, np.array([groups - 1]), seeds - 1, alpha)[0]
+    return float(critical + stats.norm.ppf(power) * spread)
+
+
 def questions_needed(
     wanted: float, pilot: Pilot, *, seeds: int = 1, power: float = 0.8, alpha: float = 1 - CONFIDENCE
 ) -> int:
-    """How many questions it takes to find a true difference of `wanted` with probability `power` (two-sided test).
+    """How many questions it takes to find a true difference of `wanted` with probability `power`: where `detectable`
+    comes down to it.
 
     Raises:
         ValueError: the seeds alone spread more than that; the message says how many seeds it takes at least.
     """
-    allowed = (abs(wanted) / (stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power))) ** 2
-    left = allowed - pilot.seed_variance / seeds
-    if left <= 0:
-        least = math.floor(pilot.seed_variance / allowed) + 1 if allowed else 0
-        way_out = f"train at least {least} seeds" if least else "no number of questions shows a difference of 0"
+
+    def found(questions: float, seeds: int) -> bool:
+        return detectable(pilot, questions, seeds=seeds, power=power, alpha=alpha) <= abs(wanted)
+
+    if not found(_NO_END, seeds):
+        least = next((n for n in range(2, _MOST_SEEDS + 1) if found(_NO_END, n)), 0) if wanted else 0
+        way_out = f"train at least {least} seeds" if least else f"not even {_MOST_SEEDS} seeds would do"
+        way_out = way_out if wanted else "no number of questions shows a difference of 0"
         raise ValueError(f"a difference of {wanted} with {seeds} seeds: their spread hides it; {way_out}")
-    return math.ceil(pilot.group_variance / left * pilot.questions_per_group)
+    low, high = 1.0, _NO_END
+    while high > low + 0.5:
+        middle = math.sqrt(low * high) if high > 2 * low else (low + high) / 2
+        low, high = (low, middle) if found(middle, seeds) else (middle, high)
+    return math.ceil(high)

@@ -1,16 +1,15 @@
 """How large a study has to be, from a finished one as pilot."""
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from scipy import stats
 
 from ray_explain.evaluation.comparisons import pilot
 from ray_explain.evaluation.grading import series_of
-from ray_explain.evaluation.intervals import CONFIDENCE, Pilot, questions_needed
+from ray_explain.evaluation.intervals import CONFIDENCE, Pilot, detectable, questions_needed
 from ray_explain.evaluation.metrics import headline, measured
 from ray_explain.evaluation.shares import Shares
 
@@ -40,6 +39,7 @@ class Size:
     against: str
     fraction: float  # of the training data that both know
     metric: str  # the task's headline
+    n_tests: int  # of self minus cross on the task, over which p-values are corrected
     questions: int  # of the pilot
     seeds: int
     seed_variance: float | None  # None with one seed, which says nothing of others
@@ -51,26 +51,25 @@ def sizes(graded: pa.Table, trained: Sequence[str], *, seed: int, resamples: int
     """One for each target that explains itself and each other trained explainer of it that knows a same share of the
     training data (`shares.Shares.of_pair`) with a same seed.
 
-    On the task's headline metric over all questions, for a two-sided test at 5 %.
+    On the task's headline metric over all questions, for a two-sided test at 5 % that is corrected over all of these
+    comparisons of a task: as large as the smallest of Holm's p-values asks for.
     """
     asked = [one for one in series_of(graded) if one["control"] == "none" and one["explainer"] in trained]
     shares, seeds = Shares(asked, trained), dict[tuple[str, str, str, float], set[int]]()
     for one in asked:
         seeds.setdefault((one["task"], one["target"], one["explainer"], one["fraction"]), set()).add(one["seed"])
-    known = [metric.name for metric in measured(graded)]
+    found = []
     for task, target, against in sorted({key[:3] for key in seeds}):
         fraction = shares.of_pair(task, target, target, against)
-        if against == target or fraction is None:
-            continue
-        n_seeds = len(seeds[task, target, target, fraction] & seeds[task, target, against, fraction])
-        if n_seeds:
-            names = {"task": task, "target": target, "against": against}
-            metric = headline(task, known)
-            found = pilot(
-                graded, **names, explainer=target, metric=metric, fraction=fraction, seed=seed, resamples=resamples
-            )
-            questions = _questions(graded, task, target)
-            yield _size(found, questions, n_seeds, **names, fraction=fraction, metric=metric)
+        if against != target and fraction is not None:
+            both = seeds[task, target, target, fraction] & seeds[task, target, against, fraction]
+            found += [(task, target, against, fraction, len(both))] if both else []
+    tests, known = Counter(task for task, *_ in found), [metric.name for metric in measured(graded)]
+    for task, target, against, fraction, n_seeds in found:
+        identity: dict[str, Any] = {"task": task, "target": target, "against": against, "fraction": fraction}
+        metric = headline(task, known)
+        spread = pilot(graded, **identity, explainer=target, metric=metric, seed=seed, resamples=resamples)
+        yield _size(spread, _questions(graded, task, target), n_seeds, tests[task], **identity, metric=metric)
 
 
 def _questions(graded: pa.Table, task: str, target: str) -> int:
@@ -78,29 +77,24 @@ def _questions(graded: pa.Table, task: str, target: str) -> int:
     return len({row["question_id"] for row in rows if (row["task"], row["target"]) == (task, target)})
 
 
-def _size(known: Pilot, questions: int, seeds: int, **identity: Any) -> Size:
-    seen = known.group_variance > 0
+def _size(known: Pilot, questions: int, seeds: int, n_tests: int, **identity: Any) -> Size:
+    seen, alpha = known.group_variance > 0, (1 - CONFIDENCE) / n_tests
     return Size(
         **identity,
+        n_tests=n_tests,
         questions=questions,
         seeds=seeds,
         seed_variance=known.seed_variance if seeds > 1 else None,
-        detectable=detectable(known, questions, seeds) if seen else None,
-        needs=[_need(wanted, known, questions, seeds) for wanted in WANTED] if seen else [],
+        detectable=detectable(known, questions, seeds=seeds, power=POWER, alpha=alpha) if seen else None,
+        needs=[_need(wanted, known, questions, seeds, alpha) for wanted in WANTED] if seen else [],
     )
 
 
-def detectable(known: Pilot, questions: int, seeds: int, *, power: float = POWER) -> float:
-    """The true difference that a study of so many questions and seeds finds with this probability; the inverse of
-    `intervals.questions_needed`."""
-    spread = math.sqrt(known.group_variance * known.questions_per_group / questions + known.seed_variance / seeds)
-    return float((stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(power)) * spread)
-
-
-def _need(wanted: float, known: Pilot, questions: int, seeds: int) -> Need:
-    enough = (n for n in range(1, MOST_SEEDS + 1) if detectable(known, questions, n) <= wanted)
+def _need(wanted: float, known: Pilot, questions: int, seeds: int, alpha: float) -> Need:
+    test = {"power": POWER, "alpha": alpha}
+    enough = (n for n in range(1, MOST_SEEDS + 1) if detectable(known, questions, seeds=n, **test) <= wanted)
     try:
-        needed: int | None = questions_needed(wanted, known, seeds=seeds, power=POWER)
+        needed: int | None = questions_needed(wanted, known, seeds=seeds, **test)
     except ValueError:  # the seeds alone spread more than that
         needed = None
     return Need(wanted=wanted, questions=needed, seeds=next(enough, None))

@@ -252,10 +252,25 @@ def test_a_study_as_large_as_planned_finds_the_difference_as_often_as_planned():
     assert 0.76 < found.mean() < 0.84
 
 
+@pytest.mark.parametrize("seeds, tau", [(3, 0.02), (3, 0.05), (5, 0.05), (10, 0.1)])
+def test_a_study_of_several_seeds_as_large_as_planned_finds_the_difference_as_often_as_planned(seeds, tau):
+    """Groups of one question; what a training adds to each is a part of what groups differ by."""
+    rng, studies, groups = np.random.default_rng(9), 1500, 200
+    pilot = Pilot(group_variance=0.3**2 + 0.1**2, questions_per_group=1, seed_variance=tau**2)
+    wanted = intervals.detectable(pilot, groups, seeds=seeds)
+    common = rng.normal(wanted, 0.3, (groups, 1, studies))
+    values = common + rng.normal(0, 0.1, (groups, seeds, studies)) + rng.normal(0, tau, (seeds, studies))
+    resampled = intervals.bootstrap(values.reshape(groups, -1), lambda sums: sums / groups, resamples=200, seed=0)
+    spread = intervals.spread_over_seeds(
+        values.mean(axis=0), resampled.reshape(-1, seeds, studies), np.full(studies, groups), WIDE
+    )
+    assert 0.75 < np.mean(spread.p_value <= 0.05) < 0.9
+
+
 def test_planning_with_seeds_that_spread_too_much_says_how_many_it_takes():
     pilot = Pilot(group_variance=0.2, questions_per_group=4, seed_variance=0.01)
-    with pytest.raises(ValueError, match="train at least 8 seeds"):
+    with pytest.raises(ValueError, match="train at least 10 seeds"):
         intervals.questions_needed(0.1, pilot, seeds=2)
-    assert intervals.questions_needed(0.1, pilot, seeds=8) > intervals.questions_needed(0.1, pilot, seeds=20)
+    assert intervals.questions_needed(0.1, pilot, seeds=10) > intervals.questions_needed(0.1, pilot, seeds=20)
     with pytest.raises(ValueError, match="no number of questions shows a difference of 0"):
         intervals.questions_needed(0.0, pilot)

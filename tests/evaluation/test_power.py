@@ -3,9 +3,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from ray_explain.evaluation.intervals import Pilot, questions_needed
+from ray_explain.evaluation.intervals import Pilot, detectable, questions_needed
 from ray_explain.evaluation.metrics import grade
-from ray_explain.evaluation.power import WANTED, detectable, sizes
+from ray_explain.evaluation.power import WANTED, sizes
 
 N = 240
 
@@ -31,7 +31,7 @@ def graded(questions, answers, say):
 
 def test_what_a_study_finds_is_what_needs_a_study_of_its_size():
     for pilot, seeds in ((Pilot(0.3, 4.0), 1), (Pilot(0.3, 4.0, 0.0004), 3)):
-        difference = detectable(pilot, 600, seeds)
+        difference = detectable(pilot, 600, seeds=seeds)
         assert questions_needed(difference, pilot, seeds=seeds) == pytest.approx(600, abs=1)
 
 
@@ -44,6 +44,15 @@ def test_each_other_explainer_of_a_target_that_explains_itself_is_planned_for(gr
     assert needed == sorted(needed, reverse=True) and needed[0] == pytest.approx(25 * needed[2], rel=0.02)
     assert not list(sizes(graded(b=[0.5], c=[0.5]), ["b", "c"], seed=0, resamples=300))
     assert not list(sizes(graded(a=[0.7], majority=[0.5]), ["a"], seed=0, resamples=300))
+
+
+def test_more_comparisons_of_a_task_take_more_questions_each(graded):
+    """Where three are made, the best of them has to be below 5 % / 3 to survive Holm's correction."""
+    alone, *_ = sizes(graded(a=[0.7], b=[0.5]), ["a", "b"], seed=0, resamples=300)
+    first, *others = sizes(graded(a=[0.7], b=[0.5], c=[0.5], d=[0.5]), ["a", "b", "c", "d"], seed=0, resamples=300)
+    assert (alone.n_tests, first.n_tests, len(others)) == (1, 3, 2)
+    larger = ((2.394 + 0.842) / (1.960 + 0.842)) ** 2  # quantiles of 1 - .05 / 6 and 1 - .05 / 2, and of .8
+    assert first.needs[0].questions == pytest.approx(larger * alone.needs[0].questions, rel=0.01)
 
 
 def test_seeds_that_differ_much_are_told_to_be_the_thing_that_is_missing(graded):

@@ -183,7 +183,9 @@ def test_the_base_of_adapters_may_be_kept_in_another_dtype_and_other_files(saved
     folder = saved[2]
     base = AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=torch.bfloat16)
     base.save_pretrained(folder.parent / "shards", max_shard_size="20KB")
-    load_explainer(folder, base=str(folder.parent / "shards"))
+    loaded, _ = load_explainer(folder, base=str(folder.parent / "shards"))
+    assert loaded.language_model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in saved[0].named_parameters()]
 
 
 @pytest.mark.parametrize("saved", ["lora"], indirect=True)
