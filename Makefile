@@ -84,7 +84,8 @@ else
 endif
 
 submit: setup  ## run JOB=jobs/pipeline.py with CONFIG=... there; more arguments in ARGS
-	set -f; $(BIN)/ray job submit --working-dir . -- python "$$JOB" --config "$$CONFIG" $$ARGS
+	set -ef; folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; $(BIN)/python -m ray_explain.distributed.upload "$$folder/code.zip"; \
+		$(BIN)/ray job submit --working-dir "$$folder/code.zip" -- python "$$JOB" --config "$$CONFIG" $$ARGS
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .
