@@ -12,6 +12,7 @@ SIZE = Size(
     questions=400,
     seeds=1,
     seed_variance=None,
+    n_tests=1,
     detectable=0.042,
     needs=[Need(wanted=0.05, questions=282, seeds=1)],
 )
