@@ -129,7 +129,7 @@ def spread_over_seeds(
     of freedom as there are groups but one, and of what differs between seeds, with as many as seeds but one. The
     quantiles are those of the sum of two Student's t (Behrens and Fisher): with two seeds they lie far out. Such
     intervals hold the truth in 95 % of studies or more, whether seeds differ or not; in up to 99 % with two seeds, 98 %
-    with three. One seed says nothing of others: then nothing is added.
+    with three (docs/decisions/0006). One seed says nothing of others: then nothing is added.
 
     Args:
         reach: The least and the largest difference there can be.
