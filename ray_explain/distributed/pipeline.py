@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -179,11 +179,7 @@ def _examples(session: Session, graded: pa.Table, headlines: Mapping[Task, str])
     told = {(one["task"], one["target"], one["explainer"], one["seed"], one["fraction"]) for one in series_of(graded)}
     for target, task in plan.target_tasks():
         questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
-        of_target = [run for run in plan.runs() if run.target == target and not run.text_only]
-        first: dict[str, Run] = {}
-        for run in (run for run in of_target if (task, target, run.explainer, run.seed, run.fraction) in told):
-            first.setdefault(run.explainer, run)
-        for run in first.values():
+        for run in shown_runs(plan, task, target, told):
             said: dict[str, dict[str, str]] = {}
             for row in session.table(plan.answers(run, task)).to_pylist():
                 said.setdefault(row["question_id"], {})[row["control"]] = row["text"]
@@ -201,6 +197,17 @@ def _examples(session: Session, graded: pa.Table, headlines: Mapping[Task, str])
                     score=chosen.score,
                     controls={control: text for control, text in answers.items() if control != "none"},
                 )
+
+
+def shown_runs(plan: Plan, task: Task, target: str, told: Container[tuple[str, str, str, int, float]]) -> Iterable[Run]:
+    """The first run of each explainer that was asked about a task of the target, of the series in `told` (task, target,
+    explainer, seed, fraction)."""
+    first: dict[str, Run] = {}
+    for run in plan.runs():
+        asked = run.target == target and task in run.tasks and not run.text_only
+        if asked and (task, target, run.explainer, run.seed, run.fraction) in told:
+            first.setdefault(run.explainer, run)
+    return first.values()
 
 
 def _without_vectors(session: Session, task: Task, target: str) -> list[dict[str, Any]]:

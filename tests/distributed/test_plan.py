@@ -6,6 +6,7 @@ import pytest
 
 from ray_explain.config import Experiment, read_experiment
 from ray_explain.distributed.feature_plan import identity
+from ray_explain.distributed.pipeline import all_artifacts, shown_runs
 from ray_explain.distributed.plan import Plan
 from tests.tiny import EXPERIMENT, config_in
 
@@ -41,6 +42,17 @@ def test_explainers_with_and_without_vectors_are_different_artifacts_and_the_fir
     assert both.explainer(one) == without.explainer(one)
     assert both.answers(one, "patching").parents[-1].config["controls"]
     assert not both.answers(other, "patching").parents[-1].config["controls"]
+
+
+def test_examples_of_a_task_are_answers_of_the_explainer_that_was_trained_on_it():
+    apart = plan(seeds=[3, 4], **train(mixtures=[["patching"], ["ablation"], ["features"]], text_only=True))
+    made = {artifact.fingerprint for artifact in all_artifacts(apart)}
+    for task in ("patching", "ablation", "features"):
+        told = {(task, "llama", name, seed, 1.0) for name in ("llama", "qwen3") for seed in (3, 4)}
+        runs = list(shown_runs(apart, task, "llama", told))
+        assert [(run.explainer, run.seed, run.tasks) for run in runs] == [(n, 3, (task,)) for n in ("llama", "qwen3")]
+        assert all(apart.answers(run, task).fingerprint in made for run in runs)
+        assert not list(shown_runs(apart, task, "llama", set()))
 
 
 @pytest.mark.parametrize(
