@@ -32,6 +32,7 @@ from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import Change, layer_blocks
+from ray_explain.ground_truth.positions import words_of_tokens
 from ray_explain.ground_truth.released_files import read_feature_folder, read_folder, write_folder
 from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
@@ -423,7 +424,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
         made = features_questions(features, descriptions, wording=wording, seed=seed)
     elif task == "patching":
         tokenizer = _tokenizer(plan, target)
-        made = patching_questions(effects, lambda text: _token_texts(tokenizer, text), wording=wording, seed=seed)
+        made = patching_questions(effects, partial(words_of_tokens, tokenizer), wording=wording, seed=seed)
     else:
         made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
     _check_splits(plan, f"{task} of {target}", made)
@@ -462,10 +463,6 @@ def _check_found(plan: Plan, what: str, splits: set[str], dropped: Sequence[tupl
             reasons = Counter(reason for _, reason in dropped).most_common(3)
             why = f" ({', '.join(f'{count} dropped: {reason}' for reason, count in reasons)})" if reasons else ""
             raise BadInput(f"{what}: split {split!r} is empty{why}; give more cases, or lines with this `split`")
-
-
-def _token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    return [str(tokenizer.decode([token])) for token in tokenizer.encode(text)]
 
 
 # -- explainers -------------------------------------------------------------------------------------------------------

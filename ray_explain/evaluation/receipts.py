@@ -4,6 +4,7 @@ import heapq
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from ray_explain.ground_truth.positions import (
     prompt_tokens,
     span_positions,
     token_roles,
+    words_of_tokens,
 )
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
@@ -92,12 +94,8 @@ class Witness:
             Unusable: a case cannot be run, or its outcome not be asked for.
         """
         effects = _whole(PatchingStage(self._target)(cases))
-        questions = patching_questions(
-            effects,
-            lambda text: [str(tokenizer.decode([token])) for token in tokenizer.encode(text)],
-            wording=self._wording,
-            seed=self._seed,
-        )
+        words = partial(words_of_tokens, tokenizer)
+        questions = patching_questions(effects, words, wording=self._wording, seed=self._seed)
         told = [_outcome(row, "base_answer", "patched_answer") for row in _plain(effects)]
         return self._receipts(_whole(questions), told)
 

@@ -70,6 +70,15 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptToke
     return reading(tokenizer, [prompt])(prompt)
 
 
+def words_of_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """The text of each of its `prompt_tokens`, special ones included.
+
+    Raises:
+        Unusable, ValueError: as `prompt_tokens`.
+    """
+    return [str(tokenizer.decode([token])) for token in prompt_tokens(tokenizer, prompt).ids]
+
+
 def reading(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Callable[[str], PromptTokens]:
     """`prompt_tokens` for these prompts only: all are encoded in one call, which is several times faster.
 

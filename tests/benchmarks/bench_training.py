@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,7 @@ def _demo_run(folder: Path, n: int, size: dict[str, int], section: dict[str, Any
     from ray_explain.config import InjectionConfig, TrainConfig
     from ray_explain.distributed.train import TrainRun
     from ray_explain.ground_truth.patching import PatchingStage
+    from ray_explain.ground_truth.positions import words_of_tokens
     from ray_explain.ground_truth.world_cases import patching_cases
     from ray_explain.questions.patching import patching_questions
     from ray_explain.world.facts import World
@@ -279,12 +281,8 @@ def _demo_run(folder: Path, n: int, size: dict[str, int], section: dict[str, Any
     tokenizer = world_tokenizer(world)
     save_target(new_target("llama", tokenizer, TargetSize(**size), seed=0), tokenizer, folder / "target")
     cases = patching_cases(world, tokenizer, n={"train": n}, layers=[(i, i) for i in range(4)], seed=0)
-    asked = patching_questions(
-        PatchingStage(target)(cases).table,
-        lambda text: [str(tokenizer.decode([token])) for token in tokenizer.encode(text)],
-        wording="brief",
-        seed=0,
-    )
+    effects = PatchingStage(target)(cases).table
+    asked = patching_questions(effects, partial(words_of_tokens, tokenizer), wording="brief", seed=0)
     storage.write_table(asked.table, f"{folder}/questions/table.parquet")
     train = TrainConfig(batch_size=BATCH, zero_stage=0, injection=InjectionConfig(scale="mean_embedding"), **section)
     return TrainRun(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from ray_explain import storage
 from ray_explain.ground_truth.ablation import AblationStage
 from ray_explain.ground_truth.patching import PatchingStage
+from ray_explain.ground_truth.positions import words_of_tokens
 from ray_explain.ground_truth.world_cases import ablation_cases, patching_cases
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.patching import patching_questions
@@ -26,9 +28,7 @@ def questions(world_target: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     effects = PatchingStage(config)(
         patching_cases(world, tokenizer, n={"train": 64, "validation": 16}, layers=[(0, 0), (1, 1)], seed=0)
     )
-    asked = patching_questions(
-        effects.table, lambda text: [tokenizer.decode([t]) for t in tokenizer.encode(text)], wording="brief", seed=0
-    )
+    asked = patching_questions(effects.table, partial(words_of_tokens, tokenizer), wording="brief", seed=0)
     storage.write_table(asked.table, f"{folder}/patching/table.parquet")
     ablated = AblationStage(config)(ablation_cases(world, n={"train": 32, "validation": 8}, seed=0))
     asked = ablation_questions(ablated.table, d_model=32, wording="brief", seed=0)

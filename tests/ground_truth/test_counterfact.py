@@ -1,15 +1,19 @@
+import copy
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ray_explain.ground_truth import counterfact
 from ray_explain.ground_truth.counterfact import Fact, counterfact_cases, counterfact_pairs, read_counterfact
-from ray_explain.ground_truth.positions import HALF_CHARACTER
-from tests.ground_truth.conftest import GEMMA_CHAT, LLAMA_CHAT, with_template
+from ray_explain.ground_truth.patching import PatchingStage
+from ray_explain.ground_truth.positions import HALF_CHARACTER, prompt_tokens, words_of_tokens
+from ray_explain.questions.patching import patching_questions
+from tests.ground_truth.conftest import GEMMA_CHAT, LLAMA_CHAT, saved, with_template
 
 FIRST = ("Emilio", "Eli", "Rome", "Paris", "Berlin", "Lily", "Tom", "Boat", "Ball", "Red", "Blue", "Lussu")
 LAST = ("Lussu", "Maor", "Italy", "Respond", "Hint")
@@ -175,6 +179,23 @@ def test_the_chat_form_is_a_user_turn_without_full_stop(path: Path, tokenizer: P
         assert pair.base.text[slice(*pair.base.subject)] in NAMES
     cases = counterfact_cases(path, tokenizer, blocks=[(0, 2)], n={"train": 50}, form="chat").table
     assert cases.num_rows == 50
+
+
+def test_questions_about_chats_name_the_tokens_that_are_patched(
+    path: Path, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """A rendered chat begins with the begin-of-text token: a second one before it would shift all of them."""
+    cases = counterfact_cases(path, tokenizer, blocks=[(0, 2)], n={"train": 50}, form="chat").table
+    longer = copy.deepcopy(model)
+    longer.config.max_position_embeddings = 512  # a chat is longer than what others read
+    effects = PatchingStage(saved(longer, tokenizer, tmp_path / "target"))(cases).table
+    asked = patching_questions(effects, partial(words_of_tokens, tokenizer), wording="brief", seed=0).table
+    assert asked.num_rows > 0
+    for effect, question in zip(effects.to_pylist(), asked["prompt"].to_pylist()):
+        tokens = prompt_tokens(tokenizer, effect["base_prompt"])
+        (position,) = effect["base_positions"]
+        start, end = tokens.offsets[position]
+        assert f"token {position} <<<{effect['base_prompt'][start:end].strip()}>>>" in question
 
 
 @pytest.mark.parametrize("template", [LLAMA_CHAT, GEMMA_CHAT])
