@@ -36,6 +36,7 @@ class Known(NamedTuple):
     target: str  # its name
     place: dict[str, Any]  # config of `ground_truth.target.Target`
     experiment: Experiment | None  # that it is from, where that is known
+    text_only: bool = False  # trained without vectors, and asked so
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,23 +139,42 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
 def _of_folder(arguments: argparse.Namespace) -> Known:
     """An explainer by its folder: below the storage of the experiment it is from, or anywhere with --target."""
     from ray_explain.distributed.plan import Plan
-    from ray_explain.explainer.sidecar import read_sidecar
 
-    folder = Path(lasting(arguments.explainer)).resolve()
-    sidecar = read_sidecar(folder)
-    root = folder.parent.parent
-    config = root / "config.yaml"
+    folder = storage.absolute(lasting(arguments.explainer)).rstrip("/")
+    if storage.is_remote(folder):
+        storage.check_endpoint()
+    sidecar, text_only = _sidecar(folder), _is_text_only(folder)
+    root = folder.rsplit("/", 2)[0]
+    config = Path(root, "config.yaml")
     experiment = read_experiment(str(config), [f"storage={root}"]) if config.exists() else None
     if arguments.target is not None and (experiment is None or arguments.target not in experiment.models):
         place = {"model": arguments.target, "revision": sidecar.target_revision, "dtype": "float32"}
-        return Known(str(folder), sidecar.target, place, experiment)
+        return Known(folder, sidecar.target, place, experiment, text_only)
     target = arguments.target or sidecar.target
     if experiment is None or target not in experiment.models:
         raise BadInput(
             f"{folder} explains {sidecar.target!r}, and no experiment beside it ({config}) says where that is: give "
             "--target, its folder or hub id"
         )
-    return Known(str(folder), target, Plan(experiment).model_place(target), experiment)
+    return Known(folder, target, Plan(experiment).model_place(target), experiment, text_only)
+
+
+def _sidecar(folder: str) -> Any:
+    """Raises: Mismatch: as `read_sidecar`."""
+    from ray_explain.explainer.sidecar import Mismatch, read_sidecar
+
+    with storage.local_folder(folder, weights=False) as here:
+        try:
+            return read_sidecar(here)
+        except Mismatch as error:
+            raise Mismatch(str(error).replace(here, folder)) from error
+
+
+def _is_text_only(folder: str) -> bool:
+    from ray_explain.artifacts import MANIFEST
+
+    manifest = f"{folder}/{MANIFEST}"
+    return storage.exists(manifest) and bool(storage.read_json(manifest)["config"].get("text_only"))
 
 
 # -- the question -----------------------------------------------------------------------------------------------------
@@ -166,7 +186,6 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from ray_explain.evaluation import receipts
-    from ray_explain.explainer.sidecar import read_sidecar
     from ray_explain.models import files_fingerprint
 
     disable_progress_bar()
@@ -178,7 +197,7 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
             reason = str(error).strip().splitlines()[0]
             raise BadInput(f"no model can be read at {known.place['model']!r}: {reason}") from error
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **place)
-        sidecar = read_sidecar(known.folder)
+        sidecar = _sidecar(known.folder)
         weights = files_fingerprint(folder, known.place["revision"])
         sidecar.check(d_target=shape.hidden_size, target_weights=weights)
         try:
@@ -201,12 +220,21 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
                 position=arguments.position,
                 source_position=arguments.source_position,
                 subjects=(arguments.subject, arguments.source_subject),
+                change=_change(known.experiment),
             )
             return witness.patches(cases, tokenizer)[0]
         except receipts.Unusable as error:
             raise BadInput(f"this cannot be measured: {error}") from error
         except ValueError as error:
             raise BadInput(str(error)) from error
+
+
+def _change(experiment: Experiment | None) -> Any:
+    """What a patch does in the experiment."""
+    from ray_explain.ground_truth.pairs import REPLACE, Change
+
+    section = experiment.ground_truth.patching if experiment else None
+    return REPLACE if section is None else Change(section.site, section.kind)
 
 
 def _asking(known: Known, d_target: int) -> dict[str, Any]:
@@ -217,7 +245,8 @@ def _asking(known: Known, d_target: int) -> dict[str, Any]:
         "max_new_tokens": experiment.evaluate.max_new_tokens if experiment else 50,
         "max_tokens": experiment.train.max_tokens if experiment else 500,
     }
-    return {"explainer": "asked", "folder": known.folder, "batch_size": 64, **target, **sizes}
+    how = {"batch_size": 64, "text_only": known.text_only}
+    return {"explainer": "asked", "folder": known.folder, **how, **target, **sizes}
 
 
 def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from ray_explain.evaluation.grading import grade
 from ray_explain.ground_truth.ablation import AblationStage
 from ray_explain.ground_truth.dictionaries import Windowed
 from ray_explain.ground_truth.exemplars import token_texts
-from ray_explain.ground_truth.pairs import Block, Pair, Span, SubjectPrompt, patching_case
+from ray_explain.ground_truth.pairs import REPLACE, Block, Change, Pair, Span, SubjectPrompt, patching_case
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.positions import (
     ROLES,
@@ -194,9 +194,10 @@ def patch_of(
     position: str,
     source_position: str | None = None,
     subjects: tuple[str | None, str | None] = (None, None),
+    change: Change = REPLACE,
 ) -> pa.Table:
     """The case (records.PATCHING_CASES, one row) that writes what `source` has at `source_position` into `prompt` at
-    `position`, at every layer of `block`.
+    `position`, at every layer of `block`; or another `change` with it.
 
     A position is a role (`positions.ROLES`), the number of a token, or a piece of the prompt, whose last token is
     meant. Without `source_position` it is the same role, number or piece in the source. The subject, which roles rest
@@ -216,7 +217,8 @@ def patch_of(
         )
         role = "asked"
     whole = Pair(SubjectPrompt(prompt, (0, 1)), SubjectPrompt(source, (0, 1)), **HERE)
-    return records.rows_table([patching_case(whole, role, block, [places[0]], [places[1]])], records.PATCHING_CASES)
+    case = patching_case(whole, role, block, [places[0]], [places[1]], change=change)
+    return records.rows_table([case], records.PATCHING_CASES)
 
 
 def _by_role(both: Sequence[PromptTokens], texts: tuple[str, str], spans: Sequence[Span], role: str) -> tuple[int, int]:

@@ -20,12 +20,14 @@ from ray_explain.evaluation.receipts import Witness, ablation_of, patch_of, resp
 from ray_explain.explainer.baselines import untrained
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
 from ray_explain.ground_truth.corpora import windows_of_texts
+from ray_explain.ground_truth.pairs import Change
 from ray_explain.models import files_fingerprint, load_model
 from ray_explain.questions import wordings
 from ray_explain.world.facts import World
 from ray_explain.world.pretraining import TargetSize, new_target, save_target
 from ray_explain.world.tokenizer import world_tokenizer
 from tests.ground_truth.conftest import random_model, saved
+from tests.object_store import BUCKET
 
 TEXTS = [f"{i * i + 100} times the {animal} sat on a mat" for i, animal in enumerate(["cat", "dog", "bird"] * 30)]
 
@@ -227,6 +229,67 @@ def test_the_job_prints_explanation_outcome_and_verdict(explainer, world_target,
     np.save(tmp_path / "v.npy", np.ones(32, np.float32))
     assert run(*whom, "--vector", tmp_path / "v.npy", "--layer", 0) == 0
     assert "correlates with" in capsys.readouterr().out
+
+
+def experiment_around(explainer, world_target, root, **patching):
+    """A copy of the explainer's folder in an experiment's storage at `root`."""
+    experiment = {
+        "name": "asked",
+        "storage": str(root),
+        "models": {"llama": {"path": str(world_target)}},
+        "targets": ["llama"],
+        "explainers": ["llama"],
+        "ground_truth": {"wording": "brief", "patching": {"cases": {"train": 8, "test": 4}, "blocks": 2, **patching}},
+    }
+    (root / "config.yaml").write_text(yaml.safe_dump(experiment))
+    shutil.copytree(explainer, root / "explainers" / "one")
+    return root / "explainers" / "one"
+
+
+def test_a_patch_does_what_patches_of_the_experiment_do(explainer, world_target, tokenizer, capsys, tmp_path):
+    folder = experiment_around(explainer, world_target, tmp_path, site="mlp_out")
+    where = {"block": (1, 1), "position": "final"}
+    asked = ("--prompt", prompts()[0], "--source", prompts()[1], "--layer", 1, "--position", "final")
+    assert run("--explainer", folder, *asked) == 0
+    told = capsys.readouterr().out
+    details = [
+        witness(explainer, world_target)
+        .patches(patch_of(tokenizer, *prompts(), **where, change=Change(site)), tokenizer)[0]
+        .details
+        for site in ("mlp_out", "resid_post")
+    ]
+    assert all(detail in told for detail in details[0]) and details[1][-1] not in told
+
+
+def test_an_explainer_without_vectors_is_asked_without(explainer, world_target, capsys, tmp_path, monkeypatch):
+    folder = experiment_around(explainer, world_target, tmp_path)
+    (folder / "manifest.json").write_text(json.dumps({"config": {"text_only": True}}))
+    given = []
+    monkeypatch.setattr(
+        "ray_explain.evaluation.answering.AnswerStage._answers",
+        lambda stage, asked: given.extend(prompt.vectors for prompt in asked) or [],
+    )
+    asked = ("--prompt", prompts()[0], "--source", prompts()[1], "--layer", 1, "--position", "subject_last")
+    run("--explainer", folder, *asked)
+    assert [np.abs(vector).max() for vector in given] == [0]
+    (folder / "manifest.json").write_text(json.dumps({"config": {}}))
+    run("--explainer", folder, *asked)
+    assert np.abs(given[-1]).max() > 0
+
+
+def test_explainer_and_target_may_lie_on_s3(explainer, world_target, object_store, capsys):
+    for folder, name in ((explainer, "explainer"), (world_target, "target")):
+        storage.upload_folder(str(folder), f"s3://{BUCKET}/asked/{name}")
+    question = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
+    told = []
+    for root in (f"s3://{BUCKET}/asked", None):
+        whom = (f"{root}/explainer", f"{root}/target") if root else (explainer, world_target)
+        assert run("--explainer", whom[0], "--target", whom[1], *question) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if "on the target" not in line])
+    assert told[0] == told[1]
+    nothing = f"s3://{BUCKET}/asked/nothing"
+    assert run("--explainer", nothing, "--target", world_target, *question) == 2
+    assert f"{nothing} holds no explainer.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
