@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 
 from ray_explain import records, storage
+from ray_explain.evaluation.answers import first_answer
 from ray_explain.explainer.baselines import SELFIE_BRIEF, selfie, untrained
 from ray_explain.explainer.examples import Example, Question, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate, new_drafts
@@ -35,8 +36,8 @@ class AnswerStage:
 
     Config: `explainer` (its name in the answers), `max_new_tokens`, `batch_size`, `max_tokens`, `d_target`, and either
     `folder` (of a trained one), `target` and `target_revision` that the questions are about, or `model`, `revision`,
-    `dtype` and `injection` of one that was never trained; with `text_only`, vectors are zero, as they were in its
-    training.
+    `dtype` and `injection` of one that was never trained, of which the `first_answer` counts; with `text_only`, vectors
+    are zero, as they were in its training.
 
     Raises:
         Mismatch: the trained one explains another target, or one of another width.
@@ -112,7 +113,8 @@ class AnswerStage:
 
     def _answers(self, prompts: list[Example]) -> list[Generation]:
         sizes = {name: self._config[name] for name in ("max_new_tokens", "batch_size")}
-        return generate(self._explainer, prompts, self._tokenizer, drafts=self._drafts, **sizes)
+        answers = generate(self._explainer, prompts, self._tokenizer, drafts=self._drafts, **sizes)
+        return answers if self._sidecar else [one._replace(text=first_answer(one.text)) for one in answers]
 
     def _prompt(self, question: Question) -> Example:
         return encode_prompt(question, self._tokenizer, self._explainer.markers, max_tokens=self._longest)

@@ -31,6 +31,15 @@ def normalise(text: str) -> str:
     return text.strip().rstrip(".").rstrip().lower()
 
 
+def first_answer(text: str) -> str:
+    """What a model says before it goes on with something else, the next question perhaps: the first line, as far as the
+    content that it closes (the paper's stop strings, section 4.1). Who was never trained to answer does not stop by
+    itself."""
+    line = text.strip().split("\n", 1)[0]
+    closed = re.search(rf"{_CLOSE}\s*\.?", line)
+    return line[: closed.end()] if closed else line
+
+
 def parse(text: str, task: str) -> Parsed:
     """What an answer to a question of `task` says.
 

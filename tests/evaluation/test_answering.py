@@ -6,6 +6,7 @@ from ray_explain import records
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.answering import AnswerStage, SelfieStage, asked_schema
 from ray_explain.explainer.baselines import untrained
+from ray_explain.explainer.generate import Generation
 from ray_explain.explainer.sidecar import save_explainer, sidecar_of
 from ray_explain.models import load_model
 from ray_explain.questions import wordings
@@ -103,3 +104,16 @@ def test_selfie_answers_each_question_once_at_each_scale(place, asked):
     assert answers.num_rows == 12 and not made(asked).dropped
     names = set(zip(answers["question_id"].to_pylist(), answers["explainer"].to_pylist()))
     assert names == {(f"question_id {i}", name) for i in range(6) for name in ("SelfIE x1", "SelfIE x10")}
+
+
+def test_of_an_untrained_model_the_first_answer_counts_and_a_trained_one_is_taken_at_its_word(
+    place, trained, asked, monkeypatch
+):
+    said = "The output would remain unchanged from <<<rome>>>. at layers 1 replace"
+    monkeypatch.setattr(
+        "ray_explain.evaluation.answering.generate",
+        lambda _, prompts, *others, **sizes: [Generation(said, -1.0, 9)] * len(prompts),
+    )
+    first, whole = (made(asked).table["text"].to_pylist() for made in (stage(place), AnswerStage(SIZES | trained)))
+    assert set(first) == {"The output would remain unchanged from <<<rome>>>."}
+    assert set(whole) == {said}

@@ -1,6 +1,6 @@
 import pytest
 
-from ray_explain.evaluation.answers import Parsed, normalise, parse
+from ray_explain.evaluation.answers import Parsed, first_answer, normalise, parse
 from ray_explain.questions import wordings
 
 
@@ -57,3 +57,16 @@ def test_content_may_be_white_space():
 def test_a_description_has_no_verdict_and_an_empty_one_cannot_be_read():
     assert parse(" Names of  Cities. ", "features") == Parsed(None, "names of cities")
     assert parse(" . ", "features") == Parsed(None, None)
+
+
+@pytest.mark.parametrize("after", ["\n\nGiven the text <<<The capital of", " at layers 1 replace", "\n", ""])
+@pytest.mark.parametrize(
+    "said", ["The output would remain unchanged from <<< Paris>>>.", "... change to <<<a > b>>> ."]
+)
+def test_who_goes_on_after_an_answer_has_said_the_answer(said, after):
+    assert first_answer(f"\n {said}{after}") == said
+
+
+@pytest.mark.parametrize("said", ["references to Paris", "text about <<< and >"])
+def test_a_description_ends_with_its_line(said):
+    assert first_answer(f"{said}\nWhat does V encode at layer 3?") == said
