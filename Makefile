@@ -57,11 +57,11 @@ demo: setup  ## the whole method on two small models, on this machine
 	$(BIN)/python jobs/pipeline.py --config "$$CONFIG"
 
 token: setup
-	@umask 077; test -s ~/.ray/auth_token || $(BIN)/ray get-auth-token --generate >/dev/null
+	@umask 077; test -s ~/.ray/auth_token || $(BIN)/ray get-auth-token --generate >/dev/null; test ! -e ~/.ray/auth_token || chmod 600 ~/.ray/auth_token
 
 cluster-up: token  ## a Ray cluster: this machine, or CLUSTER=cluster.yaml
 ifeq ($(CLUSTER),)
-	RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(BIN)/ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus="$$CPUS" \
+	RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(BIN)/ray start --head --port=6379 --num-cpus="$$CPUS" \
 		--dashboard-host=127.0.0.1 --dashboard-port="$$DASHBOARD_PORT" --object-store-memory="$$OBJECT_STORE"
 else
 	$(BIN)/python -m ray_explain.distributed.cluster_file "$$CLUSTER"
@@ -127,5 +127,5 @@ clean:  ## remove what runs made (not the environment)
 dashboard: setup  ## links to jobs, actors and curves of RUN; serves TensorBoard until Ctrl-C, tunnels to CLUSTER
 	@echo "Ray, with jobs, actors and Train runs: http://127.0.0.1:$$DASHBOARD_PORT (the token: $(BIN)/ray get-auth-token)"
 	@echo "TensorBoard, with curves and HParams:  http://127.0.0.1:6006 ($$RUN/tensorboard)"
-	@if [ -n "$$CLUSTER" ]; then $(BIN)/ray dashboard "$$CLUSTER" & trap "kill $$!" EXIT; fi; \
+	@if [ -n "$$CLUSTER" ]; then $(BIN)/ray dashboard --port "$$DASHBOARD_PORT" "$$CLUSTER" & trap "kill $$!" EXIT; fi; \
 		$(BIN)/tensorboard --logdir "$$RUN/tensorboard" --host 127.0.0.1 --port 6006 --load_fast=false

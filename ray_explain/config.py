@@ -471,8 +471,8 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sweep_is_possible(self) -> "Experiment":
-        if "mixtures" in self.sweep.parameters:
-            raise ValueError("`sweep.parameters`: mixtures are no setting of one explainer: give them in `train`")
+        for key in {"mixtures", "text_only"} & set(self.sweep.parameters):
+            raise ValueError(f"`sweep.parameters`: {key} is no setting of one explainer: give it in `train`")
         if self.sweep.asha is not None and len(self.sweep.combinations) < 2:
             raise ValueError("`sweep.asha` stops settings that fall behind others: give several in `sweep.parameters`")
         if self.sweep.metric != "loss" and not self.train.validate_every:

@@ -165,7 +165,7 @@ def test_what_a_user_gives_to_make_reaches_the_program_as_it_is(text: str, tmp_p
     assert shown[2:4] == ["--logdir", f"{text}/tensorboard"]
     if "$" not in text:  # a file name with one is for `make` a variable
         assert makes("cluster-down", tmp_path, f"CLUSTER={text}")[-3:] == ["down", "--yes", text]
-        assert makes("dashboard", tmp_path, f"CLUSTER={text}")[-2:] == ["dashboard", text]
+        assert makes("dashboard", tmp_path, f"CLUSTER={text}")[-4:] == ["dashboard", "--port", "8265", text]
     assert not (ROOT / "harmed").exists()
 
 
@@ -174,11 +174,47 @@ def test_what_tensorboard_complains_of_is_seen(tmp_path: Path) -> None:
     assert "tensorboard complains" in made("dashboard", tmp_path).stderr
 
 
-def test_a_cluster_of_make_asks_for_the_token_and_listens_on_loopback(tmp_path: Path) -> None:
+def test_a_cluster_of_make_asks_for_the_token_and_has_its_dashboard_on_loopback(tmp_path: Path) -> None:
     said = makes("cluster-up", tmp_path)
     start = said[said.index("start") - 2 :]
     assert start[:2] == ["ray", "token"]
-    assert {"--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"} <= set(start)
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+ON_LOOPBACK = """
+import sys, psutil, ray
+from ray_explain.config import ClusterConfig
+from ray_explain.distributed.cluster import cluster
+with cluster(sys.argv[1], ClusterConfig()):
+    ray.get(ray.remote(lambda: 1).remote())
+    for process in psutil.Process().children(recursive=True):
+        for one in process.net_connections():
+            if one.status == psutil.CONN_LISTEN:
+                print(process.name(), one.laddr.ip)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("there", [False, True])
+def test_a_jobs_own_ray_listens_on_loopback_alone_and_its_token_is_for_its_user(tmp_path: Path, there: bool) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    if there:  # as Ray writes it
+        token.parent.mkdir()
+        token.write_text("0" * 64)
+        token.chmod(0o644)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
+    ended = subprocess.run(
+        [sys.executable, "-c", ON_LOOPBACK, str(tmp_path)],
+        cwd=ROOT,
+        env=outside | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listening = [line.split()[-1] for line in ended.stdout.splitlines()]
+    assert len(listening) > 3 and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}, ended.stdout
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text() == "0" * 64 or not there
 
 
 def test_the_manifests_for_kubernetes_share_one_environment_and_open_nothing() -> None:

@@ -14,6 +14,7 @@ from ray_explain.config import ClusterConfig
 from ray_explain.distributed import NO_GPU_UNASKED
 from ray_explain.distributed.capacity import fleet
 from ray_explain.distributed.checks import check_address, check_same_code
+from ray_explain.distributed.loopback import LOOPBACK, on_loopback
 from ray_explain.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -37,14 +38,16 @@ def cluster(root: str, wanted: ClusterConfig) -> Iterator[None]:
         # Workers of a cluster that others started do not have our environment.
         ray.init(log_to_driver=False, configure_logging=False, runtime_env={"env_vars": NO_GPU_UNASKED})
     elif ours:
-        ray.init(
-            address="local",
-            num_cpus=max(4, os.cpu_count() or 1),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        with on_loopback():
+            ray.init(
+                address="local",
+                _node_ip_address=LOOPBACK,
+                num_cpus=max(4, os.cpu_count() or 1),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own would print a stack and end us without a word
     try:

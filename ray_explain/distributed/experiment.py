@@ -1,5 +1,6 @@
 """The steps of an experiment. Each makes what is not there yet, after what it needs; none does anything twice."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,9 +55,10 @@ class Session:
     """One run of a job: its plan, a console, and Ray, which starts when something first needs it."""
 
     plan: Plan
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=lambda: Console(markup=False))  # errors of others hold [brackets]
     _stack: ExitStack = field(default_factory=ExitStack)
     _started: bool = False
+    _trains: bool = False
 
     def __enter__(self) -> "Session":
         if storage.is_remote(self.plan.root):
@@ -87,6 +89,27 @@ class Session:
             if (told := unused_gpus(wanted)) is not None:
                 self.say(told)
             self._started = True
+            self._check_workers()
+
+    def start_early(self, *, trains: bool = False) -> None:
+        """Where work is left that needs a cluster of others, or GPUs, Ray starts now: who has none is told before
+        anything is read. `trains` says that explainers will be trained.
+
+        Raises:
+            BadInput: as `start_ray`.
+            JobFailed: the cluster can never have the workers of a training that is still to come.
+        """
+        self._trains, wanted = self._trains or trains, self.plan.experiment.cluster
+        needs_more = os.environ.get("RAY_ADDRESS") or wanted.gpus_per_actor or wanted.gpus_per_worker
+        if needs_more and not self._started and self.missing([self.plan.scores()]):
+            self.start_ray()
+
+    def _check_workers(self) -> None:
+        from ray_explain.distributed.capacity import check_capacity, fleet
+
+        plan, wanted = self.plan, self.plan.experiment.cluster
+        if self._trains and self.missing([plan.explainer(run) for run in plan.runs()]):
+            check_capacity(plan.experiment.train.workers, fleet(wanted), gpus_per_worker=wanted.gpus_per_worker)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -220,6 +243,7 @@ def make_ground_truth(session: Session) -> None:
         BadInput: as `make_models`; or a model that is to be an explainer could not end its answers.
     """
     plan = session.plan
+    session.start_early()
     make_models(session)
     _check_explainers(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
@@ -476,6 +500,7 @@ def train_explainers(session: Session) -> None:
     """
     plan = session.plan
     check_asked(plan)
+    session.start_early(trains=True)
     make_ground_truth(session)
     missing = [run for run in plan.runs() if session.missing([plan.explainer(run)])]
     if missing:

@@ -1,5 +1,6 @@
 """Small targets trained side by side, each on one core."""
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -57,5 +58,6 @@ def _pretrain(artifact: Artifact, root: str, board: Any) -> None:
 def _scratch_folder(path: str) -> Path:
     """Local; where storage is remote it lives as long as the machine."""
     if storage.is_remote(path):
-        return Path(tempfile.gettempdir()) / _SCRATCH / path.rsplit("/", 1)[-1]
+        root, _, name = path.rpartition("/")  # other storages of this machine's jobs may have the same model
+        return Path(tempfile.gettempdir()) / _SCRATCH / f"{name}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
     return Path(f"{path}.{_SCRATCH}")

@@ -82,7 +82,7 @@ class _Bars:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -135,7 +135,7 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def watching() -> Iterator[Any]:
     """A board for the block's workers to tell, drawn until the block ends. Ray must be running."""
     board = Board.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
-    console = Console(stderr=False)
+    console = Console(markup=False)
     over = threading.Event()
     has_bars = console.is_terminal and not console.is_dumb_terminal
     drawer: _Bars | _Lines = _Bars(console) if has_bars else _Lines(console)

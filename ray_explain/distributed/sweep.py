@@ -192,21 +192,19 @@ def ended(trial: Trial, root: str) -> Manifest | None:
 def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
     """How many of the trials fit into the cluster side by side. Ray must be running.
 
-    A trial takes its workers' CPUs and GPUs, and after its training one CPU for its answers: it never waits for more
-    than it has while others wait for it. Nodes that may be added count. On one machine no more CPUs count than it
-    really has.
+    A trial takes its workers' CPUs and GPUs, and after its training one CPU and an actor's GPUs for its answers: it
+    never waits for more than there is for it while others wait for it. Nodes that may be added count. On one machine no
+    more CPUs count than it really has.
 
     Raises:
         JobFailed: the workers of a trial fit into no cluster that there will be.
     """
-    workers = max(trial.train.train.workers for trial in trials)
-    gpus = max(cluster.gpus_per_worker, cluster.gpus_per_actor)
-    nodes = fleet(cluster)
-    check_capacity(workers, nodes, gpus_per_worker=gpus)
-    most = nodes.places(gpus)
-    if len(nodes.now) == 1 and not nodes.most and not gpus:
+    workers, nodes = max(trial.train.train.workers for trial in trials), fleet(cluster)
+    check_capacity(workers, nodes, gpus_per_worker=cluster.gpus_per_worker)
+    most = nodes.places(cluster.gpus_per_worker)
+    if len(nodes.now) == 1 and not nodes.most and not (cluster.gpus_per_worker or cluster.gpus_per_actor):
         most = min(most, os.cpu_count() or 1)
-    return max(1, most // workers)
+    return max(1, min(most // workers, nodes.places(cluster.gpus_per_actor)))
 
 
 # -- running ----------------------------------------------------------------------------------------------------------

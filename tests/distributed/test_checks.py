@@ -18,12 +18,13 @@ import pytest
 from rich.console import Console
 
 import ray_explain
+from ray_explain.artifacts import Artifact, finish
 from ray_explain.config import ClusterConfig, TrainConfig, read_experiment
 from ray_explain.distributed import checks
 from ray_explain.distributed.cluster import cluster
-from ray_explain.distributed.experiment import Session
+from ray_explain.distributed.experiment import Session, make_ground_truth
 from ray_explain.distributed.plan import Plan
-from ray_explain.errors import BadInput
+from ray_explain.errors import BadInput, JobFailed
 from tests.distributed.training_runs import run_of
 from tests.serving import serving
 from tests.test_launch import write_config
@@ -262,6 +263,34 @@ def test_gpus_are_refused_where_there_are_none(running_ray: None, key: str) -> N
     with pytest.raises(BadInput, match=rf"`cluster.{key}` = 1, but no node .* more than 0 GPUs: set it to 0"):
         checks.check_gpus(ClusterConfig.model_validate({key: 1}))
     checks.check_gpus(ClusterConfig())
+
+
+@pytest.mark.ray
+def test_gpus_that_are_missing_are_told_before_anything_is_read(running_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "cases.jsonl").write_text("no JSON, which reading would find\n")
+    cases = {"source": "jsonl", "path": str(tmp_path / "cases.jsonl"), "cases": {"train": 8, "test": 4}, "blocks": 2}
+    config = write_config(tmp_path, tmp_path, ground_truth={"patching": cases}, cluster={"gpus_per_actor": 1})
+    with Session(Plan(read_experiment(config))) as session, pytest.raises(BadInput, match="more than 0 GPUs"):
+        make_ground_truth(session)
+
+
+@pytest.mark.ray
+def test_workers_that_no_cluster_has_are_refused_when_the_cluster_starts_unless_all_is_trained(
+    running_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(read_experiment(write_config(tmp_path, tmp_path, train={"workers": 64, "batch_size": 64})))
+    with Session(plan) as session:
+        session.start_ray()  # it may measure, and train elsewhere
+    monkeypatch.setattr(Plan, "explainer", lambda *_: Artifact(kind="explainers", label="one", config={}))
+    monkeypatch.setattr(Plan, "scores", lambda *_: Artifact(kind="scores", label="all", config={}))
+    with Session(plan) as session:
+        session.start_early(trains=True)
+        with pytest.raises(JobFailed, match="64 workers of 1 CPU are asked for"):
+            session.start_ray()
+    finish(Artifact(kind="explainers", label="one", config={}), plan.root)
+    with Session(plan) as session:
+        session.start_early(trains=True)
+        session.start_ray()
 
 
 @pytest.mark.ray

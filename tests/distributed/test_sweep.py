@@ -95,10 +95,16 @@ def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, be
 def test_as_many_trials_run_as_the_cluster_has_places_for(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = [trial(1e-3)], [trial(1e-3), trial(1e-4, workers=2)]
 
-    def at_a_time(trials: list[sweep.Trial], *nodes: dict[str, float], come: Sequence[Kind] = (), gpus: int = 0) -> int:
+    def at_a_time(
+        trials: list[sweep.Trial],
+        *nodes: dict[str, float],
+        come: Sequence[Kind] = (),
+        gpus: float = 0,
+        to_answer: float = 0,
+    ) -> int:
         found = Fleet(list(nodes), list(come), sum(kind.most for kind in come))
         monkeypatch.setattr(sweep, "fleet", lambda _: found)
-        return sweep.concurrent(trials, ClusterConfig(gpus_per_worker=gpus))
+        return sweep.concurrent(trials, ClusterConfig(gpus_per_worker=gpus, gpus_per_actor=to_answer))
 
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert [at_a_time(each, {"CPU": 4.0}) for each in (one, two)] == [2, 1]  # more than the machine has
@@ -106,6 +112,8 @@ def test_as_many_trials_run_as_the_cluster_has_places_for(monkeypatch: pytest.Mo
     assert at_a_time(two, {"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, gpus=1) == 1  # the head has no GPU
     assert at_a_time(two, {"CPU": 8.0}, come=[Kind({"CPU": 8, "GPU": 1}, 8)], gpus=1) == 4  # none there yet
     assert at_a_time(one, {"CPU": 4.0, HEAD: 1.0}, come=[Kind({"CPU": 8}, 2)]) == 20
+    assert at_a_time(two, {"CPU": 8.0, "GPU": 1.0}, gpus=0.5, to_answer=1) == 1  # as a pipeline may run them
+    assert at_a_time(one, {"CPU": 8.0, "GPU": 1.0}, gpus=0.25, to_answer=0.5) == 2
 
 
 def test_a_setting_is_judged_by_the_mean_of_its_runs_on_the_largest_fraction(tmp_path: Path) -> None:
