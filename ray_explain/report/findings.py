@@ -45,11 +45,11 @@ def verdict_of(row: dict[str, Any]) -> Verdict:
 
 
 def verdict_of_all(rows: Iterable[dict[str, Any]]) -> Verdict:
-    """Of several differences: their common verdict, or mixed."""
-    found = {verdict_of(row) for row in rows}
+    """Of several differences: their common verdict, or mixed, as weak ones of opposite signs are."""
+    found = {(verdict := verdict_of(row), verdict == "weak" and row["difference"] > 0) for row in rows}
     if not found:
         return "unknown"
-    return found.pop() if len(found) == 1 else "mixed"
+    return found.pop()[0] if len(found) == 1 else "mixed"
 
 
 def difference_text(row: dict[str, Any], *, p_value: bool = True) -> str:
@@ -124,15 +124,14 @@ class Findings:
         task, verdict = _on(rows[0]), verdict_of_all(rows)
         better = f"{target} explains itself better than {other} explains it on {task}"
         worse = f"{other} explains {target} better than {target} explains itself on {task}"
-        falls_short = verdict == "weak" and (rows[0]["difference"] or 0) <= 0
-        head = _head(verdict, worse if falls_short else better, worse)
+        head = _head(verdict, better, worse, rows)
         return Finding(verdict=verdict, text=f"{head}: {_details(rows, verdict)}.", differences=rows)
 
     def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
-        verdict = verdict_of_all([row for row in rows if row["against"] not in SPARED] or rows)
-        who, task = self._who(rows[0]), _on(rows[0])
+        deciding = [row for row in rows if row["against"] not in SPARED] or rows
+        who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(deciding)
         without = f"{who} answers better without the vector on {task}"
-        head = _head(verdict, f"{who} uses the vector on {task}", without)
+        head = _head(verdict, f"{who} uses the vector on {task}", without, deciding)
         falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
         text = f"{head}: {numbers.metric_label(rows[0]['metric'])} {falls}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
@@ -140,11 +139,8 @@ class Findings:
     def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
         who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(rows)
         each = f"each of {len(rows)} baselines" if len(rows) > 1 else numbers.baseline_label(rows[0]["against"])
-        claim = {
-            "weak": f"{who} differs from {each} on {task}",
-            "not shown": f"{who} is above {each.replace('each of', 'any of')} on {task}",
-        }.get(verdict, f"{who} is above {each} on {task}")
-        head = _head(verdict, claim, f"{who} is below {each} on {task}")
+        some = each.replace("each of", "any of") if verdict == "not shown" else each
+        head = _head(verdict, f"{who} is above {some} on {task}", f"{who} is below {each} on {task}", rows)
         if verdict == "mixed":
             head = f"{who} is not above {each} on {task}"
         text = f"{head}: {_best_of(rows) if verdict == 'shown' else _over(rows)}."
@@ -181,7 +177,8 @@ class Findings:
         text = {
             "shown": f"models that explain themselves use the vector: without it they lose {_span(rows, '+')}.",
             "mixed": "mixed evidence that models that explain themselves use the vector; see each control below.",
-            "weak": "evidence that models that explain themselves use the vector does not survive correction.",
+            "weak": "evidence that models that explain themselves "
+            f"{'answer better without' if _falls_short(rows) else 'use'} the vector does not survive correction.",
             "not shown": "no evidence that models that explain themselves use the vector; the text may be enough.",
             "opposite": "models that explain themselves answer better without the vector.",
             "unknown": "nothing can be said on the use of the vector; no comparison with a control is defined.",
@@ -192,12 +189,17 @@ class Findings:
 _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
 
 
-def _head(verdict: Verdict, claim: str, opposite: str) -> str:
-    """`claim`, as firmly as the verdict allows; `opposite` is said where the opposite is shown."""
+def _falls_short(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether weak differences, which have one sign then, are below 0."""
+    return any((row["difference"] or 0) < 0 for row in rows)
+
+
+def _head(verdict: Verdict, claim: str, opposite: str, rows: Sequence[dict[str, Any]]) -> str:
+    """`claim`, as firmly as the verdict allows; `opposite` where the `rows` that it is of show or hint at that."""
     return {
         "shown": claim,
         "opposite": opposite,
-        "weak": f"Weak evidence, gone after correction, that {claim}",
+        "weak": f"Weak evidence, gone after correction, that {opposite if _falls_short(rows) else claim}",
         "mixed": f"Mixed evidence that {claim}",
         "not shown": f"No evidence that {claim}",
         "unknown": f"Nothing can be said on whether {claim}",
