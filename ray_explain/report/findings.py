@@ -128,9 +128,9 @@ class Findings:
         return Finding(verdict=verdict, text=f"{head}: {_details(rows, verdict)}.", differences=rows)
 
     def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
-        deciding = [row for row in rows if row["against"] not in SPARED] or rows
+        deciding = _deciding(rows)
         who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(deciding)
-        without = f"{who} answers better without the vector on {task}"
+        without = f"{who} answers better {_AWAY[_all_spared(deciding)][1]} on {task}"
         head = _head(verdict, f"{who} uses the vector on {task}", without, deciding)
         falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
         text = f"{head}: {numbers.metric_label(rows[0]['metric'])} {falls}."
@@ -172,21 +172,38 @@ class Findings:
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
     def _vector_summary(self, task: str) -> Finding:
-        rows = [row for row in self._of("uplift", task) if self._is_self(row) and row["against"] not in SPARED]
-        verdict = verdict_of_all(rows)
+        """Of the models that explain themselves or, where none was asked under a control, of those that were."""
+        rows = self._of("uplift", task)
+        own = [row for row in rows if self._is_self(row)]
+        who, rows = f"models that explain {'themselves' if own else 'others'}", _deciding(own or rows)
+        verdict, (lost, without, enough) = verdict_of_all(rows), _AWAY[_all_spared(rows)]
         text = {
-            "shown": f"models that explain themselves use the vector: without it they lose {_span(rows, '+')}.",
-            "mixed": "mixed evidence that models that explain themselves use the vector; see each control below.",
-            "weak": "evidence that models that explain themselves "
-            f"{'answer better without' if _falls_short(rows) else 'use'} the vector does not survive correction.",
-            "not shown": "no evidence that models that explain themselves use the vector; the text may be enough.",
-            "opposite": "models that explain themselves answer better without the vector.",
+            "shown": f"{who} use the vector: {lost} they lose {_span(rows, '+')}.",
+            "mixed": f"mixed evidence that {who} use the vector; see each control below.",
+            "weak": f"evidence that {who} {f'answer better {without}' if _falls_short(rows) else 'use the vector'} "
+            "does not survive correction.",
+            "not shown": f"no evidence that {who} use the vector; {enough} may be enough.",
+            "opposite": f"{who} answer better {without}.",
             "unknown": "nothing can be said on the use of the vector; no comparison with a control is defined.",
         }[verdict]
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
 
 _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
+# Whether all controls give the vector of another layer -> how they take it away, in two forms, and what they leave.
+_AWAY = {
+    True: ("with that of another layer", "with the vector of another layer", "that of another layer"),
+    False: ("without it", "without the vector", "the text"),
+}
+
+
+def _deciding(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of uplifts those that tell whether the vector is used: that over another layer's only where there is no other."""
+    return [row for row in rows if row["against"] not in SPARED] or rows
+
+
+def _all_spared(rows: Sequence[dict[str, Any]]) -> bool:
+    return bool(rows) and all(row["against"] in SPARED for row in rows)
 
 
 def _falls_short(rows: Sequence[dict[str, Any]]) -> bool:

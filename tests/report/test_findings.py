@@ -164,6 +164,32 @@ def test_controls_that_disagree_are_mixed_evidence_but_another_layer_does_not_de
     assert used.verdict == "shown" and "from another layer" in used.text
 
 
+def test_where_nobody_explains_itself_the_use_of_vectors_is_summed_up_of_others(findings) -> None:
+    of = "uplift", "patching", "llama", "qwen3"
+    found = findings((*of, "shuffled", BETTER), explainers={"qwen3": "qwen3"}, examples=[])
+    assert found.vector_use()[0].text.startswith("qwen3, explaining llama, uses the vector")
+    summary = vector_summary(found)
+    assert summary.verdict == "shown"
+    assert summary.text.endswith("models that explain others use the vector: without it they lose .21 exact match.")
+    both = findings((*of, "shuffled", BETTER), ("uplift", "patching", "llama", "llama", "shuffled", NOTHING))
+    assert "no evidence that models that explain themselves use the vector" in vector_summary(both).text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict", "told"),
+    [
+        (BETTER, "shown", "use the vector: with that of another layer they lose .21 exact match."),
+        (WEAKLY_WORSE, "weak", "answer better with the vector of another layer does not survive correction."),
+        (NOTHING, "not shown", "use the vector; that of another layer may be enough."),
+        (WORSE, "opposite", "answer better with the vector of another layer."),
+    ],
+)
+def test_another_layer_decides_where_it_is_the_only_control(findings, numbers, verdict, told) -> None:
+    found = uplift(findings, other_layer=numbers)
+    assert vector_summary(found).verdict == found.vector_use()[0].verdict == verdict
+    assert vector_summary(found).text.endswith(told)
+
+
 def test_without_any_control_nothing_is_said_on_the_vector(findings) -> None:
     summary = access(findings, BETTER).summary()
     told = [it.text for it in summary if "use of the vector" in it.text]
