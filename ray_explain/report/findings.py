@@ -142,7 +142,9 @@ class Findings:
         some = each.replace("each of", "any of") if verdict == "not shown" else each
         head = _head(verdict, f"{who} is above {some} on {task}", f"{who} is below {each} on {task}", rows)
         if verdict == "mixed":
-            head = f"{who} is not above {each} on {task}"
+            lower = sum(verdict_of(row) == "opposite" for row in rows)
+            where = f"below {lower} of {len(rows)} baselines" if lower else f"not shown to be above {each}"
+            head = f"{who} is {where} on {task}"
         text = f"{head}: {_best_of(rows) if verdict == 'shown' else _over(rows)}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 

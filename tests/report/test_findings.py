@@ -209,8 +209,13 @@ def test_baselines_are_told_together(findings) -> None:
         "+.21 exact match (95 % interval +.17 to +.25) over the best of them, majority class."
     )
     (mixed,) = findings(rows[0], (*rows[1][:-1], NOTHING)).over_baselines()
-    assert mixed.verdict == "mixed" and "is not above each of 2 baselines" in mixed.text
+    assert mixed.verdict == "mixed" and "is not shown to be above each of 2 baselines" in mixed.text
     assert mixed.text.endswith("in exact match, +.01 (−.03 to +.05) over nearest neighbour.")
+    (below,) = findings(rows[0], (*rows[1][:-1], WORSE)).over_baselines()
+    assert below.verdict == "mixed" and "is below 1 of 2 baselines" in below.text
+    assert below.text.endswith("in exact match, −.10 (−.14 to −.06) over nearest neighbour.")
+    (hint,) = findings(rows[0], (*rows[1][:-1], WEAKLY_WORSE)).over_baselines()
+    assert "is not shown to be above each of 2 baselines" in hint.text
 
 
 @pytest.mark.parametrize(("numbers", "where"), [(WEAK, "above"), (WEAKLY_WORSE, "below")])
