@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.evaluation import intervals
 from ray_explain.evaluation.grading import rows_of, series_of
 from ray_explain.evaluation.metrics import Metric, Part, Tally, defined, headline, measured, tally
@@ -74,7 +75,7 @@ def comparisons(
     A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
 
     Raises:
-        ValueError: two sides answered different questions, or trained explainers have no seed in common.
+        BadInput: two sides answered different questions, or trained explainers have no seed in common.
     """
     rows: list[dict[str, Any]] = []
     measure = partial(_measure, by=by, metrics=measured(graded), resamples=resamples, seed=seed)
@@ -104,7 +105,7 @@ def self_advantage(graded: pa.Table, *, seed: int, resamples: int = 2000) -> lis
     has none where less than two models explain themselves and each other, or where the pairings have no seed in common.
 
     Raises:
-        ValueError: explainers of one target answered different questions.
+        BadInput: explainers of one target answered different questions.
     """
     asked = [series for series in series_of(graded) if series["control"] == "none" and series["fraction"]]
     metrics, rows = measured(graded), []
@@ -178,7 +179,8 @@ def pilot(
     (`intervals.questions_needed`). One seed of training tells nothing of how much seeds differ.
 
     Raises:
-        ValueError: the two did not answer the same questions of this task and target, or not by this metric and part.
+        ValueError: one of the two answered no question of this task and target, or not by this metric and part.
+        BadInput: as `comparisons`.
     """
     of_target = graded.filter((pc.field("task") == task) & (pc.field("target") == target))
     kind, metrics = [by.split("=")[0]], measured(of_target)
@@ -287,7 +289,7 @@ def _scored_by_all(tables: Sequence[pa.Table]) -> list[pa.Table]:
 def _shared_seeds(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> list[int]:
     shared = sorted(set(one) & set(other))
     if not shared:
-        raise ValueError(
+        raise BadInput(
             f"{contrast.kind} on {target!r}: {contrast.one.explainer!r} has seeds {sorted(one)}, "
             f"{contrast.other.explainer!r} under {contrast.other.control!r} has {sorted(other)}; "
             "pairs need a seed in common: train or score both with the same seeds"
@@ -329,7 +331,7 @@ def _check_same_questions(tables: Sequence[pa.Table]) -> None:
     for each in others:
         if not each.equals(first):
             differ = len(set(each.to_pylist()) ^ set(first.to_pylist()))
-            raise ValueError(f"compared answers are to different questions ({differ} of them): score both on one table")
+            raise BadInput(f"compared answers are to different questions ({differ} of them): score both on one table")
 
 
 def _advantage(

@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_explain.errors import BadInput
 from ray_explain.evaluation.comparisons import comparisons, corrected, pilot, self_advantage
 from ray_explain.evaluation.intervals import alike_bound, questions_needed
 from ray_explain.evaluation.metrics import grade
@@ -122,12 +123,12 @@ def test_a_baseline_without_seeds_stands_against_every_seed(world):
 
 
 def test_trained_explainers_without_a_common_seed_are_refused(world):
-    with pytest.raises(ValueError, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
+    with pytest.raises(BadInput, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
         compare(world.graded("a", 0.5), world.graded("b", 0.5, seed=1))
 
 
 def test_answers_to_different_questions_are_not_compared(world):
-    with pytest.raises(ValueError, match="different questions"):
+    with pytest.raises(BadInput, match="different questions"):
         compare(world.graded("a", 0.5), world.graded("b", 0.5).slice(0, N - 40))
 
 
