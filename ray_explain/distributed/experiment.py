@@ -498,10 +498,14 @@ def train_explainers(session: Session) -> None:
     Raises:
         BadInput: texts are to be replayed, but no model of the experiment has read the world's; or as `check_asked`.
     """
-    plan = session.plan
-    check_asked(plan)
+    check_asked(session.plan)
     session.start_early(trains=True)
     make_ground_truth(session)
+    _train_missing(session)
+
+
+def _train_missing(session: Session) -> None:
+    plan = session.plan
     missing = [run for run in plan.runs() if session.missing([plan.explainer(run)])]
     if missing:
         from ray_explain.distributed.train import train_all
@@ -580,11 +584,15 @@ def evaluate(session: Session) -> None:
     Scores that lack some of a judge's marks are made again with those that it gives now.
 
     Raises:
+        BadInput: as `train_explainers`; or the questions do not allow a control, which is found before any training.
         JobFailed: there are no scores yet, and a judge does not answer.
     """
     plan = session.plan
-    train_explainers(session)
+    check_asked(plan)
+    session.start_early(trains=True)
+    make_ground_truth(session)
     make_asked(session)
+    _train_missing(session)
     answers = plan.scores().parents
     if session.missing(answers):
         from ray_explain.distributed.run_stages import run_stages

@@ -1,7 +1,7 @@
 """One explainer against another on the same questions: self minus cross, uplift over controls, gain over baselines."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.evaluation import intervals
 from ray_explain.evaluation.grading import rows_of, series_of
 from ray_explain.evaluation.metrics import Metric, Part, Tally, defined, headline, measured, tally
@@ -48,6 +49,7 @@ class Measured:
 
 
 Seeds = dict[int, Measured]  # seed of training -> its answers
+Square = dict[tuple[str, str], list[dict[str, Any]]]  # (explainer, target) -> its series of answers, one a seed
 
 
 def comparisons(
@@ -73,7 +75,7 @@ def comparisons(
     A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
 
     Raises:
-        ValueError: two sides answered different questions, or trained explainers have no seed in common.
+        BadInput: two sides answered different questions, or trained explainers have no seed in common.
     """
     rows: list[dict[str, Any]] = []
     measure = partial(_measure, by=by, metrics=measured(graded), resamples=resamples, seed=seed)
@@ -99,30 +101,29 @@ def self_advantage(graded: pa.Table, *, seed: int, resamples: int = 2000) -> lis
     Only explainers that are also targets take part, at the share of the training data that the most pairings know
     (`shares.common_share`), with the seeds that all of these have. Each row has task, fraction, metric, by, difference,
     low, high, p_value, p_holm (over the tasks), n_groups and seeds; groups are resampled together over all targets. A
-    task has none where less than two models explain themselves and each other, or where the pairings have no seed in
-    common.
+    metric that some explainer's answer does not have is left out for the question on all who explain its target. A task
+    has none where less than two models explain themselves and each other, or where the pairings have no seed in common.
+
+    Raises:
+        BadInput: explainers of one target answered different questions.
     """
     asked = [series for series in series_of(graded) if series["control"] == "none" and series["fraction"]]
     metrics, rows = measured(graded), []
     for task in sorted({series["task"] for series in asked}):
         fraction, square = _square([series for series in asked if series["task"] == task])
-        cells = {
-            pairing: {series["seed"]: tally(rows_of(graded, series), ["all"], metrics) for series in by_seed}
-            for pairing, by_seed in square.items()
-        }
-        if cells and _tell_an_advantage(cells):
+        if square and _tell_an_advantage(square):
             metric = headline(task, [metric.name for metric in metrics])
             facts = {"task": task, "fraction": fraction, "contrast": "advantage", "metric": metric, "by": "all"}
-            rows.append(facts | _advantage(cells, metric, "all", resamples, seed))
+            rows.append(facts | _advantage(_cells(graded, square, metrics), metric, "all", resamples, seed))
     return corrected(rows)
 
 
-def _square(asked: Sequence[dict[str, Any]]) -> tuple[float, dict[tuple[str, str], list[dict[str, Any]]]]:
+def _square(asked: Sequence[dict[str, Any]]) -> tuple[float, Square]:
     """The share of the training data that the most pairings of models that are also targets know, and their series."""
     targets = {series["target"] for series in asked}
     among = [series for series in asked if series["explainer"] in targets]
     known: dict[tuple[str, str], set[float]] = defaultdict(set)
-    square: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    square: Square = defaultdict(list)
     for series in among:
         known[series["explainer"], series["target"]].add(series["fraction"])
     fraction = common_share(known.values())
@@ -132,13 +133,33 @@ def _square(asked: Sequence[dict[str, Any]]) -> tuple[float, dict[tuple[str, str
     return fraction, square
 
 
-def _tell_an_advantage(cells: Mapping[tuple[str, str], Mapping[int, Tally]]) -> bool:
+def _tell_an_advantage(square: Square) -> bool:
     """Whether two models at least explain themselves and each other, and all pairings have a seed in common."""
     try:
-        intervals.self_weights(sorted(cells))
+        intervals.self_weights(sorted(square))
     except ValueError:
         return False
-    return bool(set.intersection(*(set(by_seed) for by_seed in cells.values())))
+    return bool(_common_seeds(square))
+
+
+def _common_seeds(square: Square) -> set[int]:
+    return set.intersection(*({series["seed"] for series in by_seed} for by_seed in square.values()))
+
+
+def _cells(graded: pa.Table, square: Square, metrics: Sequence[Metric]) -> dict[tuple[str, str], dict[int, Tally]]:
+    """The answers of each pairing with the seeds that all have, summed up, each metric on the questions that all who
+    explain the target have it for: strength would pass for an advantage where hard questions lack a score of some.
+    """
+    seeds, of_target = _common_seeds(square), defaultdict[str, list[dict[str, Any]]](list)
+    for (_, target), by_seed in square.items():
+        of_target[target] += [series for series in by_seed if series["seed"] in seeds]
+    cells: dict[tuple[str, str], dict[int, Tally]] = defaultdict(dict)
+    for target, members in of_target.items():
+        tables = [rows_of(graded, series) for series in members]
+        _check_same_questions(tables)
+        for series, table in zip(members, _scored_by_all(tables), strict=True):
+            cells[series["explainer"], target][series["seed"]] = tally(table, ["all"], metrics)
+    return cells
 
 
 def pilot(
@@ -158,7 +179,8 @@ def pilot(
     (`intervals.questions_needed`). One seed of training tells nothing of how much seeds differ.
 
     Raises:
-        ValueError: the two did not answer the same questions of this task and target, or not by this metric and part.
+        ValueError: one of the two answered no question of this task and target, or not by this metric and part.
+        BadInput: as `comparisons`.
     """
     of_target = graded.filter((pc.field("task") == task) & (pc.field("target") == target))
     kind, metrics = [by.split("=")[0]], measured(of_target)
@@ -243,14 +265,17 @@ def _paired(
     else:
         shared = _shared_seeds(one, other, contrast, target)
         sides = [side[seed] for side in (one, other) for seed in shared]
-    _check_same_questions([side.tally for side in sides])
-    sides = _scored_by_all(sides, measure)
+    tables = [side.rows for side in sides]
+    _check_same_questions(tables)
+    found = zip(sides, _scored_by_all(tables), strict=True)
+    sides = [side if side.rows is table else measure(table) for side, table in found]
     return sides[: len(sides) // 2], sides[len(sides) // 2 :]
 
 
-def _scored_by_all(sides: list[Measured], measure: Callable[[pa.Table], Measured]) -> list[Measured]:
-    tables = [side.rows for side in sides]
-    for at, field in enumerate(sides[0].rows.schema):
+def _scored_by_all(tables: Sequence[pa.Table]) -> list[pa.Table]:
+    """Answers to the same questions, of which none has a score that another lacks; a table as it is where none did."""
+    tables = list(tables)
+    for at, field in enumerate(tables[0].schema):
         if field.name not in UNSCORED:
             continue
         known = [table[field.name].is_valid().to_numpy() for table in tables]
@@ -258,13 +283,13 @@ def _scored_by_all(sides: list[Measured], measure: Callable[[pa.Table], Measured
             kept = pa.array(~unlike)
             blank = [pc.if_else(kept, table[field.name], pa.scalar(None, field.type)) for table in tables]
             tables = [table.set_column(at, field, column) for table, column in zip(tables, blank, strict=True)]
-    return [side if side.rows is table else measure(table) for side, table in zip(sides, tables, strict=True)]
+    return tables
 
 
 def _shared_seeds(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> list[int]:
     shared = sorted(set(one) & set(other))
     if not shared:
-        raise ValueError(
+        raise BadInput(
             f"{contrast.kind} on {target!r}: {contrast.one.explainer!r} has seeds {sorted(one)}, "
             f"{contrast.other.explainer!r} under {contrast.other.control!r} has {sorted(other)}; "
             "pairs need a seed in common: train or score both with the same seeds"
@@ -301,11 +326,12 @@ def _reach_of_difference(reach: Float[np.ndarray, "2 parts"]) -> Float[np.ndarra
     return np.stack([reach[0] - reach[1], reach[1] - reach[0]])
 
 
-def _check_same_questions(tallies: Sequence[Tally]) -> None:
-    for each in tallies[1:]:
-        if each.questions != tallies[0].questions:
-            differ = len(set(each.questions) ^ set(tallies[0].questions))
-            raise ValueError(f"compared answers are to different questions ({differ} of them): score both on one table")
+def _check_same_questions(tables: Sequence[pa.Table]) -> None:
+    first, *others = (table["question_id"] for table in tables)
+    for each in others:
+        if not each.equals(first):
+            differ = len(set(each.to_pylist()) ^ set(first.to_pylist()))
+            raise BadInput(f"compared answers are to different questions ({differ} of them): score both on one table")
 
 
 def _advantage(

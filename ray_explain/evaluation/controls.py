@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 
 CONTROLS = ("shuffled", "no_vector", "other_layer", "random")
 
@@ -20,7 +21,8 @@ def under_control(questions: pa.Table, control: str, seed: int) -> pa.Table:
     stays. A row's draw depends on `seed` and on the table.
 
     Raises:
-        ValueError: there is no such control, no vector to change, or no question with other vectors to take.
+        ValueError: there is no such control.
+        BadInput: there is no vector to change, or no question with other vectors to take.
     """
     if control == "none":
         return questions
@@ -28,7 +30,7 @@ def under_control(questions: pa.Table, control: str, seed: int) -> pa.Table:
         raise ValueError(f"control {control!r}: there is none, {', '.join(CONTROLS)}")
     vectors = records.vectors_of(questions["vectors"])
     if not any(len(own) for own in vectors):
-        raise ValueError(f"control {control!r}: none of the {len(vectors)} questions holds a vector; leave it out")
+        raise BadInput(f"control {control!r}: none of the {len(vectors)} questions holds a vector; leave it out")
     # a stream of its own: vectors that were themselves drawn with this seed must not come back
     rng = np.random.default_rng([seed, int(records.content_id("control", control), 16)])
     if control == "no_vector":
@@ -84,8 +86,9 @@ def _first_unlike(row: int, order: Iterable[float], vectors: list[np.ndarray]) -
     for donor in map(int, order):
         if not _alike(vectors[row], vectors[donor]):
             return donor
-    raise ValueError(
-        f"control 'shuffled': no two questions with {len(vectors[row])} vectors have different ones; ask about more"
+    raise BadInput(
+        f"control 'shuffled': no two questions with {len(vectors[row])} vectors have different ones; ask about more of "
+        "them, or leave it out"
     )
 
 
@@ -103,6 +106,9 @@ def _other_layer(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.
             continue
         others = [row for (n, other), there in kinds.items() if n == n_vectors and other != layers for row in there]
         if not others:
-            raise ValueError(f"control 'other_layer': no question has {n_vectors} vectors but of layers {list(layers)}")
+            raise BadInput(
+                f"control 'other_layer': no question has {n_vectors} vectors but of layers {list(layers)}; ask about "
+                "other layers too, or leave it out"
+            )
         donors[rows] = rng.choice(others, size=len(rows))
     return donors.tolist()

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.evaluation.answers import Parsed, normalise, parse
 
 GRADED = pa.schema(
@@ -66,7 +67,7 @@ def grade(
         fraction: Of the training questions that it was trained on or, for a baseline, looked into; 0 for none.
 
     Raises:
-        ValueError: an answer is to no question of this table, a question has two answers of one explainer under one
+        BadInput: an answer is to no question of this table, a question has two answers of one explainer under one
             control or none, or a question has no group.
     """
     asked = {row["question_id"]: row for row in questions.select(_ASKED).to_pylist()}
@@ -93,22 +94,23 @@ def word_f1(text: str, right: str) -> float:
 def _check(asked: Mapping[str, dict[str, Any]], answers: pa.Table) -> None:
     unknown = [question for question in answers["question_id"].to_pylist() if question not in asked]
     if unknown:
-        raise ValueError(
+        raise BadInput(
             f"{len(unknown)} of {answers.num_rows} answers are to no question of this table (such as {unknown[0]}): "
             "score them with the questions that were asked"
         )
     ungrouped = [row["question_id"] for row in asked.values() if not row["group"]]
     if ungrouped:
-        raise ValueError(
-            f"{len(ungrouped)} questions have no group (such as {ungrouped[0]}): intervals resample groups"
+        raise BadInput(
+            f"{len(ungrouped)} questions have no group (such as {ungrouped[0]}): intervals resample groups; "
+            "give their cases a `group`"
         )
     for key, series in _by_series(answers).items():
         counts = Counter(series)
         repeated, unanswered = len(series) - len(counts), len(asked) - len(counts)
         if repeated:
-            raise ValueError(f"{repeated} questions are answered twice by {key}: keep one answer of each")
+            raise BadInput(f"{repeated} questions are answered twice by {key}: keep one answer of each")
         if unanswered:
-            raise ValueError(f"{unanswered} of {len(asked)} questions have no answer by {key}: score what was asked")
+            raise BadInput(f"{unanswered} of {len(asked)} questions have no answer by {key}: score what was asked")
 
 
 def _by_series(answers: pa.Table) -> dict[str, list[str]]:

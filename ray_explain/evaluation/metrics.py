@@ -115,7 +115,6 @@ class Tally:
     """What the scores of one series of answers are computed from."""
 
     groups: list[str]  # sorted
-    questions: list[str]  # their ids, by group
     sums: Float[np.ndarray, "n_groups columns"]
     parts: list[Part]
 
@@ -185,8 +184,7 @@ def tally(graded: pa.Table, by: Sequence[str], metrics: Sequence[Metric]) -> Tal
                 unparsed=int((unread & mask).sum()),
             )
             parts.append(part)
-    ids = graded["question_id"].to_pylist()
-    return Tally(groups=names.tolist(), questions=ids, sums=np.concatenate(columns, axis=1), parts=parts)
+    return Tally(groups=names.tolist(), sums=np.concatenate(columns, axis=1), parts=parts)
 
 
 def _masks(graded: pa.Table, by: Sequence[str]) -> list[tuple[str, Bool[np.ndarray, " answers"]]]:

@@ -22,7 +22,8 @@ MOST_SEEDS = 50
 class Need:
     """What it takes to find a difference: questions with as many seeds as the pilot had, and seeds with its questions.
 
-    None where no number of questions, or not even `MOST_SEEDS` seeds, would do.
+    A pilot of several seeds is told at least two, since a study of one says nothing of others. None where no number of
+    questions, or not even `MOST_SEEDS` seeds, would do.
     """
 
     wanted: float
@@ -91,8 +92,8 @@ def _size(known: Pilot, questions: int, seeds: int, n_tests: int, **identity: An
 
 
 def _need(wanted: float, known: Pilot, questions: int, seeds: int, alpha: float) -> Need:
-    test = {"power": POWER, "alpha": alpha}
-    enough = (n for n in range(1, MOST_SEEDS + 1) if detectable(known, questions, seeds=n, **test) <= wanted)
+    test, least = {"power": POWER, "alpha": alpha}, min(seeds, 2)
+    enough = (n for n in range(least, MOST_SEEDS + 1) if detectable(known, questions, seeds=n, **test) <= wanted)
     try:
         needed: int | None = questions_needed(wanted, known, seeds=seeds, **test)
     except ValueError:  # the seeds alone spread more than that

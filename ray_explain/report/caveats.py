@@ -4,9 +4,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ray_explain.evaluation.baselines import MAJORITY, MAJORITY_BY
 from ray_explain.report import numbers
 from ray_explain.report.data import ReportData
 from ray_explain.report.estimates import Scores
+
+CONSTANT = (MAJORITY, MAJORITY_BY)  # baselines that answer the same to all questions, or to all of a kind
+NEAR = 0.1  # has-changed F1 that a constant answer may lack to an explainer and be told to know about as much
+_KIND = {"patching": "where a patch sits", "ablation": "what kind of question holds a hint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +40,37 @@ def _whether_and_what(data: ReportData, scores: Scores) -> Caveat | None:
     tasks = [task for task in data.tasks if scores.has(task, "changed_f1")]
     if not tasks:
         return None
-    measured = [text for task in tasks if (text := _f1_text(task, data, scores))]
-    here = f"Here {'; '.join(measured)}. " if measured else ""
+    here = "".join(f"{text} " for task in tasks if (text := _f1_text(task, data, scores)))
     return Caveat(
-        title="Whether an answer changes is easier to learn than what it becomes.",
-        text="Where a patch sits, or what kind of question holds a hint, already tells most of whether the answer will "
-        "change, so has-changed F1 can be high without any knowledge of the target. "
-        f"{here}The headline is therefore exact match, and content on the cases that changed.",
+        title="Has-changed F1 says whether an answer changes, not to what.",
+        text=f"{here}The headline is therefore exact match, and content on the cases that changed.",
     )
 
 
 def _f1_text(task: str, data: ReportData, scores: Scores) -> str:
-    """The best baseline beside the best self-explainer, over targets; empty where one of them has no F1."""
-    best: dict[str, tuple[float, str]] = {}
-    for target in data.targets_of(task):
-        for row in scores.rows(task, target):
-            value = scores.get(task, target, row, "changed_f1").value
-            if row.kind in ("self", "baseline") and value is not None:
-                best[row.kind] = max(best.get(row.kind, (value, row.label)), (value, row.label))
-    if set(best) != {"self", "baseline"}:
+    """The best constant answer beside the best self-explainer, over targets, and what follows where it comes near it on
+    each; empty where there are no two such.
+    """
+    found = [pair for target in data.targets_of(task) if (pair := _f1_of(task, target, scores))]
+    if not found:
         return ""
-    (lookup, name), (own, _) = best["baseline"], best["self"]
+    (constant, name), own = max(it for it, _ in found), max(it for _, it in found)
+    near = all(own - value <= NEAR for (value, _), own in found)
+    kind = _KIND.get(task, "the kind of question")
+    so = f": {kind} alone tells about as much of whether the answer will change, or more" if near else ""
     return (
-        f"the baseline “{name}” reaches {numbers.decimal(lookup)} on {numbers.task_label(task)}, "
-        f"the best model that explains itself {numbers.decimal(own)}"
+        f"The baseline “{name}” reaches {numbers.decimal(constant)} on {numbers.task_label(task)}, "
+        f"the best model that explains itself {numbers.decimal(own)}{so}."
     )
+
+
+def _f1_of(task: str, target: str, scores: Scores) -> tuple[tuple[float, str], float] | None:
+    """Has-changed F1 of the best constant answer, with its name, and of the target itself."""
+    found = [(scores.get(task, target, row, "changed_f1").value, row) for row in scores.rows(task, target)]
+    known = [(value, row) for value, row in found if value is not None]
+    constant = [(value, row.label) for value, row in known if row.kind == "baseline" and row.name in CONSTANT]
+    own = [value for value, row in known if row.kind == "self"]
+    return (max(constant), max(own)) if constant and own else None
 
 
 def _shared_basis(data: ReportData, scores: Scores) -> Caveat | None:
@@ -67,10 +78,10 @@ def _shared_basis(data: ReportData, scores: Scores) -> Caveat | None:
         return None
     cleaner = " Input ablation has no vector, so it is the cleaner evidence." if "ablation" in data.tasks else ""
     return Caveat(
-        title="A gap on patching is partly about reading the vector, not about knowing the target.",
+        title="A gap on patching may be about reading the vector, not about knowing the target.",
         text="An explainer that started as the target gets the vector in its own basis; another model gets it in a "
-        "foreign one. In small models, whose embeddings have little in common, most of the gap between self and cross "
-        f"on patching comes from that.{cleaner}",
+        "foreign one. What of the gap between self and cross on patching comes from that, and what from knowing the "
+        f"target, cannot be told apart here.{cleaner}",
     )
 
 

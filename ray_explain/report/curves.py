@@ -2,10 +2,11 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_explain.evaluation.calibration import Bounded
 from ray_explain.report import numbers
 from ray_explain.report.data import ReportData
 from ray_explain.report.estimates import Estimate, Row, Scores, pooled, row_of, row_order
@@ -145,13 +146,14 @@ def calibration_text(task: str, target: str, data: ReportData) -> list[str]:
             how = "not shown to be over- or underconfident"
         else:
             how = "overconfident" if value > 0 else "underconfident"
-        bounds = (
-            ""
-            if low is None or high is None
-            else f" (95{numbers.THIN}% interval {numbers.signed(low)} to {numbers.signed(high)})"
-        )
         told.append(
-            f"{who}: {how}; mean confidence minus accuracy {numbers.signed(value)}{bounds}, "
-            f"expected calibration error {numbers.decimal(it.error)}, {numbers.plural(it.n, 'answer')}."
+            f"{who}: {how}; mean confidence minus accuracy {_bounded(it.overconfidence, numbers.signed)}, "
+            f"expected calibration error {_bounded(it.error, numbers.decimal)}, {numbers.plural(it.n, 'answer')}."
         )
     return told
+
+
+def _bounded(it: Bounded, text: Callable[[float], str]) -> str:
+    value, low, high = it
+    bounds = "" if low is None or high is None else f" (95{numbers.THIN}% interval {text(low)} to {text(high)})"
+    return text(value) + bounds

@@ -162,14 +162,12 @@ class Scores:
 
     def parts(self, task: str, key: str) -> list[str]:
         """The `by` values of one kind, such as `layer=0`, `layer=1`; numbers in their order."""
-        return sorted(
-            (by for _, by in self._by(task) if by.startswith(f"{key}=") and "," not in by), key=numbers.natural
-        )
+        return sorted((by for _, by in self._by(task) if by.startswith(f"{key}=")), key=numbers.natural)
 
     def part_kinds(self, task: str) -> list[str]:
         """Kinds of parts that were scored beside changed: layer, role, stratum, then others by name."""
         order = ["layer", "role", "stratum"]
-        found = {by.split("=")[0] for _, by in self._by(task) if "=" in by and "," not in by} - {"changed"}
+        found = {by.split("=")[0] for _, by in self._by(task) if "=" in by} - {"changed"}
         return [kind for kind in order if kind in found] + sorted(found - set(order))
 
     def _by(self, task: str) -> set[tuple[str, str]]:

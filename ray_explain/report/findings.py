@@ -45,11 +45,11 @@ def verdict_of(row: dict[str, Any]) -> Verdict:
 
 
 def verdict_of_all(rows: Iterable[dict[str, Any]]) -> Verdict:
-    """Of several differences: their common verdict, or mixed."""
-    found = {verdict_of(row) for row in rows}
+    """Of several differences: their common verdict, or mixed, as weak ones of opposite signs are."""
+    found = {(verdict := verdict_of(row), verdict == "weak" and row["difference"] > 0) for row in rows}
     if not found:
         return "unknown"
-    return found.pop() if len(found) == 1 else "mixed"
+    return found.pop()[0] if len(found) == 1 else "mixed"
 
 
 def difference_text(row: dict[str, Any], *, p_value: bool = True) -> str:
@@ -124,15 +124,14 @@ class Findings:
         task, verdict = _on(rows[0]), verdict_of_all(rows)
         better = f"{target} explains itself better than {other} explains it on {task}"
         worse = f"{other} explains {target} better than {target} explains itself on {task}"
-        falls_short = verdict == "weak" and (rows[0]["difference"] or 0) <= 0
-        head = _head(verdict, worse if falls_short else better, worse)
+        head = _head(verdict, better, worse, rows)
         return Finding(verdict=verdict, text=f"{head}: {_details(rows, verdict)}.", differences=rows)
 
     def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
-        verdict = verdict_of_all([row for row in rows if row["against"] not in SPARED] or rows)
-        who, task = self._who(rows[0]), _on(rows[0])
-        without = f"{who} answers better without the vector on {task}"
-        head = _head(verdict, f"{who} uses the vector on {task}", without)
+        deciding = _deciding(rows)
+        who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(deciding)
+        without = f"{who} answers better {_AWAY[_all_spared(deciding)][1]} on {task}"
+        head = _head(verdict, f"{who} uses the vector on {task}", without, deciding)
         falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
         text = f"{head}: {numbers.metric_label(rows[0]['metric'])} {falls}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
@@ -140,13 +139,12 @@ class Findings:
     def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
         who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(rows)
         each = f"each of {len(rows)} baselines" if len(rows) > 1 else numbers.baseline_label(rows[0]["against"])
-        claim = {
-            "weak": f"{who} differs from {each} on {task}",
-            "not shown": f"{who} is above {each.replace('each of', 'any of')} on {task}",
-        }.get(verdict, f"{who} is above {each} on {task}")
-        head = _head(verdict, claim, f"{who} is below {each} on {task}")
+        some = each.replace("each of", "any of") if verdict == "not shown" else each
+        head = _head(verdict, f"{who} is above {some} on {task}", f"{who} is below {each} on {task}", rows)
         if verdict == "mixed":
-            head = f"{who} is not above {each} on {task}"
+            lower = sum(verdict_of(row) == "opposite" for row in rows)
+            where = f"below {lower} of {len(rows)} baselines" if lower else f"not shown to be above {each}"
+            head = f"{who} is {where} on {task}"
         text = f"{head}: {_best_of(rows) if verdict == 'shown' else _over(rows)}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
@@ -176,28 +174,51 @@ class Findings:
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
     def _vector_summary(self, task: str) -> Finding:
-        rows = [row for row in self._of("uplift", task) if self._is_self(row) and row["against"] not in SPARED]
-        verdict = verdict_of_all(rows)
+        """Of the models that explain themselves or, where none was asked under a control, of those that were."""
+        rows = self._of("uplift", task)
+        own = [row for row in rows if self._is_self(row)]
+        who, rows = f"models that explain {'themselves' if own else 'others'}", _deciding(own or rows)
+        verdict, (lost, without, enough) = verdict_of_all(rows), _AWAY[_all_spared(rows)]
         text = {
-            "shown": f"models that explain themselves use the vector: without it they lose {_span(rows, '+')}.",
-            "mixed": "mixed evidence that models that explain themselves use the vector; see each control below.",
-            "weak": "evidence that models that explain themselves use the vector does not survive correction.",
-            "not shown": "no evidence that models that explain themselves use the vector; the text may be enough.",
-            "opposite": "models that explain themselves answer better without the vector.",
+            "shown": f"{who} use the vector: {lost} they lose {_span(rows, '+')}.",
+            "mixed": f"mixed evidence that {who} use the vector; see each control below.",
+            "weak": f"evidence that {who} {f'answer better {without}' if _falls_short(rows) else 'use the vector'} "
+            "does not survive correction.",
+            "not shown": f"no evidence that {who} use the vector; {enough} may be enough.",
+            "opposite": f"{who} answer better {without}.",
             "unknown": "nothing can be said on the use of the vector; no comparison with a control is defined.",
         }[verdict]
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
 
 _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
+# Whether all controls give the vector of another layer -> how they take it away, in two forms, and what they leave.
+_AWAY = {
+    True: ("with that of another layer", "with the vector of another layer", "that of another layer"),
+    False: ("without it", "without the vector", "the text"),
+}
 
 
-def _head(verdict: Verdict, claim: str, opposite: str) -> str:
-    """`claim`, as firmly as the verdict allows; `opposite` is said where the opposite is shown."""
+def _deciding(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of uplifts those that tell whether the vector is used: that over another layer's only where there is no other."""
+    return [row for row in rows if row["against"] not in SPARED] or rows
+
+
+def _all_spared(rows: Sequence[dict[str, Any]]) -> bool:
+    return bool(rows) and all(row["against"] in SPARED for row in rows)
+
+
+def _falls_short(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether weak differences, which have one sign then, are below 0."""
+    return any((row["difference"] or 0) < 0 for row in rows)
+
+
+def _head(verdict: Verdict, claim: str, opposite: str, rows: Sequence[dict[str, Any]]) -> str:
+    """`claim`, as firmly as the verdict allows; `opposite` where the `rows` that it is of show or hint at that."""
     return {
         "shown": claim,
         "opposite": opposite,
-        "weak": f"Weak evidence, gone after correction, that {claim}",
+        "weak": f"Weak evidence, gone after correction, that {opposite if _falls_short(rows) else claim}",
         "mixed": f"Mixed evidence that {claim}",
         "not shown": f"No evidence that {claim}",
         "unknown": f"Nothing can be said on whether {claim}",

@@ -90,7 +90,7 @@ def baseline_label(baseline: str) -> str:
 def by_label(by: str) -> str:
     """What part of the questions a score is of: `layer=2` -> `layer 2`, `changed=true` -> `changed cases`."""
     known = {"all": "all questions", "changed=true": "changed cases", "changed=false": "unchanged cases"}
-    return known.get(by) or ", ".join(plain(part).replace("=", " ") for part in by.split(","))
+    return known.get(by) or plain(by).replace("=", " ", 1)
 
 
 def score_label(metric: str, by: str) -> str:

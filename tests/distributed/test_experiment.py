@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import Experiment
+from ray_explain.distributed import experiment
 from ray_explain.distributed.experiment import Session, checked, make_ground_truth
 from ray_explain.distributed.plan import Plan
-from ray_explain.errors import JobFailed
+from ray_explain.errors import BadInput, JobFailed
 from ray_explain.ground_truth import jsonl, released
 from ray_explain.ground_truth.cases import BY_DESIGN
 from ray_explain.stages import READ, Result
@@ -22,14 +25,14 @@ from tests.ground_truth.test_released import ITEMS, released_hint
 LINE = {"prompt": "anna lives in paris", "span": [0, 4]}
 
 
-def plan(target: Path, folder: Path, section: dict[str, Any], **cluster: Any) -> Plan:
+def plan(target: Path, folder: Path, section: dict[str, Any], *, task: str = "ablation", **cluster: Any) -> Plan:
     config = {
         "name": "read",
         "storage": str(folder / "run"),
         "models": {"m": {"path": str(target)}},
         "targets": ["m"],
         "explainers": ["m"],
-        "ground_truth": {"ablation": {"cases": {"train": 5, "test": 5}, **section}},
+        "ground_truth": {task: {"cases": {"train": 5, "test": 5}, **section}},
         "cluster": cluster,
     }
     return Plan(Experiment.model_validate(config))
@@ -99,3 +102,19 @@ def test_a_released_data_set_of_which_too_much_cannot_be_read_fails_the_job(worl
         pytest.raises(JobFailed, match=r"`ground_truth.ablation`: rows in .*1 of 8 were dropped.*train row 1"),
     ):
         make_ground_truth(session)
+
+
+def test_a_control_that_the_questions_do_not_allow_is_told_before_any_training(
+    questions: tuple[str, str], world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = storage.read_table(questions[0])
+    one = every.filter(pc.equal(every["split"], "validation")).slice(0, 1)
+    at = one.schema.get_field_index("split")
+    asked = one.set_column(at, one.schema.field(at), pa.array(["test"]))
+    alone = plan(world_target, tmp_path, {"source": "world"}, task="patching")
+    monkeypatch.setattr(experiment, "make_ground_truth", lambda session: None)
+    monkeypatch.setattr(Session, "start_ray", lambda session: pytest.fail("training was to start"))
+    with Session(alone) as session:
+        session.make_table(alone.questions("patching", "m"), lambda: asked)
+        with pytest.raises(BadInput, match="control 'shuffled': no two questions with 1 vectors"):
+            experiment.evaluate(session)

@@ -34,14 +34,28 @@ def test_an_explainer_that_is_right_as_often_as_it_says_is_calibrated():
     assert all(bin.low < bin.confidence + 0.02 and bin.high > bin.confidence - 0.02 for bin in found.bins)
     over, low, high = found.overconfidence
     assert low < over < high and low < 0 < high
-    assert found.error < 0.04
+    error, low, _ = found.error
+    assert error < 0.04 and low == 0
 
 
 def test_an_explainer_that_is_always_sure_and_half_right_is_overconfident_by_half():
     found = one(graded([0.98] * 400, [True, False] * 200))
     over, low, high = found.overconfidence
     assert over == pytest.approx(0.48) and low > 0.4 and high < 0.56
-    assert found.error == pytest.approx(0.48)
+    error, low, high = found.error
+    assert error == pytest.approx(0.48) and 0.35 < low < 0.44 and 0.52 < high < 0.6
+
+
+@pytest.mark.parametrize("error", [0.0, 0.15])
+def test_the_interval_of_the_error_holds_the_truth_in_95_percent_of_studies_or_more(error):
+    """Percentiles of the bootstrap would hold an error of 0 never, since a resample is off by chance once more."""
+    rng, held = np.random.default_rng(3), []
+    for _ in range(200):
+        confidence = rng.uniform(0.2, 0.95, 300)
+        luck = rng.normal(0, 0.1, 60)[np.arange(300) % 60]
+        found = one(graded(confidence, rng.random(300) < confidence - error + luck, groups=60), resamples=200)
+        held.append(found.error[1] <= error <= found.error[2])
+    assert np.mean(held) > 0.94
 
 
 def test_intervals_resample_groups_and_few_answers_make_few_bins():
@@ -58,5 +72,5 @@ def test_answers_without_a_confidence_and_baselines_are_left_out_and_nothing_is_
     found = one(table)
     assert found.n == 2 and found.explainer == "a"
     alone = one(graded([0.5], [True]))
-    assert alone.overconfidence[1:] == (None, None) and alone.bins[0].low is None
+    assert alone.overconfidence[1:] == alone.error[1:] == (None, None) and alone.bins[0].low is None
     assert calibrations(table.slice(0, 0), ["a"], seed=0) == []

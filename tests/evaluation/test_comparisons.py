@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_explain.errors import BadInput
 from ray_explain.evaluation.comparisons import comparisons, corrected, pilot, self_advantage
 from ray_explain.evaluation.intervals import alike_bound, questions_needed
 from ray_explain.evaluation.metrics import grade
@@ -122,12 +123,12 @@ def test_a_baseline_without_seeds_stands_against_every_seed(world):
 
 
 def test_trained_explainers_without_a_common_seed_are_refused(world):
-    with pytest.raises(ValueError, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
+    with pytest.raises(BadInput, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
         compare(world.graded("a", 0.5), world.graded("b", 0.5, seed=1))
 
 
 def test_answers_to_different_questions_are_not_compared(world):
-    with pytest.raises(ValueError, match="different questions"):
+    with pytest.raises(BadInput, match="different questions"):
         compare(world.graded("a", 0.5), world.graded("b", 0.5).slice(0, N - 40))
 
 
@@ -244,18 +245,44 @@ def test_the_advantage_of_scored_descriptions_is_on_their_score(questions, answe
     assert (row["metric"], row["difference"]) == ("simulated", pytest.approx(0.2))
 
 
-def test_what_one_side_has_no_score_for_is_left_out_on_both(questions, answers):
-    """`a` is better by .1 on each question; `b` has no mark on the hard half, which alone would make it win."""
+@pytest.fixture
+def marked(questions, answers):
+    """The answers of an explainer to 20 questions about features, each in a group of its own, with these marks."""
     table = questions(*({"task": "features", "group": f"g{i}"} for i in range(20)))
-    marks = [0.9 if i % 2 else 0.3 for i in range(20)]
-    told = {"a": marks, "b": [mark - 0.1 if mark > 0.5 else None for mark in marks]}
 
-    def graded(name):
-        made = grade(table, answers(table, ["x"] * 20, name), target="a", seed=0)
-        return made.set_column(made.column_names.index("judged"), "judged", pa.array(told[name], pa.float64()))
+    def make(explainer, marks, target="a"):
+        made = grade(table, answers(table, ["x"] * 20, explainer), target=target, seed=0)
+        return made.set_column(made.column_names.index("judged"), "judged", pa.array(marks, pa.float64()))
 
-    row = find(compare(graded("a"), graded("b")), metric="judged", by="all")
+    return make
+
+
+MARKS = [0.9 if i % 2 else 0.3 for i in range(20)]
+# lower by .1 on each question; no mark on the hard half, which alone would make it win
+WITHOUT_THE_HARD = [mark - 0.1 if mark > 0.5 else None for mark in MARKS]
+
+
+def test_what_one_side_has_no_score_for_is_left_out_on_both(marked):
+    row = find(compare(marked("a", MARKS), marked("b", WITHOUT_THE_HARD)), metric="judged", by="all")
     assert (row["difference"], row["n"], row["n_groups"]) == (pytest.approx(0.1), 10, 10)
+
+
+def test_what_one_explainer_of_a_target_has_no_score_for_is_left_out_of_an_advantage(marked):
+    told = {True: MARKS, False: WITHOUT_THE_HARD}
+    (row,) = self_advantage(
+        pa.concat_tables([marked(e, told[e == t], t) for e in "ab" for t in "ab"]), seed=0, resamples=100
+    )
+    assert (row["difference"], row["n_groups"]) == (pytest.approx(0.1), 10)
+
+
+def test_a_target_that_all_explainers_are_scored_on_keeps_its_questions_in_an_advantage(marked):
+    """Of `b` nothing is missing; that the questions about `a` are fewer then moves only what is of `a`."""
+    told = {"aa": MARKS, "ba": WITHOUT_THE_HARD, "bb": MARKS, "ab": [mark - 0.1 for mark in MARKS]}
+    (row,) = self_advantage(pa.concat_tables([marked(e, told[e + t], t) for e, t in told]), seed=0, resamples=100)
+    assert row["difference"] == pytest.approx(0.1)
+    told["bb"] = [mark + 0.2 * (mark < 0.5) for mark in MARKS]  # on the hard half, which `a` lost
+    (row,) = self_advantage(pa.concat_tables([marked(e, told[e + t], t) for e, t in told]), seed=0, resamples=100)
+    assert row["difference"] == pytest.approx(0.1 + 0.1 / 2)
 
 
 def test_advantages_are_corrected_over_their_tasks():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.evaluation.controls import CONTROLS, under_control
 
 D = 4
@@ -108,13 +109,13 @@ def test_a_control_is_the_same_for_the_same_seed_only(table, control):
 
 def test_what_cannot_be_controlled_is_told(questions):
     same = questions({}, {})
-    with pytest.raises(ValueError, match="'shuffled': no two questions with 1 vectors"):
+    with pytest.raises(BadInput, match="'shuffled': no two questions with 1 vectors"):
         under_control(same.slice(0, 1), "shuffled", seed=0)
-    with pytest.raises(ValueError, match="'shuffled': no two questions with 1 vectors"):
+    with pytest.raises(BadInput, match="'shuffled': no two questions with 1 vectors"):
         under_control(questions({}, {}, vectors=[np.ones((1, D), np.float32)] * 2), "shuffled", seed=0)
-    with pytest.raises(ValueError, match=r"'other_layer': no question has 1 vectors but of layers \[0\]"):
+    with pytest.raises(BadInput, match=r"'other_layer': no question has 1 vectors but of layers \[0\]"):
         under_control(same, "other_layer", seed=0)
     with pytest.raises(ValueError, match="control 'upside_down'"):
         under_control(same, "upside_down", seed=0)
-    with pytest.raises(ValueError, match="none of the 1 questions holds a vector; leave it out"):
+    with pytest.raises(BadInput, match="none of the 1 questions holds a vector; leave it out"):
         under_control(questions({}, vectors=[np.empty((0, D), np.float32)]), "no_vector", seed=0)

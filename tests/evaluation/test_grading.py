@@ -2,6 +2,7 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.evaluation.grading import best_of, grade, layer_label, rows_of, series_of, word_f1
 
 
@@ -89,7 +90,7 @@ def test_a_block_of_layers_has_its_ends_in_its_label(layers, label):
 
 def test_answers_to_another_table_are_refused(questions, answers):
     table, other = questions({}, {}), questions({"question_id": "elsewhere"})
-    with pytest.raises(ValueError, match="1 of 1 answers are to no question of this table"):
+    with pytest.raises(BadInput, match="1 of 1 answers are to no question of this table"):
         grade(table, answers(other, ["x"]), target="t", seed=0)
 
 
@@ -100,19 +101,19 @@ def test_two_answers_to_one_question_are_refused_but_not_under_different_control
         grade(table, pa.concat_tables([once, answers(table, ["x"], control="random")]), target="t", seed=0).num_rows
         == 2
     )
-    with pytest.raises(ValueError, match="1 questions are answered twice by 'self' under control 'none'"):
+    with pytest.raises(BadInput, match="1 questions are answered twice by 'self' under control 'none'"):
         grade(table, pa.concat_tables([once, once]), target="t", seed=0)
 
 
 def test_a_question_without_an_answer_is_told(questions, answers):
     table = questions({}, {}, {})
-    with pytest.raises(ValueError, match="2 of 3 questions have no answer by 'self' under control 'none'"):
+    with pytest.raises(BadInput, match="2 of 3 questions have no answer by 'self' under control 'none'"):
         grade(table, answers(table, ["x"] * 3).slice(0, 1), target="t", seed=0)
 
 
 def test_a_question_without_a_group_is_refused(questions, answers):
     table = questions({}, {"group": ""})
-    with pytest.raises(ValueError, match="1 questions have no group"):
+    with pytest.raises(BadInput, match="1 questions have no group"):
         grade(table, answers(table, ["x", "x"]), target="t", seed=0)
 
 

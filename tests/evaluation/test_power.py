@@ -3,6 +3,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from ray_explain.evaluation import power
 from ray_explain.evaluation.intervals import Pilot, detectable, questions_needed
 from ray_explain.evaluation.metrics import grade
 from ray_explain.evaluation.power import WANTED, sizes
@@ -60,6 +61,14 @@ def test_seeds_that_differ_much_are_told_to_be_the_thing_that_is_missing(graded)
     assert plan.seeds == 3 and plan.seed_variance == pytest.approx(0.04, rel=0.5)
     small = plan.needs[0]
     assert small.questions is None and small.seeds is None
+
+
+def test_a_study_of_one_seed_is_not_recommended_to_a_pilot_of_several():
+    """It says nothing of others, so that its differences look the surest: .096 would be found, with two seeds .228."""
+    differ, alike = Pilot(0.1, 4.0, 0.0005), Pilot(0.1, 4.0)
+    assert detectable(differ, 600, seeds=1) < 0.1 < detectable(differ, 600, seeds=2)
+    for pilot, seeds, needed in [(differ, 3, 3), (alike, 3, 2), (alike, 1, 1)]:
+        assert power._need(0.1, pilot, 600, seeds, alpha=0.05).seeds == needed
 
 
 def test_explainers_are_planned_for_at_the_largest_share_that_both_know(graded):

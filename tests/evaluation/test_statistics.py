@@ -31,7 +31,7 @@ def tallied(right):
     sums = np.stack([right, np.full(len(right), float(PER_GROUP))], axis=1)
     n = PER_GROUP * len(right)
     part = Part(metric=exact, by="all", columns=slice(0, 2), n=n, n_groups=len(right), unparsed=0)
-    return Tally(groups=[f"g{i:03}" for i in range(len(right))], questions=[], sums=sums, parts=[part])
+    return Tally(groups=[f"g{i:03}" for i in range(len(right))], sums=sums, parts=[part])
 
 
 def advantage_of(seeds):

@@ -11,10 +11,34 @@ def told(data) -> str:
 def test_a_lookup_that_knows_whether_is_held_against_has_changed_f1(report) -> None:
     text = told(report())
     assert (
-        "the baseline “majority class” reaches .81 on activation patching, the best model that explains itself .86"
-        in text
+        "The baseline “majority class” reaches .81 on activation patching, the best model that explains itself .86: "
+        "where a patch sits alone tells about as much of whether the answer will change, or more." in text
     )
     assert "headline is therefore exact match" in text
+
+
+@pytest.mark.parametrize(("constant", "own", "near"), [(0.41, 0.86, False), (0.75, 0.86, False), (0.78, 0.86, True)])
+def test_a_lookup_that_does_not_know_whether_is_not_said_to(report, score_row, constant, own, near) -> None:
+    """What was trained without vectors is no lookup, however near it comes."""
+    f1 = {"llama": own, "majority layer x role": constant, "majority": 0.38, "text only": 0.84}
+    rows = [score_row("patching", "llama", name, "changed_f1", value) for name, value in f1.items()]
+    text = told(report(scores=[*rows, score_row("patching", "llama", "llama")], comparisons=[]))
+    assert f"“majority of layer and role” reaches {constant:.2f}".replace("0.", ".") in text
+    assert ("of whether the answer will change" in text) is near
+
+
+def test_a_lookup_has_to_know_whether_on_every_target(report, score_row) -> None:
+    rows = [
+        score_row("patching", target, name, "changed_f1", value)
+        for target, *values in [("llama", 0.8, 0.86), ("qwen3", 0.41, 0.8)]
+        for name, value in zip(("majority layer x role", target), values)
+    ]
+    text = told(report(scores=rows, comparisons=[]))
+    assert "reaches .80 on activation patching, the best model that explains itself .86." in text
+
+
+def test_where_a_gap_on_patching_comes_from_is_not_claimed(report) -> None:
+    assert "cannot be told apart here" in told(report()) and "most of the gap" not in told(report())
 
 
 def test_targets_are_not_ranked_and_their_changed_rates_are_told(report) -> None:

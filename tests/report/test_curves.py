@@ -6,12 +6,12 @@ from ray_explain.report.estimates import Scores
 from ray_explain.report.page import as_json, page
 
 
-def calibration(target="llama", explainer="llama", over=(0.1, 0.05, 0.15)):
+def calibration(target="llama", explainer="llama", over=(0.1, 0.05, 0.15), error=(0.1, 0.04, 0.17)):
     bins = [
         Bin(confidence=c, right=r, low=r - 0.1, high=r + 0.1, n=50) for c, r in ((0.2, 0.2), (0.6, 0.5), (0.9, 0.7))
     ]
     return Calibration(
-        task="patching", target=target, explainer=explainer, n=150, overconfidence=over, error=0.1, bins=bins
+        task="patching", target=target, explainer=explainer, n=150, overconfidence=over, error=error, bins=bins
     )
 
 
@@ -79,6 +79,13 @@ def test_calibration_is_drawn_at_the_mean_confidence_self_first(report):
 def test_confidence_is_judged_by_its_interval(report, over, said):
     (text,) = calibration_text("patching", "llama", report(calibrations=[calibration(over=over)]))
     assert text.startswith(said)
+
+
+def test_the_calibration_error_is_told_with_its_interval(report):
+    (text,) = calibration_text("patching", "llama", report(calibrations=[calibration()]))
+    assert "expected calibration error .10 (95 % interval .04 to .17), 150 answers." in text.replace("\u202f", " ")
+    (text,) = calibration_text("patching", "llama", report(calibrations=[calibration(error=(0.1, None, None))]))
+    assert text.endswith("expected calibration error .10, 150 answers.")
 
 
 def test_the_page_and_the_json_hold_curves_and_calibration(report, score_row):

@@ -1,6 +1,8 @@
 import pytest
 
+from ray_explain.report import numbers
 from ray_explain.report.estimates import Row, Scores, pooled
+from ray_explain.report.markdown import tables
 
 SELF, CROSS = Row("llama", "none", True, True), Row("qwen3", "none", True, False)
 
@@ -71,6 +73,17 @@ def test_parts_are_found_by_kind_in_their_order(report) -> None:
     scores = Scores(report())
     assert scores.part_kinds("patching") == ["layer", "role"]
     assert scores.parts("patching", "layer") == ["layer=0", "layer=1", "layer=2", "layer=3"]
+
+
+def test_a_stratum_may_hold_any_character(report, score_row) -> None:
+    strata = ("a, b", "x=1, y=2", "plain")
+    rows = [score_row("patching", "llama", "llama", by=f"stratum={name}") for name in strata]
+    data = report(scores=[score_row("patching", "llama", "llama"), *rows], comparisons=[])
+    scores = Scores(data)
+    assert scores.part_kinds("patching") == ["stratum"]
+    assert scores.parts("patching", "stratum") == [f"stratum={name}" for name in ("a, b", "plain", "x=1, y=2")]
+    assert "| a, b | llama |" in tables(data, scores) and "| x=1, y=2 | llama |" in tables(data, scores)
+    assert numbers.by_label("stratum=x=1, y=2") == "stratum x=1, y=2"
 
 
 FREE = ("exact_match", "detection", "embedding", "judged", "similarity", "simulated")

@@ -9,6 +9,7 @@ BETTER = {"difference": 0.21, "low": 0.17, "high": 0.25, "p_value": 0.0002, "p_h
 NOTHING = {"difference": 0.01, "low": -0.03, "high": 0.05, "p_value": 0.6, "p_holm": 1.0}
 WORSE = {"difference": -0.1, "low": -0.14, "high": -0.06, "p_value": 0.0002, "p_holm": 0.0004}
 WEAK = {"difference": 0.05, "low": 0.01, "high": 0.09, "p_value": 0.03, "p_holm": 0.12}
+WEAKLY_WORSE = {"difference": -0.05, "low": -0.09, "high": -0.01, "p_value": 0.03, "p_holm": 0.12}
 UNDEFINED = {"difference": None, "low": None, "high": None, "p_value": None, "p_holm": None}
 
 
@@ -51,6 +52,12 @@ CONTRARY = "qwen3 explains llama better than llama explains itself on activation
             f"Weak evidence, gone after correction, that {CLAIM}: "
             "+.05 exact match (95 % interval +.01 to +.09, Holm p = .12).",
         ),
+        (
+            WEAKLY_WORSE,
+            "weak",
+            f"Weak evidence, gone after correction, that {CONTRARY}: "
+            "−.05 exact match (95 % interval −.09 to −.01, Holm p = .12).",
+        ),
         (UNDEFINED, "unknown", f"Nothing can be said on whether {CLAIM}: exact match undefined."),
     ],
 )
@@ -82,6 +89,15 @@ def test_exact_match_and_content_that_disagree_are_mixed_evidence(findings) -> N
     assert "+.21 exact match" in found.text and "+.01 content match on changed cases" in found.text
 
 
+def test_weak_evidence_for_both_sides_is_mixed(findings) -> None:
+    content = {"metric": "content_match", "by": "changed=true"}
+    of = "self_minus_cross", "ablation", "llama", "llama", "qwen3"
+    (found,) = findings((*of, WEAK), (*of, WEAKLY_WORSE | content)).access()
+    assert found.verdict == "mixed" and found.text.startswith("Mixed evidence that llama explains itself better")
+    (found,) = findings((*of, WEAKLY_WORSE), (*of, WEAKLY_WORSE | content)).access()
+    assert found.verdict == "weak" and CONTRARY.replace("activation patching", "input ablation") in found.text
+
+
 def test_a_small_bound_is_not_rounded_into_zero(findings) -> None:
     (found,) = access(findings, BETTER | {"difference": 0.03, "low": 0.004}).access()
     assert "+.030 exact match (95 % interval +.004 to +.250" in plain(found.text)
@@ -91,6 +107,11 @@ def uplift(findings, **controls):
     return findings(
         *[("uplift", "patching", "llama", "llama", control, numbers) for control, numbers in controls.items()]
     )
+
+
+def vector_summary(found):
+    """What is said first on the use of vectors in patching, below the sentences on privileged access."""
+    return next(it for it in found.summary()[3:] if it.text.startswith("Activation patching"))
 
 
 def test_a_vector_whose_loss_costs_nothing_is_not_called_used(findings) -> None:
@@ -118,11 +139,55 @@ def test_a_vector_that_misleads_is_told(findings) -> None:
     assert "answers better without the vector" in sentence.text and "rises by .10 (.06 to .14)" in sentence.text
 
 
+def test_weak_evidence_that_a_vector_misleads_is_not_told_as_use_of_it(findings) -> None:
+    found = uplift(findings, shuffled=WEAKLY_WORSE, other_layer=WEAK)
+    (sentence,) = found.vector_use()
+    assert sentence.verdict == "weak"
+    assert sentence.text.startswith(
+        "Weak evidence, gone after correction, that llama, explaining itself, answers better without the vector on "
+        "activation patching: exact match rises by .05 (.01 to .09) when vectors are shuffled between questions"
+    )
+    told = "evidence that models that explain themselves {} the vector does not survive correction."
+    assert told.format("answer better without") in vector_summary(found).text
+    used = uplift(findings, shuffled=WEAK)
+    assert (
+        told.format("use") in vector_summary(used).text
+        and "llama, explaining itself, uses" in used.vector_use()[0].text
+    )
+    assert uplift(findings, shuffled=WEAK, no_vector=WEAKLY_WORSE).vector_use()[0].verdict == "mixed"
+
+
 def test_controls_that_disagree_are_mixed_evidence_but_another_layer_does_not_decide(findings) -> None:
     (mixed,) = uplift(findings, shuffled=BETTER, no_vector=NOTHING).vector_use()
     assert mixed.verdict == "mixed"
     (used,) = uplift(findings, shuffled=BETTER, other_layer=NOTHING).vector_use()
     assert used.verdict == "shown" and "from another layer" in used.text
+
+
+def test_where_nobody_explains_itself_the_use_of_vectors_is_summed_up_of_others(findings) -> None:
+    of = "uplift", "patching", "llama", "qwen3"
+    found = findings((*of, "shuffled", BETTER), explainers={"qwen3": "qwen3"}, examples=[])
+    assert found.vector_use()[0].text.startswith("qwen3, explaining llama, uses the vector")
+    summary = vector_summary(found)
+    assert summary.verdict == "shown"
+    assert summary.text.endswith("models that explain others use the vector: without it they lose .21 exact match.")
+    both = findings((*of, "shuffled", BETTER), ("uplift", "patching", "llama", "llama", "shuffled", NOTHING))
+    assert "no evidence that models that explain themselves use the vector" in vector_summary(both).text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict", "told"),
+    [
+        (BETTER, "shown", "use the vector: with that of another layer they lose .21 exact match."),
+        (WEAKLY_WORSE, "weak", "answer better with the vector of another layer does not survive correction."),
+        (NOTHING, "not shown", "use the vector; that of another layer may be enough."),
+        (WORSE, "opposite", "answer better with the vector of another layer."),
+    ],
+)
+def test_another_layer_decides_where_it_is_the_only_control(findings, numbers, verdict, told) -> None:
+    found = uplift(findings, other_layer=numbers)
+    assert vector_summary(found).verdict == found.vector_use()[0].verdict == verdict
+    assert vector_summary(found).text.endswith(told)
 
 
 def test_without_any_control_nothing_is_said_on_the_vector(findings) -> None:
@@ -144,8 +209,20 @@ def test_baselines_are_told_together(findings) -> None:
         "+.21 exact match (95 % interval +.17 to +.25) over the best of them, majority class."
     )
     (mixed,) = findings(rows[0], (*rows[1][:-1], NOTHING)).over_baselines()
-    assert mixed.verdict == "mixed" and "is not above each of 2 baselines" in mixed.text
+    assert mixed.verdict == "mixed" and "is not shown to be above each of 2 baselines" in mixed.text
     assert mixed.text.endswith("in exact match, +.01 (−.03 to +.05) over nearest neighbour.")
+    (below,) = findings(rows[0], (*rows[1][:-1], WORSE)).over_baselines()
+    assert below.verdict == "mixed" and "is below 1 of 2 baselines" in below.text
+    assert below.text.endswith("in exact match, −.10 (−.14 to −.06) over nearest neighbour.")
+    (hint,) = findings(rows[0], (*rows[1][:-1], WEAKLY_WORSE)).over_baselines()
+    assert "is not shown to be above each of 2 baselines" in hint.text
+
+
+@pytest.mark.parametrize(("numbers", "where"), [(WEAK, "above"), (WEAKLY_WORSE, "below")])
+def test_weak_evidence_says_on_which_side_of_the_baselines(findings, numbers, where) -> None:
+    of = "over_baseline", "features", "llama", "llama"
+    (weak,) = findings((*of, "majority", numbers), (*of, "nearest neighbour", numbers)).over_baselines()
+    assert weak.verdict == "weak" and f"that llama, explaining itself, is {where} each of 2 baselines" in weak.text
 
 
 NO_EVIDENCE = "evidence that a model explains itself better than another explains it (in both comparisons)."
