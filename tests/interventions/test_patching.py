@@ -116,6 +116,15 @@ def test_the_fallback_is_told_once(fallback_model, caplog):
     assert "full batches with hooks" in caplog.messages[0]
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_soft_capped_attention_is_walked_whatever_the_model_was_loaded_with(named_model, monkeypatch, implementation):
+    model, changes = named_model("gemma2"), every_patch()
+    eager, cost = swept(model, PROMPTS, changes), row_bytes(layout_of(model))(11)
+    monkeypatch.setattr(model.config, "_attn_implementation", implementation)
+    assert_same_logits(swept(model, PROMPTS, changes), eager)
+    assert row_bytes(layout_of(model))(11) == cost
+
+
 def test_a_sweep_gives_what_a_batch_padded_on_the_left_gives(model):
     batch = token_batch(PROMPTS, pad_id=0, device="cpu")
     longest = batch.input_ids.shape[1]
