@@ -238,8 +238,10 @@ def _slices_made(
 ) -> Iterable[dict[str, np.ndarray]]:
     if not todo:
         return []
+    slices = ray.data.from_items(todo, override_num_blocks=len(todo))
+    slices.context.execution_no_progress_timeout_s = -1  # a slice may take longer than any guard allows
     # Half a CPU each: actors that took every CPU would leave none for the tasks that feed them.
-    made = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+    made = slices.map_batches(
         _Worker,
         fn_constructor_args=(list(jobs), root, code_here(), board, _MOST_LOST),
         batch_size=1,

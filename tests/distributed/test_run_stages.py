@@ -68,6 +68,14 @@ class Deadly(Echo):
         return super().__call__(table)
 
 
+class Slow(Echo):
+    """As Echo, after a while."""
+
+    def __call__(self, table: pa.Table) -> Result:
+        time.sleep(4)
+        return super().__call__(table)
+
+
 def echo_job(names: list[str], root: Path, stage: type[Echo] = Echo) -> Any:
     from ray_explain.distributed.run_stages import StageJob
 
@@ -145,6 +153,21 @@ def test_a_slice_at_which_every_actor_dies_fails_its_stage_with_the_way_out(
         run_stages.run_stages([work], str(tmp_path), pool)
     assert finished(work.artifact, str(tmp_path)) is None
     assert storage.list_files(work.artifact.path(str(tmp_path)), ".parquet")
+
+
+@pytest.mark.ray
+def test_a_slice_may_take_longer_than_ray_data_allows_and_other_datasets_keep_their_limit(
+    running_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.data import DataContext
+
+    from ray_explain.distributed.run_stages import run_stages
+
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 2)
+    work = echo_job(["a case"], tmp_path, Slow)
+    [manifest] = run_stages([work], str(tmp_path), ClusterConfig(actors=1))
+    assert manifest.rows == 1
+    assert DataContext.get_current().execution_no_progress_timeout_s == 2
 
 
 @pytest.mark.ray
