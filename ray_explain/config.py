@@ -360,7 +360,7 @@ class AddedNodes(Section):
 
 
 class ClusterConfig(Section):
-    """How much of the cluster is used; changes nothing in the results."""
+    """How much of the cluster is used; changes nothing in the results, but which of the longest prompts are dropped."""
 
     actors: Positive = 2
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
@@ -370,7 +370,8 @@ class ClusterConfig(Section):
     max_dropped: Fraction = 0.05  # a stage, or a file of cases, of which more is dropped fails the job
     may_add: list[AddedNodes] = []  # where the autoscaler is not one that `ray up` has started on the driver's machine
     # Bytes that a target's rows may take at once beside its weights, on each actor; a row that alone needs more is
-    # dropped. Unset: half of what is free on the actor's device, or of its share of it.
+    # dropped. Unset: half of what is free on the actor's device, or of its share of it. That is less with more actors:
+    # who needs the same rows everywhere sets it. Rows of a finished table stay dropped when it is raised.
     memory_budget: Positive | None = None
 
 

@@ -6,7 +6,8 @@ Work runs on many actors; each tells a small board on the cluster how far it is,
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Board:
     def __init__(self) -> None:
         self._states: dict[str, State] = {}
         self._lines: dict[str, None] = {}
+        self._begun = Counter[Hashable]()
 
     def tell(self, key: str, done: float, total: float, note: str = "") -> None:
         """The latest word on `key`; the first one makes its bar."""
@@ -52,6 +54,11 @@ class Board:
         """A sentence for the person who watches and for the log, once, also where a worker that was lost says it
         again."""
         self._lines[line] = None
+
+    def begin(self, piece: Hashable) -> int:
+        """How often this piece of work was begun, this time counted."""
+        self._begun[piece] += 1
+        return self._begun[piece]
 
     def all(self) -> tuple[dict[str, State], list[str]]:
         """All that was told and said so far."""

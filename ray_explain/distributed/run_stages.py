@@ -31,6 +31,7 @@ _DROPPED = b"dropped"  # key of the part's Parquet metadata: JSON list of [id, r
 _MEASURED = b"measured"  # and another: JSON object of numbers
 _TOLD: dict[str, type[BadInput] | type[JobFailed]] = {"BadInput": BadInput, "JobFailed": JobFailed}  # or a child
 _ROWS_PER_GROUP = 8192  # so that a later stage can read some rows without the others
+_MOST_LOST = 5  # actors that a slice may cost: nodes are lost now and then, but a row that is too large takes every one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,10 @@ class StageJob:
 class _Worker:
     """An actor: keeps the stage of the job it works on, and changes it when a slice of another job comes."""
 
-    def __init__(self, jobs: Sequence[StageJob], root: str, code: str) -> None:
-        self._jobs, self._root, self._code = jobs, root, code
+    def __init__(
+        self, jobs: Sequence[StageJob], root: str, code: str, board: Any = None, most_lost: int = _MOST_LOST
+    ) -> None:
+        self._jobs, self._root, self._code, self._board, self._most_lost = jobs, root, code, board, most_lost
         self._stage: tuple[int, Stage] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -60,11 +63,29 @@ class _Worker:
         started, wrong, dropped = time.monotonic(), ["", ""], 0
         try:
             check_worker(self._root, self._code)
-            dropped = self.make(int(batch["job"][0]), int(batch["start"][0]), int(batch["stop"][0]))
+            number, start, stop = (int(batch[name][0]) for name in ("job", "start", "stop"))
+            self._check_lost(number, start, stop)
+            dropped = self.make(number, start, stop)
         except tuple(_TOLD.values()) as error:
             wrong = [next(name for name, kind in _TOLD.items() if isinstance(error, kind)), str(error)]
         seconds = time.monotonic() - started
         return batch | {"dropped": np.array([dropped]), "seconds": np.array([seconds]), "wrong": np.array([wrong])}
+
+    def _check_lost(self, number: int, start: int, stop: int) -> None:
+        """Ray hands a slice whose actor is lost to the next one, without end. The board knows how often it was begun;
+        Ray's own count of retries is no measure, since it counts the slices that waited with the lost actor too.
+
+        Raises:
+            JobFailed: too many actors were lost at this slice.
+        """
+        lost = ray.get(self._board.begin.remote((number, start, stop))) - 1
+        if lost >= self._most_lost:
+            artifact = self._jobs[number].artifact
+            raise JobFailed(
+                f"{artifact.kind} {artifact.label}: {lost} actors died one after the other at rows {start} to "
+                f"{stop - 1}, as they do where memory is short: lower `cluster.memory_budget` or "
+                "`cluster.rows_per_slice` and start again; the slices that are made stay"
+            )
 
     def make(self, number: int, start: int, stop: int) -> int:
         """Rows `start` to `stop` of the job with this number, as one file; returns how many cases it dropped."""
@@ -141,7 +162,8 @@ def run_stages(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> list
     All jobs share one pool of actors, so that models and interpreters start once per actor, not once per stage.
 
     Raises:
-        JobFailed: a stage dropped more than `pool.max_dropped` of its cases; the first are shown. Or a stage raised it.
+        JobFailed: a stage dropped more than `pool.max_dropped` of its cases; the first are shown. Or a stage raised it,
+            or every actor dies at one slice.
         BadInput: a stage raised it, or an actor's node has other code than the driver or does not see the storage.
     """
     open_jobs = [job for job in jobs if finished(job.artifact, root) is None]
@@ -173,7 +195,7 @@ def _run_slices(
     tellers = [Teller(board, f"{job.artifact.kind} {job.artifact.label}") for job in jobs]
     for number, size in enumerate(sizes):
         tellers[number](done[number], size)
-    for batch in _slices_made(jobs, todo, root, pool):
+    for batch in _slices_made(jobs, todo, root, pool, board):
         kind, sentence = map(str, batch["wrong"][0])
         if kind:
             raise _TOLD[kind](sentence)
@@ -212,14 +234,16 @@ def make_here(jobs: Sequence[StageJob], root: str, pool: ClusterConfig) -> None:
 
 
 def _slices_made(
-    jobs: Sequence[StageJob], todo: list[dict[str, int]], root: str, pool: ClusterConfig
+    jobs: Sequence[StageJob], todo: list[dict[str, int]], root: str, pool: ClusterConfig, board: Any
 ) -> Iterable[dict[str, np.ndarray]]:
     if not todo:
         return []
+    slices = ray.data.from_items(todo, override_num_blocks=len(todo))
+    slices.context.execution_no_progress_timeout_s = -1  # a slice may take longer than any guard allows
     # Half a CPU each: actors that took every CPU would leave none for the tasks that feed them.
-    made = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+    made = slices.map_batches(
         _Worker,
-        fn_constructor_args=(list(jobs), root, code_here()),
+        fn_constructor_args=(list(jobs), root, code_here(), board, _MOST_LOST),
         batch_size=1,
         batch_format="numpy",
         compute=_actors(min(pool.actors, len(todo))),

@@ -311,16 +311,22 @@ def write_ablation(effects: pa.Table, items: Iterable[Item], tokenizer: PreTrain
     rows, dropped = [], []
     for effect in effects.to_pylist():
         item = by_group.get(effect["group"])
-        if item is None or item.question not in effect["prompt"]:
+        if item is None or _question_at(effect["prompt"], item.question) < 0:
             dropped.append((effect["case_id"], NO_QUESTION))
         else:
             rows.append(_released_ablation(effect, item, tokenizer))
     return Result(pa.Table.from_pylist(rows, schema=ABLATION), dropped)
 
 
+def _question_at(prompt: str, question: str) -> int:
+    """Where the question begins, -1 if it is not there; without its outer spaces, where a chat template trims them."""
+    as_given = prompt.find(question)
+    return as_given if as_given >= 0 else prompt.find(question.strip())
+
+
 def _released_ablation(effect: dict[str, Any], item: Item, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     prompt, start, end = effect["prompt"], effect["span_start"], effect["span_end"]
-    user, hint = prompt[prompt.index(item.question) : end].rstrip(), prompt[start:end].strip()
+    user, hint = prompt[_question_at(prompt, item.question) : end].rstrip(), prompt[start:end].strip()
     return {
         "index": item.index,
         "question": item.question,

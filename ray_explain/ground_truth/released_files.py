@@ -1,6 +1,6 @@
 """Folders of the data sets released with the paper, whole: read as effects, and written from them.
 
-A folder holds Parquet files whose names begin with their split, in it or in `data/`, as the hub lays them out.
+A folder holds `{split}.parquet` or `{split}-*.parquet`, in it or in `data/`, as the hub lays them out.
 """
 
 import json
@@ -153,9 +153,10 @@ def _decoder(folder: Path, layer: int, d_model: int) -> np.ndarray:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    files = sorted([*folder.glob(f"{split}*.parquet"), *folder.glob(f"data/{split}*.parquet")])
+    names = f"{split}.parquet", f"{split}-*.parquet"  # not `{split}*`: that is `train_full` too
+    files = sorted(file for name in names for home in (folder, folder / "data") for file in home.glob(name))
     if not files:
-        raise ValueError(f"no {split}*.parquet in {folder} or {folder}/data: set `cases.{split}` to 0, or add it")
+        raise ValueError(f"no {' or '.join(names)} in {folder} or {folder}/data: set `cases.{split}` to 0, or add it")
     return files
 
 

@@ -1,12 +1,13 @@
 """How much memory interventions may take beside the weights, where nobody says it."""
 
+from math import inf
 from pathlib import Path
 
 import psutil
 import torch
 
 SHARE = 0.5  # of what is free; the rest is for results, and for what allocators lose between blocks
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CONTAINER = Path("/sys/fs/cgroup")  # where a container sees its own control group (version 2)
 
 
 def free_budget(device: torch.device, share: float = 1.0) -> int:
@@ -19,10 +20,18 @@ def free_budget(device: torch.device, share: float = 1.0) -> int:
     return 1 << (allowed.bit_length() - 1)
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
-    return free if limit == "max" else min(free, int(limit))
+    return min(psutil.virtual_memory().available, _free_in_container())
+
+
+def _free_in_container() -> float:
+    """What its limit leaves beside what its processes use; files kept in memory go once it is needed."""
+    limit = _CONTAINER / "memory.max"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return inf
+    counts = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+    used = int((_CONTAINER / "memory.current").read_text()) - int(counts["inactive_file"])
+    return max(0, int(limit.read_text()) - used)

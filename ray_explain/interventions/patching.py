@@ -221,7 +221,7 @@ def _logits(
     if reason is None:
         return _walked_logits(layout, bases, changes, base_of, with_clean)
     _tell_once(type(layout.model).__name__, reason)
-    return _hooked_logits(layout, bases, changes, base_of)
+    return _hooked_logits(layout, bases, changes, base_of, with_clean)
 
 
 @cache
@@ -249,23 +249,31 @@ def _walked_logits(
 
 
 def _hooked_logits(
-    layout: Layout, bases: Sequence[Sequence[int]], changes: Sequence[Intervention], base_of: Sequence[int]
+    layout: Layout,
+    bases: Sequence[Sequence[int]],
+    changes: Sequence[Intervention],
+    base_of: Sequence[int],
+    with_clean: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same by the model's own forward pass, one for each length of base: whole rows, no padding."""
-    clean = torch.empty(len(bases), layout.d_vocab, device=layout.device)
+    clean = torch.empty(len(bases) if with_clean else 0, layout.d_vocab, device=layout.device)
     patched = torch.empty(len(changes), layout.d_vocab, device=layout.device)
     for length in sorted({len(ids) for ids in bases}):
         here = [b for b, ids in enumerate(bases) if len(ids) == length]
         rows = [i for i, b in enumerate(base_of) if b in here]
+        # whole rows read nothing from the clean runs but the means of these
+        run = here if with_clean or any(changes[i].kind == "mean" for i in rows) else []
         local = [here.index(base_of[i]) for i in rows]
-        firsts = (np.arange(len(rows)) + len(here)) * length
-        writes = _Writes(layout, [changes[i] for i in rows], firsts, local, [length] * len(here))
-        batch = torch.tensor([bases[b] for b in here] + [bases[base_of[i]] for i in rows], device=layout.device)
+        firsts = (np.arange(len(rows)) + len(run)) * length
+        writes = _Writes(layout, [changes[i] for i in rows], firsts, local, [length] * len(run))
+        batch = torch.tensor([bases[b] for b in run] + [bases[base_of[i]] for i in rows], device=layout.device)
         with ExitStack() as hooks:
             for site, layer in writes.sites:
                 hooks.enter_context(at_site(layout, layer, site, _on_rows(writes, site, layer)))
             logits = model_logits(layout, batch)
-        clean[here], patched[rows] = logits[: len(here)], logits[len(here) :]
+        patched[rows] = logits[len(run) :]
+        if with_clean:
+            clean[here] = logits[: len(here)]
     return clean, patched
 
 
@@ -283,8 +291,8 @@ def model_logits(layout: Layout, batch: Int[Tensor, "batch pos"]) -> Float[Tenso
 class _Writes:
     """What is written where in the tokens of one batch; called at a site, gives the activations as they go on.
 
-    The clean runs of the bases are the first tokens. `firsts` is where position 0 of each change's prompt is or would
-    be, `base_of` its base.
+    The clean runs of the bases are the first tokens, at least where a mean over them is written. `firsts` is where
+    position 0 of each change's prompt is or would be, `base_of` its base.
     """
 
     def __init__(

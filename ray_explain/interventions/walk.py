@@ -98,7 +98,7 @@ def row_bytes(layout: Layout, *, logits: bool = True) -> Callable[..., int]:
     d_head = getattr(config, "head_dim", None) or layout.d_model // heads
     q, kv = heads * d_head, (getattr(config, "num_key_value_heads", None) or heads) * d_head
     d_ff = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * layout.d_model
-    scores = 3 * heads * max(e, 4) if config._attn_implementation == "eager" else 0
+    scores = 3 * heads * max(e, 4) if _attends_eagerly(config) else 0
     per_token = 5 * e * max(d_ff, q + kv) + 6 * max(e, 4) * layout.d_model
 
     def cost(length: int, carried: int | None = None) -> int:
@@ -354,14 +354,20 @@ def _rotary(layout: Layout, hidden: Tensor, positions: Tensor) -> Callable[[int]
 
 @contextmanager
 def _packed_attention(layout: Layout) -> Iterator[bool]:
-    """Let the model's attention modules call `_attend` while this lasts; gives whether they use eager attention."""
+    """Let the model's attention modules call `_attend` while this lasts; gives whether it calls the eager function."""
     config = layout.config
-    before = config._attn_implementation
+    before, eager = config._attn_implementation, _attends_eagerly(config)
     config._attn_implementation = PACKED
     try:
-        yield before == "eager"
+        yield eager
     finally:
         config._attn_implementation = before
+
+
+def _attends_eagerly(config: Any) -> bool:
+    """Whether a walk calls the eager function: as the model does, and wherever scores are soft-capped (Gemma 2), which
+    the function that stands in for all others, PyTorch's, cannot do."""
+    return config._attn_implementation == "eager" or getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _attend(

@@ -59,13 +59,30 @@ class Echo:
         return Result(pa.table({"case_id": kept}, schema=self.schema_out), dropped)
 
 
-def echo_job(names: list[str], root: Path) -> Any:
+class Deadly(Echo):
+    """As Echo, but a case "deadly" ends its process at once, as the kernel does where memory is short."""
+
+    def __call__(self, table: pa.Table) -> Result:
+        if "deadly" in table["case_id"].to_pylist():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(table)
+
+
+class Slow(Echo):
+    """As Echo, after a while."""
+
+    def __call__(self, table: pa.Table) -> Result:
+        time.sleep(4)
+        return super().__call__(table)
+
+
+def echo_job(names: list[str], root: Path, stage: type[Echo] = Echo) -> Any:
     from ray_explain.distributed.run_stages import StageJob
 
     source = Artifact(kind="cases", label="echo", config={})
     storage.write_table(pa.table({"case_id": names}, schema=Echo.schema_in), f"{source.path(str(root))}/table.parquet")
     artifact = Artifact(kind="effects", label="echo", config={}, parents=(source,))
-    return StageJob(stage=Echo, config={}, source=source.path(str(root)), artifact=artifact)
+    return StageJob(stage=stage, config={}, source=source.path(str(root)), artifact=artifact)
 
 
 def effects(of: Any, root: Path) -> list[dict[str, Any]]:
@@ -120,6 +137,37 @@ def _kill_an_actor_after_the_first_part(folder: str) -> Any:
         return bool(killed)
 
     return was_killed
+
+
+@pytest.mark.ray
+def test_a_slice_at_which_every_actor_dies_fails_its_stage_with_the_way_out(
+    running_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_explain.distributed import run_stages
+
+    names = [f"case {i}" for i in range(9)]
+    names[4] = "deadly"
+    work, pool = echo_job(names, tmp_path, Deadly), ClusterConfig(actors=1, rows_per_slice=2)
+    monkeypatch.setattr(run_stages, "_MOST_LOST", 2)
+    with pytest.raises(JobFailed, match=r"effects echo: 2 actors died .* rows 4 to 5.*lower `cluster.memory_budget`"):
+        run_stages.run_stages([work], str(tmp_path), pool)
+    assert finished(work.artifact, str(tmp_path)) is None
+    assert storage.list_files(work.artifact.path(str(tmp_path)), ".parquet")
+
+
+@pytest.mark.ray
+def test_a_slice_may_take_longer_than_ray_data_allows_and_other_datasets_keep_their_limit(
+    running_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.data import DataContext
+
+    from ray_explain.distributed.run_stages import run_stages
+
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 2)
+    work = echo_job(["a case"], tmp_path, Slow)
+    [manifest] = run_stages([work], str(tmp_path), ClusterConfig(actors=1))
+    assert manifest.rows == 1
+    assert DataContext.get_current().execution_no_progress_timeout_s == 2
 
 
 @pytest.mark.ray

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ray_explain.ground_truth import cases, counterfact, jsonl
+from ray_explain.ground_truth import cases, counterfact, jsonl, pairs
 from ray_explain.stages import Result
 
 BLOCKS = [(0, 0), (1, 1), (2, 2)]
@@ -45,6 +45,17 @@ def test_lines_of_one_prompt_come_together_wherever_they_stand(
     n = {"train": 99, "validation": 99, "test": 99}
     made = cases.patching_cases(written(tmp_path, lines), tokenizer, n=n, blocks=BLOCKS, seed=0).table
     assert made["base_prompt"].to_pylist() == ["Hint lies"] * 9 + ["Rome lies"] * 9
+
+
+def test_pairs_of_prompts_that_come_again_are_left_out_by_design(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    again = [fact | {"target_new": "Latin"} for fact in FACTS]  # the same prompts and truths
+    made = cases.patching_cases(
+        written(tmp_path, FACTS + again), tokenizer, format="counterfact", n={"train": 30}, blocks=BLOCKS, seed=0
+    )
+    reasons = {reason for _, reason in made.dropped}
+    assert pairs.REPEATED in reasons and reasons <= cases.BY_DESIGN
 
 
 def test_a_table_with_one_case_twice_is_refused(

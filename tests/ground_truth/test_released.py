@@ -1,6 +1,7 @@
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_explain.ground_truth.ablation import AblationStage
 from ray_explain.ground_truth.mmlu import SYSTEM, Item, hinted_case
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.positions import prompt_tokens
-from tests.ground_truth.conftest import make_case, patching_table
+from tests.ground_truth.conftest import LLAMA_CHAT, make_case, patching_table, with_template
 
 SUFFIX = "\n\nRespond with one of Italy or France or unknown and nothing else.\n\nResponse:"
 BASE, SOURCE = f"Rome lies in{SUFFIX}", f"Paris lies in{SUFFIX}"
@@ -239,6 +240,22 @@ def test_our_ablation_effects_come_back_from_the_released_schema(
     assert read.effects.table.select(told).equals(effects.select(told))
     missing = released.write_ablation(effects, SHORT[1:], tokenizer)
     assert [reason for _, reason in missing.dropped] == [released.NO_QUESTION]
+
+
+def test_questions_that_begin_or_end_with_spaces_are_written_where_the_template_trims(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    spaced = [replace(item, question=f" \n{item.question} ") for item in ITEMS]
+    trimming = with_template(tokenizer, LLAMA_CHAT)
+    outcome = {"full_answer": "A", "ablated_answer": "B", "changed": True}
+    outcome |= dict.fromkeys(("full_logprob", "ablated_logprob", "kl"), math.nan)
+    cases = [hinted_case(item, trimming, hint="random", form="chat", seed=0) | outcome for item in spaced]
+    written = released.write_ablation(records.rows_table(cases, records.ABLATION_EFFECTS), spaced, trimming)
+    assert written.dropped == []
+    for row, item, plain in zip(written.table.to_pylist(), spaced, ITEMS, strict=True):
+        assert row["question"] == item.question
+        assert row["original_user_prompt"] == plain.text.replace("?", "? ")
+        assert row["hint_user_prompt"] == f"{row['original_user_prompt']}\n{row['hint']}"
 
 
 def test_released_hints_that_cannot_be_read_are_dropped(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -68,6 +68,19 @@ def test_the_hubs_layout_is_read_and_repeated_rows_are_counted(
     assert [reason for _, reason in made.dropped] == [REPEATED] * 2
 
 
+def test_files_of_a_split_whose_name_only_begins_alike_are_not_read(
+    effects: pa.Table, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    table = released.write_patching(effects, tokenizer).table
+    (tmp_path / "data").mkdir()
+    pq.write_table(table.slice(0, 1), tmp_path / "train.parquet")
+    pq.write_table(table.slice(1, 1), tmp_path / "data" / "train-00000-of-00001.parquet")
+    for name in ("train_full.parquet", "data/train_full-00000-of-00001.parquet"):
+        pq.write_table(table.slice(2), tmp_path / name)
+    made = read_whole(tmp_path, "patching", tokenizer, d_model=32, n={"train": 100})
+    assert (made.table.num_rows, made.dropped) == (2, [])
+
+
 def test_a_data_set_is_read_alike_however_many_rows_at_a_time(
     effects: pa.Table, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +112,7 @@ def test_vectors_of_another_target_are_refused(
 
 def test_a_split_without_a_file_is_named(effects: pa.Table, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     write_folder(effects.slice(0, 4), "patching", str(tmp_path), tokenizer)
-    with pytest.raises(ValueError, match=r"no test\*\.parquet in .*set `cases.test` to 0"):
+    with pytest.raises(ValueError, match=r"no test\.parquet or test-\*\.parquet in .*set `cases.test` to 0"):
         read_whole(tmp_path, "patching", tokenizer, d_model=32, n=N)
 
 

@@ -101,10 +101,25 @@ def test_a_sweep_gives_what_one_hook_per_patch_gives(model, judged, data):
 def test_a_family_that_cannot_be_walked_gives_the_same_by_hooks(fallback_model, judged, data):
     bases = data.draw(prompts())
     changes = data.draw(st.lists(interventions(bases), min_size=1, max_size=6))
+    unpaired = swept(fallback_model, bases, changes)
     for indices, patched, clean in paired_sweep(fallback_model, bases, changes):
+        assert_same_logits(unpaired[indices], patched)
         for i, with_change, without in zip(indices, patched, clean, strict=True):
             assert_same_logits(with_change, judged(fallback_model, bases[changes[i].base], changes[i]))
             assert_same_logits(without, fallback_model(torch.tensor([bases[changes[i].base]])).logits[0, -1])
+
+
+def test_by_hooks_clean_runs_are_made_only_where_something_is_taken_from_them(fallback_model):
+    rows: list[int] = []
+    handle = fallback_model.register_forward_pre_hook(
+        lambda m, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    changes = [change(0, (1,)), change(0, (4,)), change(2, (4,)), change(3, (1,))]  # bases of 11, 11 and 4 tokens
+    list(patch_sweep(fallback_model, PROMPTS, changes))
+    list(paired_sweep(fallback_model, PROMPTS, changes))
+    list(patch_sweep(fallback_model, PROMPTS, [*changes, change(0, (2,), kind="mean")]))
+    handle.remove()
+    assert rows == [1, 3, 1 + 1, 3 + 2, 1, 4 + 2]
 
 
 def test_the_fallback_is_told_once(fallback_model, caplog):
@@ -114,6 +129,15 @@ def test_the_fallback_is_told_once(fallback_model, caplog):
         clean_logits(fallback_model, PROMPTS)
     assert len(caplog.messages) == 1
     assert "full batches with hooks" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_soft_capped_attention_is_walked_whatever_the_model_was_loaded_with(named_model, monkeypatch, implementation):
+    model, changes = named_model("gemma2"), every_patch()
+    eager, cost = swept(model, PROMPTS, changes), row_bytes(layout_of(model))(11)
+    monkeypatch.setattr(model.config, "_attn_implementation", implementation)
+    assert_same_logits(swept(model, PROMPTS, changes), eager)
+    assert row_bytes(layout_of(model))(11) == cost
 
 
 def test_a_sweep_gives_what_a_batch_padded_on_the_left_gives(model):
