@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray._private import services
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 LOOPBACK = "127.0.0.1"
 

@@ -90,15 +90,18 @@ def _runs(given: Mapping[str, Any]) -> str:
 
 
 def _matrix(given: Mapping[str, Any]) -> str:
-    by_name = {work.name: work for work in works(given)}
-    pairing = [by_name[name] for name in ("training, patching", "training, ablation", "answers, one explainer")]
-    price, rows = given["gpu"]["dollars_per_hour"], []
-    for explainers, targets, seeds in given["matrices"]:
-        runs = explainers * targets * seeds
-        times = [math.ceil(runs / n) * sum(hours(work, 1, given) for work in pairing) for n in GPUS]
-        cost = runs * sum(hours(work, 1, given) for work in pairing) * price
-        rows.append([f"{explainers} x {targets} x {seeds} seeds", str(runs), *map(_time, times), f"${cost:,.0f}"])
-    return _table(["explainers x targets", "trials", *(f"{n} GPU{'s' * (n > 1)}" for n in GPUS), "cost"], rows)
+    by_name, rows = {work.name: work for work in works(given)}, []
+    for tasks in (("patching", "ablation"), ("patching", "ablation", "features")):
+        pairing = [by_name[name] for name in (*(f"training, {task}" for task in tasks), "answers, one explainer")]
+        trial = sum(hours(work, 1, given) for work in pairing)
+        for explainers, targets, seeds in given["matrices"]:
+            runs = explainers * targets * seeds
+            times = [math.ceil(runs / n) * trial for n in GPUS]
+            cost = f"${runs * trial * given['gpu']['dollars_per_hour']:,.0f}"
+            size = f"{explainers} x {targets} x {seeds} seeds"
+            rows.append([size, ", ".join(tasks), str(runs), *map(_time, times), cost])
+    head = ["explainers x targets", "trained on", "trials", *(f"{n} GPU{'s' * (n > 1)}" for n in GPUS), "cost"]
+    return _table(head, rows)
 
 
 def _held(given: Mapping[str, Any]) -> str:
