@@ -12,27 +12,35 @@ import ray
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
+from ray_explain.distributed.checks import check_worker, code_here
 from ray_explain.distributed.progress import Teller, watching
 
 _SCRATCH = "unfinished"  # beside the artifact; where an interrupted training goes on from
 
 
 def pretrain_all(models: Sequence[Artifact], root: str) -> None:
-    """Train each small target that is not there yet; an interrupted one goes on from its last checkpoint."""
+    """Train each small target that is not there yet; an interrupted one goes on from its last checkpoint.
+
+    Raises:
+        BadInput: a node runs other code than the driver, or does not see the storage.
+    """
     missing = [model for model in models if finished(model, root) is None]
     if not missing:
         return
+    if not storage.is_remote(root):
+        Path(root).mkdir(parents=True, exist_ok=True)  # a node that then lacks it does not see the storage
     with watching() as board:
-        ray.get([_pretrain.remote(model, root, board) for model in missing])
+        ray.get([_pretrain.remote(model, root, board, code_here()) for model in missing])
 
 
 @ray.remote(num_cpus=1, max_retries=3)
-def _pretrain(artifact: Artifact, root: str, board: Any) -> None:
+def _pretrain(artifact: Artifact, root: str, board: Any, code: str) -> None:
     from ray_explain.world.facts import World
     from ray_explain.world.pretraining import TargetSize, pretrain, save_target
     from ray_explain.world.quality import target_quality
     from ray_explain.world.tokenizer import world_tokenizer
 
+    check_worker(root, code)
     config, started = artifact.config, time.monotonic()
     world = World(**config["world"])
     tokenizer, tell = world_tokenizer(world), Teller(board, f"pretrain {artifact.label}")

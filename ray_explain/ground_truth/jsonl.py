@@ -34,6 +34,7 @@ LONG_NUMBER = "a number of thousands of digits"
 NO_TEXT = "a prompt is missing or no text"
 NO_SPAN = "a span is missing or not [start, end]"
 NO_SPLIT = "an unknown split"
+NO_GROUP = "an empty `group`"
 NO_STRING = "a field that is no text"
 UNMATCHED = "positions of base and source do not match"
 REPEATED = "the same case as before"
@@ -136,6 +137,8 @@ def _ablation_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _group_and_split(row: dict[str, Any], content: list[Any]) -> tuple[str, str]:
     group = _string(row, "group", records.content_id("line", content))
+    if not group.strip():
+        raise Unusable(NO_GROUP)
     split = _string(row, "split", split_of(group))
     if split not in records.SPLITS:
         raise Unusable(NO_SPLIT)

@@ -107,6 +107,13 @@ def test_an_actor_that_starts_later_on_a_node_with_other_code_says_so(tmp_path: 
     assert kind == "BadInput" and "does not see the storage" in sentence
 
 
+def test_a_pretraining_on_a_node_with_other_code_says_so(tmp_path: Path) -> None:
+    from ray_explain.distributed.pretrain import _pretrain
+
+    with pytest.raises(BadInput, match="runs another version .* 0123456789ab"):
+        _pretrain._function(Artifact(kind="models", label="m", config={}), str(tmp_path), None, "code 0123456789ab")
+
+
 @pytest.mark.ray
 def test_a_training_with_workers_on_a_node_with_other_code_says_so(
     running_ray: None,

@@ -83,6 +83,7 @@ def without(line: dict[str, Any], name: str) -> dict[str, Any]:
         (PATCH | {"base_span": [5, 12]}, jsonl.UNMATCHED),
         (PATCH | {"split": "dev"}, jsonl.NO_SPLIT),
         (PATCH | {"group": ["a"]}, jsonl.NO_STRING),
+        (PATCH | {"group": " "}, jsonl.NO_GROUP),
     ],
 )
 def test_a_bad_patching_line_is_dropped_by_its_number(
