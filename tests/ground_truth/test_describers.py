@@ -93,7 +93,7 @@ def test_a_feature_without_a_description_is_dropped_and_counted_and_never_a_text
 def test_an_endpoint_that_answers_nothing_stops_the_job_so_that_it_can_go_on_later(endpoint, section):
     endpoint.script = lambda prompt, n: 503
     with pytest.raises(JobFailed, match=r"answered none of 9 requests \(18 x 503\); start again"):
-        describing(section)(table_of([feature(i, f"dog{i}") for i in range(9)]))
+        describing(section | {"timeout": 20.0})(table_of([feature(i, f"dog{i}") for i in range(9)]))
 
 
 @pytest.mark.parametrize(
