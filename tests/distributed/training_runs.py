@@ -56,6 +56,8 @@ CASES = {
     **{f"zero-{stage}": _case(zero_stage=stage) for stage in (0, 1, 2, 3)},
     **{f"zero-{stage}-lora": _case(zero_stage=stage, **_LORA) for stage in (0, 1, 2, 3)},
     **{f"zero-{stage}-bfloat16": _case(zero_stage=stage, precision="bfloat16") for stage in (0, 3)},
+    **{f"zero-{stage}-bfloat16-lora": _case(zero_stage=stage, precision="bfloat16", **_LORA) for stage in (2, 3)},
+    "zero-3-bfloat16-linear": _case(zero_stage=3, precision="bfloat16", **_LINEAR),
     "zero-2-passes-of-1": _case(zero_stage=2, micro_batch_size=1),
     "zero-3-linear": _case(zero_stage=3, **_LINEAR),
     "zero-3-linear-lora": _case(zero_stage=3, **_LINEAR, **_LORA),
