@@ -79,7 +79,7 @@ def plain(questions: tuple[str, str], world_target: Path) -> Any:
 @pytest.mark.parametrize("name", EXACT)
 def test_two_workers_learn_as_plain_adamw_in_one_process(name: str, two: dict[str, Any], plain: Any) -> None:
     found = two[name]["losses"]
-    assert len(found) == 26
+    assert len(found) == (24 if "short-steps" in name else 26)
     assert found == pytest.approx(plain(name), abs=1e-4)
     assert found[-1] < found[0] - 0.2
 

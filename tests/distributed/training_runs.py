@@ -59,6 +59,7 @@ CASES = {
     **{f"zero-{stage}-bfloat16-lora": _case(zero_stage=stage, precision="bfloat16", **_LORA) for stage in (2, 3)},
     "zero-3-bfloat16-linear": _case(zero_stage=3, precision="bfloat16", **_LINEAR),
     "zero-2-passes-of-1": _case(zero_stage=2, micro_batch_size=1),
+    **{f"zero-{stage}-short-steps": _case(zero_stage=stage, batch_size=9, micro_batch_size=1) for stage in (2, 3)},
     "zero-3-linear": _case(zero_stage=3, **_LINEAR),
     "zero-3-linear-lora": _case(zero_stage=3, **_LINEAR, **_LORA),
     "zero-2-offload": _case(zero_stage=2, offload=True),
