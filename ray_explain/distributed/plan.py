@@ -192,8 +192,10 @@ class Plan:
         return sorted(runs, key=lambda run: (run.text_only, run.explainer != run.target))
 
     def train_config(self, run: Run) -> TrainConfig:
-        """How this explainer is trained."""
-        return self.experiment.train_config(run.explainer, run.target)
+        """How this explainer is trained; of the weights, those of its own tasks."""
+        train = self.experiment.train_config(run.explainer, run.target)
+        own = {task: weight for task, weight in train.weights.items() if task in run.tasks}
+        return train.model_copy(update={"weights": own})
 
     def alignment(self, run: Run) -> Artifact | None:
         """The maps that the explainer's ridge projection starts from; None for other projections, and where there is no
