@@ -169,6 +169,7 @@ def _sample(run: TrainRun, start: Start) -> Sample | None:
         n=run.train.validation_questions,
         seed=run.seed,
         max_tokens=run.train.max_tokens,
+        blind=run.text_only,
     )
 
 

@@ -1,5 +1,6 @@
 """The questions asked while an explainer learns."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -7,9 +8,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from ray_explain import storage
+from ray_explain.config import TrainConfig
+from ray_explain.distributed.training_loop import _sample
+from ray_explain.distributed.training_setup import start_of
 from ray_explain.distributed.validation import Sample, measured, sample_of
 from ray_explain.errors import BadInput
 from ray_explain.explainer.markers import markers_of
+from tests.distributed.training_runs import run_of
 
 
 @pytest.fixture
@@ -57,3 +62,17 @@ def test_uplift_is_what_shuffled_vectors_cost_on_the_questions_that_have_some(sa
 def test_an_empty_split_is_told_with_the_way_out(questions: tuple[str, str], world_target: Path) -> None:
     with pytest.raises(BadInput, match=r"validation split is empty; give `cases: \{validation"):
         new_sample(questions, world_target, seed=0, keep="train")
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_an_explainer_is_validated_with_what_it_is_trained_on(
+    text_only: bool, questions: tuple[str, str], world_target: Path
+) -> None:
+    train = TrainConfig(validate_every=1, validation_questions=12, max_tokens=100)
+    run = replace(run_of(train, "validated", questions, world_target), text_only=text_only)
+    start = start_of(run, workers=1)
+    sample = _sample(run, start)
+    assert sample is not None and {one.control for one in sample.asked} == {"none", "shuffled"}
+    for prompts in [[one.prompt for one in sample.asked], start.examples]:
+        assert any(prompt.vectors.any() for prompt in prompts) is not text_only
+        assert any(len(prompt.vectors) for prompt in prompts)
