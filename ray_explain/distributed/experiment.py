@@ -491,8 +491,13 @@ def train_explainers(session: Session) -> None:
 
 
 def align(session: Session, runs: Sequence[Run]) -> None:
-    """The maps that ridge projections of these runs start from; Ray must be running."""
+    """The maps that ridge projections of these runs start from; Ray must be running.
+
+    Raises:
+        BadInput: the corpus of features cannot be read, or there is too little text.
+    """
     from ray_explain.distributed.alignment import AlignmentJob, align_all
+    from ray_explain.distributed.features import corpus_of
 
     plan = session.plan
     jobs = [
@@ -501,9 +506,10 @@ def align(session: Session, runs: Sequence[Run]) -> None:
             target=plan.model_place(run.target),
             explainer=plan.model_place(run.explainer),
             questions=tuple(plan.path(plan.questions(task, run.target)) for task in run.tasks),
+            corpus=plan.path(corpus_of(session, run.target)) if "features" in run.tasks else None,
         )
         for run in runs
-        if (artifact := plan.alignment(run)) is not None
+        if (artifact := plan.alignment(run)) is not None and session.missing([artifact])
     ]
     align_all(jobs, plan.root, gpus=plan.experiment.cluster.gpus_per_actor)
 

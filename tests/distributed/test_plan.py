@@ -127,6 +127,15 @@ def test_what_changes_the_steps_makes_another_explainer(override: str, tmp_path:
     assert not set(explainers(tmp_path, override)) & set(explainers(tmp_path))
 
 
+def test_ridge_maps_read_the_corpus_where_questions_are_about_features_and_else_not():
+    changes = train(injection={"projection": "ridge"}, mixtures=[["patching", "ablation"], ["features"]])
+    made = plan(**changes)
+    for run in made.runs():
+        maps = made.alignment(run)
+        assert maps is not None
+        assert ("corpus_windows" in {parent.kind for parent in maps.parents}) is ("features" in run.tasks)
+
+
 def test_an_explainer_takes_the_weights_of_its_own_tasks():
     """Others say nothing about it, neither how it is trained nor which one it is."""
     mixtures = [["patching"], ["ablation", "features"]]
