@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ray_explain import storage
 from ray_explain.config import TrainConfig
 from ray_explain.distributed.training_loop import _sample
 from ray_explain.distributed.training_setup import start_of
-from ray_explain.distributed.validation import Sample, measured, sample_of
+from ray_explain.distributed.validation import Sample, _shares, measured, sample_of
 from ray_explain.errors import BadInput
 from ray_explain.explainer.markers import markers_of
 from tests.distributed.training_runs import run_of
@@ -57,6 +59,26 @@ def test_uplift_is_what_shuffled_vectors_cost_on_the_questions_that_have_some(sa
         "" if asked.control == "none" and asked.prompt.layers else text for asked, text in zip(sample.asked, right)
     ]
     assert measured(sample, texts) == {"validation_exact": pytest.approx(4 / 12), "validation_uplift": -1.0}
+
+
+@given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=4), n=st.integers(1, 300))
+def test_shares_are_whole_questions_and_together_as_many_as_wanted(sizes: list[int], n: int) -> None:
+    shares = _shares(sizes, n)
+    assert sum(shares) == min(n, sum(sizes))
+    for size, share in zip(sizes, shares, strict=True):
+        assert 0 <= share <= size
+        assert abs(share - min(n, sum(sizes)) * size / max(1, sum(sizes))) <= 1
+
+
+def test_a_single_question_is_asked_of_equally_large_tasks(questions: tuple[str, str], world_target: Path) -> None:
+    tables = [storage.read_table(folder) for folder in questions]
+    tables = [table.filter(pc.equal(table["split"], "validation"))[:8] for table in tables]
+    tokenizer = AutoTokenizer.from_pretrained(world_target)
+    common = {"n": 1, "seed": 0}
+    found = sample_of(tables, tokenizer, markers_of(tokenizer), **common, max_tokens=100)
+    assert found.questions.num_rows == 1 and found.asked
+    with pytest.raises(BadInput, match="none of 1 validation questions can be asked"):
+        sample_of(tables, tokenizer, markers_of(tokenizer), **common, max_tokens=3)
 
 
 def test_an_empty_split_is_told_with_the_way_out(questions: tuple[str, str], world_target: Path) -> None:
