@@ -546,7 +546,7 @@ def train_run(session: Session, run: Run) -> Any:
 
 
 def _target_of(plan: Plan, name: str) -> dict[str, Any]:
-    """What an explainer's sidecar says of its target. Weights on S3 are not copied here for it."""
+    """What an explainer's sidecar says of its target, and is held against. Weights on S3 are not copied here for it."""
     from ray_explain.models import files_fingerprint
 
     place = plan.model_place(name)
@@ -625,12 +625,14 @@ def answer_jobs(plan: Plan) -> list[Any]:
     common = {"max_new_tokens": evaluate.max_new_tokens, "batch_size": evaluate.batch_size, "max_tokens": longest}
     injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
     jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
+    targets = {name: _target_of(plan, name) for name in plan.experiment.targets}
     for run in plan.runs():
         own: dict[str, Any] = {
             "explainer": run.speaker,
             "folder": plan.path(plan.explainer(run)),
             "target": run.target,
-            "target_revision": plan.experiment.models[run.target].revision,
+            "target_revision": targets[run.target]["revision"],
+            "target_weights": targets[run.target]["weights"],
         }
         own |= {"text_only": True} if run.text_only else {}
         jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]
