@@ -490,6 +490,19 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_of_tasks_that_are_trained(self) -> "Experiment":
+        trained = [task for mixture in self.train.mixtures for task in mixture if task in self.tasks]
+        of_pairings = [self.train_config(one.explainer, one.target).weights for one in self.pairings]
+        for weights in [self.train.weights, *of_pairings, *self.sweep.parameters.get("weights", [])]:
+            for task in weights:
+                if task not in trained:
+                    raise ValueError(
+                        f"`train.weights` names {task!r}, which no explainer is trained on: leave it out, or give it "
+                        "`ground_truth` and a place in `train.mixtures`"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _paths_are_given(self) -> "Experiment":
         for task in ("patching", "ablation"):
             section = getattr(self.ground_truth, task)

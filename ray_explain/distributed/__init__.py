@@ -28,5 +28,5 @@ for _name, _value in _ENVIRONMENT.items():
 # We open no pickle, and no library in our processes shall: DeepSpeed would open its own checkpoints as pickles that may
 # run code. PyTorch lets only tensors through.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-if "RAY_ADDRESS" in os.environ:  # a cluster with a dashboard, whose Train page asks for this; it costs a process a run
+if "RAY_ADDRESS" in os.environ:  # a cluster with a dashboard, which tells the state of runs; it costs a process a run
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")

@@ -517,8 +517,13 @@ def _train_missing(session: Session) -> None:
 
 
 def align(session: Session, runs: Sequence[Run]) -> None:
-    """The maps that ridge projections of these runs start from; Ray must be running."""
+    """The maps that ridge projections of these runs start from; Ray must be running.
+
+    Raises:
+        BadInput: the corpus of features cannot be read, or there is too little text.
+    """
     from ray_explain.distributed.alignment import AlignmentJob, align_all
+    from ray_explain.distributed.features import corpus_of
 
     plan = session.plan
     jobs = [
@@ -527,9 +532,10 @@ def align(session: Session, runs: Sequence[Run]) -> None:
             target=plan.model_place(run.target),
             explainer=plan.model_place(run.explainer),
             questions=tuple(plan.path(plan.questions(task, run.target)) for task in run.tasks),
+            corpus=plan.path(corpus_of(session, run.target)) if "features" in run.tasks else None,
         )
         for run in runs
-        if (artifact := plan.alignment(run)) is not None
+        if (artifact := plan.alignment(run)) is not None and session.missing([artifact])
     ]
     align_all(jobs, plan.root, gpus=plan.experiment.cluster.gpus_per_actor)
 
@@ -566,7 +572,7 @@ def train_run(session: Session, run: Run) -> Any:
 
 
 def _target_of(plan: Plan, name: str) -> dict[str, Any]:
-    """What an explainer's sidecar says of its target. Weights on S3 are not copied here for it."""
+    """What an explainer's sidecar says of its target, and is held against. Weights on S3 are not copied here for it."""
     from ray_explain.models import files_fingerprint
 
     place = plan.model_place(name)
@@ -649,12 +655,14 @@ def answer_jobs(plan: Plan) -> list[Any]:
     common = {"max_new_tokens": evaluate.max_new_tokens, "batch_size": evaluate.batch_size, "max_tokens": longest}
     injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
     jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
+    targets = {name: _target_of(plan, name) for name in plan.experiment.targets}
     for run in plan.runs():
         own: dict[str, Any] = {
             "explainer": run.speaker,
             "folder": plan.path(plan.explainer(run)),
             "target": run.target,
-            "target_revision": plan.experiment.models[run.target].revision,
+            "target_revision": targets[run.target]["revision"],
+            "target_weights": targets[run.target]["weights"],
         }
         own |= {"text_only": True} if run.text_only else {}
         jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]

@@ -1,6 +1,7 @@
 """The steps from a corpus and a dictionary to described and scored features."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -49,6 +50,17 @@ def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> No
     _run(session, [step.score_job(step.plan.descriptions(), step.plan.effects()) for step in steps])
 
 
+def corpus_of(session: "Session", target: str) -> Artifact:
+    """The windows of the features' corpus; made now where no feature was looked at on them.
+
+    Raises:
+        BadInput: the corpus cannot be read.
+    """
+    steps = _Steps(session, target, [])
+    steps.make_windows()
+    return steps.plan.windows()
+
+
 def score_answers(session: "Session", target: str, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
     """`answered` (`simulations.answered`) with scores, as the effects' descriptions have them.
 
@@ -60,6 +72,15 @@ def score_answers(session: "Session", target: str, answers: Sequence[Artifact], 
     session.make_table(source, lambda: answered)
     _run(session, [steps.score_job(source, made)])
     return session.table(made)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises: BadInput: what is read in this block cannot be."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise BadInput(f"`ground_truth.features`: {error}") from error
 
 
 def _run(session: "Session", jobs: Sequence[Any]) -> None:
@@ -78,16 +99,19 @@ class _Steps:
         self.plan = FeaturePlan(session.plan, target)
         self.section, self.place = self.plan.section, session.plan.target_place(target)
 
+    def make_windows(self) -> None:
+        """Raises: BadInput: the corpus cannot be read."""
+        with _told():
+            self.session.make_table(self.plan.windows(), self._windows)
+
     def make_inputs(self) -> None:
         """Raises: BadInput: the corpus, the export or the pairs cannot be read."""
-        try:
-            self.session.make_table(self.plan.windows(), self._windows)
+        self.make_windows()
+        with _told():
             if labels := self.plan.labels():
                 self.session.make_table(labels, self._labels)
             if places := self.plan.places():
                 self.session.make_table(places, self._places)
-        except (ValueError, OSError) as error:
-            raise BadInput(f"`ground_truth.features`: {error}") from error
 
     def vector_jobs(self) -> list[Any]:
         from ray_explain.ground_truth.activations import ActivationStage

@@ -80,7 +80,8 @@ class Hearing:
         if part == before or step == self._n_steps:
             return
         now = {**self._known, "progress": part * 100 // REPORTS, "steps": step}
-        ray.train.report(now)
+        # The mode that does not wait for checkpoints that are still being uploaded.
+        ray.train.report(now, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
         if self._is_stopped():
             if ray.train.get_context().get_world_rank() == 0:
                 ray.get(self._verdicts.halted.remote(self._name, now))

@@ -192,15 +192,18 @@ class Plan:
         return sorted(runs, key=lambda run: (run.text_only, run.explainer != run.target))
 
     def train_config(self, run: Run) -> TrainConfig:
-        """How this explainer is trained."""
-        return self.experiment.train_config(run.explainer, run.target)
+        """How this explainer is trained; of the weights, those of its own tasks."""
+        train = self.experiment.train_config(run.explainer, run.target)
+        own = {task: weight for task, weight in train.weights.items() if task in run.tasks}
+        return train.model_copy(update={"weights": own})
 
     def alignment(self, run: Run) -> Artifact | None:
         """The maps that the explainer's ridge projection starts from; None for other projections, and where there is no
-        vector to project."""
+        vector to project. Questions about features say no text of the target's: its corpus stands in for that."""
         if self.train_config(run).injection.projection != "ridge" or run.tasks == ("ablation",):
             return None
-        parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks))
+        corpus = (FeaturePlan(self, run.target).windows(),) if "features" in run.tasks else ()
+        parents = (self.model(run.explainer), *(self.questions(task, run.target) for task in run.tasks), *corpus)
         label = f"{run.explainer}-of-{run.target}-{'+'.join(run.tasks)}"
         return Artifact(kind="alignments", label=label, config={"method": "ridge"}, parents=parents)
 

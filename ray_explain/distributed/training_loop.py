@@ -30,7 +30,7 @@ from ray_explain.distributed.validation import Sample, held_out, sample_of, vali
 from ray_explain.distributed.watching import CURVE, Watch
 from ray_explain.distributed.zero import take_step, whole_state
 from ray_explain.errors import BadInput, JobFailed
-from ray_explain.explainer.batches import Step, answer_tokens, collate
+from ray_explain.explainer.batches import Step, answer_tokens, collate, micro_batch
 from ray_explain.explainer.examples import Example
 from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import learning_rate_factor
@@ -136,7 +136,7 @@ def train_steps(
         sums, norm = torch.zeros(3, device=engine.device), 0.0
         own = step[rank::world]
         for place, part in enumerate(own):
-            batch = collate([examples[i] for i in part], pad_id).to(engine.device)
+            batch = collate(micro_batch(examples, step, part), pad_id).to(engine.device)
             outcome = engine(batch, n_answer_tokens=share)
             engine.backward(outcome.loss)
             _check_finite(outcome.loss, [examples[i].question_id for i in part])  # a GPU is busy behind us meanwhile
@@ -169,6 +169,7 @@ def _sample(run: TrainRun, start: Start) -> Sample | None:
         n=run.train.validation_questions,
         seed=run.seed,
         max_tokens=run.train.max_tokens,
+        blind=run.text_only,
     )
 
 

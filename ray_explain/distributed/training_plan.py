@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ray_explain import storage
 from ray_explain.artifacts import finished
-from ray_explain.config import Task, TrainConfig
+from ray_explain.config import FeaturesConfig, Task, TrainConfig
 from ray_explain.distributed.experiment import Session, d_model, model_config, n_layers
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.training_setup import micro_batches, projection_kind
@@ -28,8 +28,8 @@ class Work(NamedTuple):
     """One explainer's training in numbers."""
 
     made: Footprint
-    questions: int
-    steps: int
+    questions: int | None  # None where all features are asked about that something holds which was not read yet
+    steps: int | None
     rows: int  # of a forward pass
     known: bool  # whether the questions are there to be counted
 
@@ -45,15 +45,21 @@ def plan_training(session: Session) -> None:
     machine = _machine()
     for run in session.plan.runs():
         train, done = session.plan.train_config(run), work_of(session.plan, run)
-        about = "" if done.known else ", at most"
         session.say(
             f"\n{run.name}: {done.made.n_parameters:,} parameters, {done.made.n_trained:,} trained in "
-            f"{train.precision}; {done.questions:,} questions{about} x {train.epochs} epochs = {done.steps:,} steps of "
-            f"{train.batch_size}, {done.rows} at once on each of {train.workers} workers, up to {train.max_tokens} "
-            "tokens each"
+            f"{train.precision}; {_length(done, train.epochs)} of {train.batch_size}, {done.rows} at once on each of "
+            f"{train.workers} workers, up to {train.max_tokens} tokens each"
         )
         gpus = session.plan.experiment.cluster.gpus_per_worker
         session.console.print(_table(train, done.made, gpus, machine))
+
+
+def _length(done: Work, epochs: int) -> str:
+    if done.questions is None:
+        every = "all features there are, `per_layer` is not given"
+        return f"an unknown number of questions ({every}) x {epochs} epochs, steps"
+    about = "" if done.known else ", at most"
+    return f"{done.questions:,} questions{about} x {epochs} epochs = {done.steps:,} steps"
 
 
 def work_of(plan: Plan, run: Run) -> Work:
@@ -71,7 +77,10 @@ def work_of(plan: Plan, run: Run) -> Work:
         tokens=train.max_tokens,
         answer_tokens=min(plan.experiment.evaluate.max_new_tokens, train.max_tokens),
     )
-    counts = {str(task): one.n for task, one in zip(run.tasks, asked)}
+    known = all(one.known for one in asked)
+    counts = {str(task): one.n for task, one in zip(run.tasks, asked) if one.n is not None}
+    if len(counts) < len(run.tasks):
+        return Work(made, None, None, rows, known)
     questions = sum(counts.values())
     steps = n_steps(
         counts | {TEXT_TASK: round(questions * train.replay)},
@@ -79,7 +88,7 @@ def work_of(plan: Plan, run: Run) -> Work:
         epochs=train.epochs,
         batch_size=train.batch_size,
     )
-    return Work(made, questions, steps, rows, all(one.known for one in asked))
+    return Work(made, questions, steps, rows, known)
 
 
 def _beside(plan: Plan, run: Run, n_layers_read: int) -> int:
@@ -92,7 +101,7 @@ def _beside(plan: Plan, run: Run, n_layers_read: int) -> int:
 class _Asked(NamedTuple):
     """The questions of one task that a run is trained on."""
 
-    n: int
+    n: int | None  # None where nothing says it yet
     layers: set[int]  # that their vectors belong to
     known: bool  # counted, and not only what the config asks for
 
@@ -104,8 +113,15 @@ def _asked(plan: Plan, run: Run, task: Task) -> _Asked:
         rows = training_rows(every, run.fraction)
         return _Asked(rows.num_rows, set(pc.list_flatten(rows["layers"]).to_pylist()), True)
     section, layers = getattr(plan.experiment.ground_truth, task), _layers(plan, run, task)
-    count = len(layers) * (section.per_layer or section.d_sae) if task == "features" else section.cases.train
-    return _Asked(max(1, round(run.fraction * count)), layers, False)
+    each, parts = (_per_layer(section), len(layers)) if task == "features" else (section.cases.train, 1)
+    return _Asked(None if each is None else max(1, round(run.fraction * parts * each)), layers, False)
+
+
+def _per_layer(section: FeaturesConfig) -> int | None:
+    """Features of a layer; None where all are taken that a published SAE, the target's MLP or released data have."""
+    if section.per_layer is not None or section.source != "sae" or section.sae is not None:
+        return section.per_layer
+    return section.d_sae
 
 
 def _layers(plan: Plan, run: Run, task: Task) -> set[int]:

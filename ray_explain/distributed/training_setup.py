@@ -52,7 +52,7 @@ def start_of(run: TrainRun, workers: int, read: Reader = read_here) -> Start:
     """The same on every worker of the same number of workers; `read` brings the questions.
 
     Raises:
-        BadInput: no question can be learned, or there are fewer than the workers need for a step.
+        BadInput: no question can be learned, or an epoch has none.
     """
     with storage.local_folder(run.model["model"]) as folder, splitting(_config_of(run.train, workers)):
         loaded = load_model(
@@ -183,13 +183,13 @@ def projection_kind(train: TrainConfig, d_target: int, d_explainer: int, n_layer
 
 
 def micro_batches(train: TrainConfig, workers: int) -> int:
-    """Forward passes of a step over all workers: a whole number on each."""
-    share = max(1, train.batch_size // workers)
+    """Forward passes of a step over all workers: as many on each, of at most `micro_batch_size` questions."""
+    share = -(-train.batch_size // workers)
     return workers * -(-share // (train.micro_batch_size or share))
 
 
 def steps_of(run: TrainRun, examples: Sequence[Example], workers: int) -> list[Step]:
-    """Raises: ValueError: fewer examples than the workers need for a step, or a weight of a task that has none."""
+    """Raises: ValueError: an epoch without any example, or a weight of a task that has none."""
     return training_steps(
         [len(example.input_ids) for example in examples],
         [example.task for example in examples],

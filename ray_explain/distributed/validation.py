@@ -1,5 +1,6 @@
 """Held-out questions asked while an explainer learns: how much it gets right, and how much of that the vectors tell."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ray_explain.explainer.examples import Example, Refused, encode_prompt
 from ray_explain.explainer.generate import Generation, generate
 from ray_explain.explainer.markers import Markers
 from ray_explain.explainer.module import Explainer
-from ray_explain.questions.rows import questions_of
+from ray_explain.questions.rows import questions_of, without_vectors
 
 _OWN, _SHUFFLED = "none", "shuffled"
 _MOST_PROMPTS_AT_ONCE = 64
@@ -59,20 +60,23 @@ def sample_of(
     n: int,
     seed: int,
     max_tokens: int,
+    blind: bool = False,
 ) -> Sample:
     """Up to `n` questions of the validation split, from each table its share, the same for the same seed. Vectors are
-    shuffled among all questions of the split. A question that cannot be asked is left out.
+    shuffled among all questions of the split. A question that cannot be asked is left out. With `blind` all numbers of
+    the vectors are 0, for an explainer that is trained so: to it, shuffled ones are the same.
 
     Raises:
-        BadInput: the split is empty, or has a single question whose vectors cannot be shuffled.
+        BadInput: the split is empty, has a single question whose vectors cannot be shuffled, or none of the sample can
+            be asked.
     """
     tables = [_of_split(table) for table in tables]
-    total = sum(table.num_rows for table in tables)
-    if not total:
+    shares = _shares([table.num_rows for table in tables], n)
+    if not sum(shares):
         raise BadInput("`train.validate_every`: the validation split is empty; give `cases: {validation: ...}` or 0")
     chosen, asked = [], list[Asked]()
-    for table in tables:
-        own = table.take(_first(table, round(n * table.num_rows / total), seed))
+    for table, share in zip(tables, shares, strict=True):
+        own = table.take(pa.array(_first(table, share, seed), pa.int64()))  # of none, its type would not be known
         shuffled = own.slice(0, 0)
         if any(len(vectors) for vectors in records.vectors_of(table["vectors"])):
             try:
@@ -80,13 +84,22 @@ def sample_of(
             except ValueError as error:
                 raise BadInput(f"`train.validate_every`: {error}") from error
             shuffled = shuffled.filter(pc.is_in(shuffled["question_id"], own["question_id"]))
-        found = _asked(own, _OWN, tokenizer, markers, max_tokens)
+        found = _asked(own, _OWN, tokenizer, markers, max_tokens, blind)
         can_be = pa.array([one.question_id for one in found], pa.string())
         chosen.append(own.filter(pc.is_in(own["question_id"], can_be)))
-        asked += found + _asked(shuffled, _SHUFFLED, tokenizer, markers, max_tokens)
+        asked += found + _asked(shuffled, _SHUFFLED, tokenizer, markers, max_tokens, blind)
     questions = pa.concat_tables(chosen)
+    if not questions.num_rows:
+        raise BadInput(f"`train.validate_every`: none of {sum(shares)} validation questions can be asked; give 0")
     answers = [tokenizer.encode(text, add_special_tokens=False) for text in questions["answer"].to_pylist()]
     return Sample(questions, asked, max(map(len, answers), default=0) + 1)
+
+
+def _shares(sizes: Sequence[int], n: int) -> list[int]:
+    """Up to `n` in all, as evenly over what has these sizes as whole numbers can be."""
+    total = sum(sizes)
+    ends = [round(min(n, total) * end / max(1, total)) for end in itertools.accumulate(sizes, initial=0)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def _first(table: pa.Table, n: int, seed: int) -> list[int]:
@@ -96,10 +109,10 @@ def _first(table: pa.Table, n: int, seed: int) -> list[int]:
 
 
 def _asked(
-    table: pa.Table, control: str, tokenizer: PreTrainedTokenizerBase, markers: Markers, max_tokens: int
+    table: pa.Table, control: str, tokenizer: PreTrainedTokenizerBase, markers: Markers, max_tokens: int, blind: bool
 ) -> list[Asked]:
     found = []
-    for question in questions_of(table):
+    for question in map(without_vectors, questions_of(table)) if blind else questions_of(table):
         try:
             prompt = encode_prompt(question, tokenizer, markers, max_tokens=max_tokens)
         except Refused:

@@ -44,10 +44,20 @@ def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) ->
 def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine around `module`; the process group must be there already (Ray Train makes it)."""
     deepspeed = _deepspeed()
+    if config["bf16"]["enabled"]:
+        _round_all(module)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if dist.get_world_size() == 1 and _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
         engine.enable_backward_allreduce = False  # it would copy all gradients to add them to nobody's
     return engine
+
+
+def _round_all(module: nn.Module) -> None:
+    """All parameters in bfloat16, as DeepSpeed itself has them at every stage: it trains float32 copies of them. Of a
+    model that was loaded split it takes for granted that they are, but adapters and projections are made in float32.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 @contextmanager

@@ -35,12 +35,12 @@ class AnswerStage:
     """Lets an explainer answer (records.ANSWERS), greedily.
 
     Config: `explainer` (its name in the answers), `max_new_tokens`, `batch_size`, `max_tokens`, `d_target`, and either
-    `folder` (of a trained one), `target` and `target_revision` that the questions are about, or `model`, `revision`,
-    `dtype` and `injection` of one that was never trained, of which the `first_answer` counts; with `text_only`, vectors
-    are zero, as they were in its training.
+    `folder` (of a trained one), `target` and `target_revision` that the questions are about and, where they are known,
+    `target_weights`, or `model`, `revision`, `dtype` and `injection` of one that was never trained, of which the
+    `first_answer` counts; with `text_only`, vectors are zero, as they were in its training.
 
     Raises:
-        Mismatch: the trained one explains another target, or one of another width.
+        Mismatch: the trained one explains another target, or one of another width or other weights.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -50,7 +50,10 @@ class AnswerStage:
         if "folder" in config:
             with storage.local_folder(config["folder"]) as folder:
                 self._sidecar = sidecar = read_sidecar(folder)
-                sidecar.check(**{name: config[name] for name in ("target", "target_revision", "d_target")})
+                sidecar.check(
+                    **{name: config[name] for name in ("target", "target_revision", "d_target")},
+                    target_weights=config.get("target_weights"),
+                )
                 with storage.local_folder(sidecar.base) if sidecar.lora else nullcontext() as base:
                     self._explainer, _ = load_explainer(folder, base=base, device=device)
                 self._tokenizer = load_tokenizer(folder)

@@ -51,10 +51,7 @@ def align(
             for one, of_target, of_explainer in zip(sums, x, y, strict=True):
                 one.add(of_target, of_explainer)
     if n_pairs < d_target or not held_out[0].yy:
-        raise ValueError(
-            f"{n_pairs} places of {len(texts)} texts to fit maps of vectors {d_target} wide: give more questions, "
-            "or use a linear projection"
-        )
+        raise ValueError(f"{n_pairs} places of {len(texts)} texts to fit maps of vectors {d_target} wide: too few")
     maps = {layer: sums.map(PENALTY) for layer, sums in zip(layers, fitted, strict=True)}
     explained = {layer: sums.explained(maps[layer]) for layer, sums in zip(layers, held_out, strict=True)}
     return Alignment(maps, explained, n_pairs)

@@ -15,7 +15,7 @@ from ray_explain.explainer.examples import Example
 from ray_explain.interventions.tokens import token_batch
 
 Step = list[list[int]]
-"""Indices of a step's examples, in as many lists as there are micro-batches."""
+"""Indices of a step's examples, in as many lists as there are micro-batches; some are empty where these are more."""
 
 STEPS_PER_POOL = 8
 """So many steps share a random pool of examples, from which each takes those of about the same length."""
@@ -65,6 +65,15 @@ def answer_tokens(examples: Sequence[Example]) -> float:
     return float(sum(example.weight * example.n_answer for example in examples))
 
 
+def micro_batch(examples: Sequence[Example], step: Step, part: Sequence[int]) -> list[Example]:
+    """The examples of one `part` of a step. Of an empty one, the step's shortest prompt without its answer: workers
+    have to take equally many passes together, and this one adds nothing to the loss, its counts or the gradient."""
+    if part:
+        return [examples[i] for i in part]
+    shortest = min((examples[i] for other in step for i in other), key=lambda example: example.n_prompt)
+    return [shortest._replace(input_ids=shortest.input_ids[: shortest.n_prompt])]
+
+
 def training_steps(
     lengths: Sequence[int],
     tasks: Sequence[str],
@@ -105,24 +114,21 @@ def epoch_steps(
 
     Every example is in it as often as `weights` says for its task (1 unless given); of a fraction, the epochs take
     turns. Each step has examples of about the same length, dealt out to its micro-batches so that these have about the
-    same number of tokens. Steps are as even as they can be and at most `batch_size` long; none is dropped.
+    same number of tokens. Steps are as even as they can be and at most `batch_size` long; none is dropped. One that has
+    fewer examples than micro-batches leaves the last of these empty.
 
     Args:
         lengths: Tokens of each example.
         micro_batches: Forward passes of a step: workers times accumulation.
 
     Raises:
-        ValueError: fewer examples than micro-batches in a step, a weight of a task that has no example, or one that is
-            not above 0.
+        ValueError: an epoch without any example, a weight of a task that has none, or one that is not above 0.
     """
     _check_weights(weights, tasks)
     chosen = _chosen(tasks, weights, epoch, seed)
+    if not chosen:
+        raise ValueError(f"no example in epoch {epoch + 1}: raise the weights {dict(weights)}, or give more examples")
     n_steps = -(-len(chosen) // batch_size)
-    if not n_steps or len(chosen) // n_steps < micro_batches:
-        raise ValueError(
-            f"{len(chosen)} examples an epoch in steps of {batch_size}: too few for {micro_batches} micro-batches a "
-            "step; use fewer workers, larger micro-batches or more examples"
-        )
     rng = random.Random(f"order {seed} {epoch}")
     rng.shuffle(chosen)
     steps = _by_length(chosen, lengths, n_steps)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ray_explain.explainer.batches import Step, answer_tokens, collate, training_steps
+from ray_explain.explainer.batches import Step, answer_tokens, collate, micro_batch, training_steps
 from ray_explain.explainer.examples import Example
 from ray_explain.explainer.module import Explainer, Outcome
 from ray_explain.explainer.optimise import Schedule, learning_rate_factor, parameter_groups
@@ -96,7 +96,7 @@ def _backward(explainer: Explainer, examples: Sequence[Example], step: Step, pad
     total = answer_tokens([examples[i] for part in step for i in part])
     outcomes = []
     for part in step:
-        batch = collate([examples[i] for i in part], pad_id).to(explainer.device)
+        batch = collate(micro_batch(examples, step, part), pad_id).to(explainer.device)
         outcome = explainer(batch, n_answer_tokens=total)
         check_finite(outcome, [examples[i].question_id for i in part])
         outcome.loss.backward()

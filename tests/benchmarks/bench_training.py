@@ -33,6 +33,7 @@ from ray_explain.explainer.module import Explainer
 from ray_explain.explainer.optimise import with_lora
 from ray_explain.explainer.projection import Projection
 from ray_explain.explainer.training import PlainTraining, StepReport, train_plain
+from ray_explain.interventions.layout import layout_of
 
 MARKERS = Markers("<b>", "<v>", "<e>", 5, 6, 7, added=False)
 BATCH, LAYERS_OF_TARGET = 16, 4
@@ -388,9 +389,10 @@ def _gpu_row(name: str, train: Any, what: str, rate: float, steps: int) -> None:
     seconds = time.perf_counter() - started
     seen = [examples[i] for (chosen,) in order[2:] for i in chosen]
     n_tokens = sum(len(example.input_ids) for example in seen)
-    flops = (4 if train.lora else 6) * made.n_parameters * n_tokens  # a frozen weight needs no gradient of its own
+    n_learned = answer_tokens(seen)
+    flops = training_flops(model, n_tokens, n_learned)
     print(
-        f"| {name} | {what} | {n_tokens / seconds:.0f} | {answer_tokens(seen) / seconds:.0f} | "
+        f"| {name} | {what} | {n_tokens / seconds:.0f} | {n_learned / seconds:.0f} | "
         f"{flops / seconds / rate:.2f} | {torch.cuda.max_memory_allocated() / 2**30:.1f} | {plan / 2**30:.1f} |",
         flush=True,
     )
@@ -398,6 +400,21 @@ def _gpu_row(name: str, train: Any, what: str, rate: float, steps: int) -> None:
     del engine, explainer, model, outcome
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def training_flops(model: nn.Module, n_tokens: float, n_learned: float) -> float:
+    """FLOP of forward and backward passes over so many tokens: 6 for each of them and each weight, 4 where the weight
+    is frozen and needs no gradient of its own. The embedding table is only looked up, and the unembedding sees the
+    tokens that are learned alone. Attention's products of tokens with tokens are left out."""
+    layout = layout_of(model)
+    head = layout.unembedding.weight
+    tables = {id(head), id(layout.embedding.weight)}
+    body = sum(_flops_each(one) for one in model.parameters() if id(one) not in tables)
+    return body * n_tokens + _flops_each(head) * n_learned
+
+
+def _flops_each(parameter: nn.Parameter) -> int:
+    return (6 if parameter.requires_grad else 4) * parameter.numel()
 
 
 def _matmul_rate(n: int = 8192, rounds: int = 30) -> float:

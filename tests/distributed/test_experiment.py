@@ -14,11 +14,12 @@ from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import Experiment
 from ray_explain.distributed import experiment
-from ray_explain.distributed.experiment import Session, checked, make_ground_truth
+from ray_explain.distributed.experiment import Session, answer_jobs, checked, make_ground_truth
 from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.ground_truth import jsonl, released
 from ray_explain.ground_truth.cases import BY_DESIGN
+from ray_explain.models import files_fingerprint
 from ray_explain.stages import READ, Result
 from tests.ground_truth.test_released import ITEMS, released_hint
 
@@ -74,6 +75,12 @@ def test_the_share_is_one_of_all_lines_not_of_those_that_are_wanted(world_target
 def test_what_is_left_out_by_design_counts_in_no_share(world_target: Path, tmp_path: Path) -> None:
     lines = good_lines(4) * 10
     assert made_of(lines, world_target, tmp_path) == (4, {jsonl.REPEATED: 36})
+
+
+def test_explainers_are_held_against_the_weights_of_the_target_that_is_here(world_target: Path, tmp_path: Path) -> None:
+    jobs = answer_jobs(plan(world_target, tmp_path, {}))
+    known = [job.config["target_weights"] for job in jobs if "folder" in job.config]
+    assert known == [files_fingerprint(str(world_target))] and known[0]
 
 
 def test_reading_stops_with_the_part_that_makes_it_too_much() -> None:

@@ -139,6 +139,25 @@ def test_what_changes_the_steps_makes_another_explainer(override: str, tmp_path:
     assert not set(explainers(tmp_path, override)) & set(explainers(tmp_path))
 
 
+def test_ridge_maps_read_the_corpus_where_questions_are_about_features_and_else_not():
+    changes = train(injection={"projection": "ridge"}, mixtures=[["patching", "ablation"], ["features"]])
+    made = plan(**changes)
+    for run in made.runs():
+        maps = made.alignment(run)
+        assert maps is not None
+        assert ("corpus_windows" in {parent.kind for parent in maps.parents}) is ("features" in run.tasks)
+
+
+def test_an_explainer_takes_the_weights_of_its_own_tasks():
+    """Others say nothing about it, neither how it is trained nor which one it is."""
+    mixtures = [["patching"], ["ablation", "features"]]
+    plain, weighted = plan(**train(mixtures=mixtures)), plan(**train(mixtures=mixtures, weights={"features": 2}))
+    for run in plain.runs():
+        alone = run.tasks == ("patching",)
+        assert weighted.train_config(run).weights == ({} if alone else {"features": 2})
+        assert (weighted.explainer(run) == plain.explainer(run)) is alone
+
+
 @pytest.mark.parametrize("choosing", ["train.keep=best", "sweep.metric=validation_exact"])
 def test_validation_makes_another_explainer_where_it_chooses_one(choosing: str, tmp_path: Path) -> None:
     often, seldom, fewer = (

@@ -152,7 +152,9 @@ def test_failed_runs_do_not_stop_others_and_what_is_left_out_is_said(
     assert manifest is not None and manifest.dropped == {"over-long": 1}
     told = "fine: 1 of 72 training questions and texts are left out: 1 over-long"
     assert capsys.readouterr().out.count(told) == 1 and told in caplog.text
-    assert list((tmp_path / "ray_train" / wild.name).glob("checkpoint_*/state.json")), "the last good checkpoint stays"
+    states = (tmp_path / "ray_train" / wild.name).glob("checkpoint_*/state.json")
+    assert wild.train.keep_checkpoints == 2
+    assert sorted(json.loads(state.read_text())["step"] for state in states) == [3, 4], "the last good checkpoints stay"
 
 
 def _with_an_over_long_question(folder: str, tmp_path: Path) -> tuple[str, str]:

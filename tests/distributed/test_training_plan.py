@@ -102,6 +102,35 @@ def test_fractions_and_weights_count_as_in_the_training(
         assert found.steps == len(start.steps)
 
 
+PUBLISHED = "sae: {path: /some/sae}, d_sae: 7, describer: {kind: neuronpedia, path: /some/export}"
+
+
+@pytest.mark.parametrize(
+    ("features", "questions", "told"),
+    [
+        ("d_sae: 50", 100, "100 questions, at most x 3 epochs = 39 steps of 8, 4 at once"),
+        ("per_layer: 20, source: released, path: /some/data", 40, "40 questions, at most x 3 epochs = 15 steps of 8"),
+        (
+            "source: released, path: /some/data, d_sae: 7",
+            None,
+            "an unknown number of questions (all features there are",
+        ),
+        (PUBLISHED, None, "`per_layer` is not given) x 3 epochs, steps of 8, 4 at once"),
+        (f"per_layer: 20, {PUBLISHED}", 40, "40 questions, at most"),
+        ("source: neurons, describer: {kind: local, path: /some/model}", None, "an unknown number of questions"),
+    ],
+)
+def test_features_are_as_many_as_are_asked_for(
+    features: str, questions: int | None, told: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An SAE that others made is as wide as it is: `d_sae` says nothing about it."""
+    overrides = [f"ground_truth={{features: {{{features}}}}}", "train.mixtures=[[features]]"]
+    found = work(config, *overrides)
+    assert found.questions == questions and (found.steps is None) is (questions is None)
+    assert main(["--config", config, "--plan", *overrides]) == 0
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("workers", "gpus_per_worker", "gpus", "memory", "expected"),
     [

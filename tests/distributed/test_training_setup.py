@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ray_explain.config import TrainConfig
-from ray_explain.distributed.training_setup import new_explainer
+from ray_explain.distributed.training_setup import micro_batches, new_explainer
 from ray_explain.explainer.batches import collate
 from ray_explain.explainer.examples import Example
 from tests.explainer.conftest import MARKERS, tiny_model
@@ -23,3 +23,16 @@ def test_questions_without_vectors_are_learned_by_an_explainer_of_any_width(proj
     outcome = explainer(collate(examples, 0))
     outcome.loss.backward()
     assert outcome.n_tokens == 6 and outcome.loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "micro_batch_size", "passes"),
+    [(15, 8, 1, 16), (15, 8, None, 8), (15, 8, 2, 8), (32, 1, 1, 32), (32, 1, 5, 7), (4, 8, 1, 8), (100, 3, 10, 12)],
+)
+def test_no_pass_holds_more_questions_than_allowed(
+    batch_size: int, workers: int, micro_batch_size: int | None, passes: int
+) -> None:
+    train = TrainConfig(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    assert micro_batches(train, workers) == passes
+    assert passes % workers == 0
+    assert -(-batch_size // passes) <= (micro_batch_size or batch_size)

@@ -58,8 +58,14 @@ def two(place: tuple[Path, Path, str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain(questions: tuple[str, str], world_target: Path) -> Any:
-    """Losses of the same training in one process; what only says how it is done is left out."""
-    same = {"zero_stage": 2, "micro_batch_size": None, "offload": False, "gradient_checkpointing": False}
+    """Losses of the same training in one process in float32; what only says how it is done is left out."""
+    same = {
+        "zero_stage": 2,
+        "micro_batch_size": None,
+        "offload": False,
+        "gradient_checkpointing": False,
+        "precision": "float32",
+    }
 
     @cache
     def losses(key: str) -> list[float]:
@@ -73,14 +79,15 @@ def plain(questions: tuple[str, str], world_target: Path) -> Any:
 @pytest.mark.parametrize("name", EXACT)
 def test_two_workers_learn_as_plain_adamw_in_one_process(name: str, two: dict[str, Any], plain: Any) -> None:
     found = two[name]["losses"]
-    assert len(found) == 26
+    assert len(found) == (24 if "short-steps" in name else 26)
     assert found == pytest.approx(plain(name), abs=1e-4)
     assert found[-1] < found[0] - 0.2
 
 
 @pytest.mark.parametrize("name", NEAR)
-def test_bfloat16_stays_near(name: str, two: dict[str, Any]) -> None:
-    assert two[name]["losses"] == pytest.approx(two["zero-2"]["losses"], abs=0.1)
+def test_bfloat16_stays_near_plain_float32(name: str, two: dict[str, Any], plain: Any) -> None:
+    near = 0.1 if name.startswith("zero-0") else 0.01  # without ZeRO, DeepSpeed strays further
+    assert two[name]["losses"] == pytest.approx(plain(name), abs=near)
 
 
 def test_norms_of_gradients_are_those_of_the_whole_step(two: dict[str, Any]) -> None:

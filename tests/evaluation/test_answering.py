@@ -52,7 +52,7 @@ def trained(world_target, tmp_path_factory):
     """Folder of an explainer of the target "t", trained on the words "brief" as they are now."""
     folder, loaded = tmp_path_factory.mktemp("explainer"), load_model(str(world_target))
     explainer, words = untrained(loaded.model, loaded.tokenizer, d_target=D), {"brief": wordings.version("brief")}
-    of = {"target": "t", "target_revision": "1", "base": str(world_target), "wordings": words}
+    of = {"target": "t", "target_revision": "1", "target_weights": "a1", "base": str(world_target), "wordings": words}
     save_explainer(explainer, folder, sidecar_of(explainer, loaded.tokenizer, **of), loaded.tokenizer)
     return {"explainer": "x", "folder": str(folder), "target": "t", "target_revision": "1"}
 
@@ -66,6 +66,7 @@ def test_an_explainer_answers_about_its_own_target_in_its_own_words(trained, ask
     [
         ({"target": "u"}, "has target 't', it cannot be used with 'u'"),
         ({"target_revision": "2"}, "has target_revision '1'"),
+        ({"target_weights": "b2"}, "has target_weights 'a1', it cannot be used with 'b2'"),
         ({"d_target": 48}, "has d_target 32, it cannot be used with 48"),
     ],
 )

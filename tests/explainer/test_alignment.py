@@ -37,5 +37,5 @@ def test_places_are_shared_where_tokens_of_both_end(new_tokenizer):
 
 def test_too_little_text_is_refused(new_model, base):
     model = new_model("llama")
-    with pytest.raises(ValueError, match=r"places of 2 texts to fit maps of vectors 32 wide"):
+    with pytest.raises(ValueError, match=r"places of 2 texts to fit maps of vectors 32 wide: too few"):
         align((model, base), (model, base), TEXTS[:2], [0])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_explain.explainer.batches import answer_tokens, collate, epoch_steps, training_steps
+from ray_explain.explainer.batches import answer_tokens, collate, epoch_steps, micro_batch, training_steps
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(5, 60, 203).tolist()
@@ -93,19 +93,35 @@ def test_what_is_seen_does_not_depend_on_the_size_of_steps():
     assert sorted(one_epoch(1, weights={"text": 0.3})) == sorted(one_epoch(1, weights={"text": 0.3}, batch_size=50))
 
 
-@given(n=st.integers(1, 60), batch_size=st.integers(1, 20), micro_batches=st.integers(1, 6), seed=st.integers(0, 3))
+@given(n=st.integers(1, 60), batch_size=st.integers(1, 20), micro_batches=st.integers(1, 24), seed=st.integers(0, 3))
 @settings(max_examples=60)
-def test_whatever_the_sizes_no_example_is_lost_and_no_micro_batch_is_empty(n, batch_size, micro_batches, seed):
+def test_whatever_the_sizes_no_example_is_lost_and_micro_batches_are_even(n, batch_size, micro_batches, seed):
     options = dict(epoch=0, batch_size=batch_size, micro_batches=micro_batches, seed=seed, weights={})
-    n_steps = -(-n // batch_size)
-    if n // n_steps < micro_batches:
-        with pytest.raises(ValueError, match="too few"):
-            epoch_steps(LENGTHS[:n], TASKS[:n], **options)
-        return
     found = epoch_steps(LENGTHS[:n], TASKS[:n], **options)
     assert sorted(flat(found)) == list(range(n))
-    assert all(part for step in found for part in step)
-    assert max(sum(map(len, step)) for step in found) <= batch_size
+    assert {len(step) for step in found} == {micro_batches}
+    for step in found:
+        sizes = [len(part) for part in step]
+        assert 1 <= sum(sizes) <= batch_size
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_question_at_a_time_is_possible_whatever_their_number():
+    """100 in steps of 32 make four steps of 25, each in 32 passes."""
+    found = epoch_steps(LENGTHS[:100], TASKS[:100], epoch=0, batch_size=32, micro_batches=32, seed=0, weights={})
+    assert [sorted(map(len, step)) for step in found] == [[0] * 7 + [1] * 25] * 4
+
+
+def test_an_empty_micro_batch_is_a_prompt_of_which_nothing_is_to_be_learned(examples):
+    [own] = micro_batch(examples, [[0, 3], [1], []], [])
+    assert own == examples[1]._replace(input_ids=examples[1].input_ids[: examples[1].n_prompt])
+    assert answer_tokens([own]) == 0 and not collate([own], 0).answer.any()
+    assert micro_batch(examples, [[0, 3], [1], []], [0, 3]) == [examples[0], examples[3]]
+
+
+def test_an_epoch_without_any_example_is_refused():
+    with pytest.raises(ValueError, match="no example in epoch 1"):
+        steps(weights={task: 1e-4 for task in set(TASKS)})
 
 
 @pytest.mark.parametrize(("weights", "message"), [({"features": 1.0}, "'features'"), ({"text": 0.0}, "above 0")])

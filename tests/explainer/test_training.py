@@ -26,7 +26,7 @@ def linear() -> Projection:
     return Projection("linear", 32, 32, [0, 1, 2])
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("micro_batches", [2, 8, 11])  # of 8 examples
 def test_accumulation_changes_no_loss(new_explainer, data, micro_batches):
     whole = train_plain(new_explainer(projection=linear()), data, CONFIG, pad_id=0)
     parts = dataclasses.replace(CONFIG, micro_batches=micro_batches)

@@ -1,0 +1,60 @@
+"""Which explainer of a training is kept. Needs no running Ray."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ray_explain.artifacts import finished
+from ray_explain.config import TrainConfig
+from ray_explain.distributed.train import best_folder
+from ray_explain.distributed.training_loop import _Best, _save
+from ray_explain.distributed.training_setup import start_of
+from ray_explain.distributed.watching import Watch
+from ray_explain.explainer.sidecar import load_explainer
+from tests.distributed.training_runs import run_of
+
+
+@pytest.mark.parametrize(
+    ("keep", "scores", "kept"),
+    [
+        ("best", [0.2, 0.6, 0.4, 0.5], 2),
+        ("best", [0.6, 0.2, 0.4, 0.6], 4),  # as good as the best one, and has seen more
+        ("best", [0.2, 0.3, 0.4, 0.5], 4),
+        ("best", [0.0, 0.0, 0.0, 0.0], 4),
+        ("last", [0.2, 0.6, 0.4, 0.5], 4),
+    ],
+)
+def test_the_saved_explainer_has_the_weights_of_the_step_that_is_to_be_kept(
+    keep: str,
+    scores: list[float],
+    kept: int,
+    questions: tuple[str, str],
+    world_target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    train = TrainConfig.model_validate({"validate_every": 1, "keep": keep, "max_tokens": 100})
+    run, root = run_of(train, "kept", questions, world_target), str(tmp_path)
+    start = start_of(run, workers=1)
+    engine: Any = SimpleNamespace(module=start.explainer)
+    watch = Watch(None, run, root, len(scores), first=True)
+    best = _Best(run, root, start, watch, -1.0)
+    weight = start.explainer.language_model.get_input_embeddings().weight
+    for number, score in enumerate(scores, start=1):
+        with torch.no_grad():
+            weight.fill_(number)
+        watch.last = {"steps": number}
+        best.offer(engine, score, last=number == len(scores))
+    _save(engine, run, root, start, watch, best, {"workers": 1}, seconds=1.0)
+    watch.close()
+    saved, _ = load_explainer(run.artifact.path(root))
+    assert saved.language_model.get_input_embeddings().weight.unique().tolist() == [kept]
+    manifest = finished(run.artifact, root)
+    assert manifest is not None
+    assert manifest.measured.get("kept_validation_exact") == (max(scores) if keep == "best" else None)
+    assert not Path(best_folder(run, root)).exists()
