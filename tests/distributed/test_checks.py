@@ -110,7 +110,7 @@ def test_an_actor_that_starts_later_on_a_node_with_other_code_says_so(tmp_path: 
 def test_a_pretraining_on_a_node_with_other_code_says_so(tmp_path: Path) -> None:
     from ray_explain.distributed.pretrain import _pretrain
 
-    with pytest.raises(BadInput, match="runs another version .* 0123456789ab"):
+    with pytest.raises(BadInput, match=r"runs another version .* 0123456789ab"):
         _pretrain._function(Artifact(kind="models", label="m", config={}), str(tmp_path), None, "code 0123456789ab")
 
 
