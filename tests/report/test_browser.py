@@ -49,6 +49,11 @@ class Browser:
         self._send("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
         self._send("/url", {"url": page.absolute().as_uri()})
 
+    def show_as(self, media: str, scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        media_and_scheme = {"media": media, "features": features}
+        self._send("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media_and_scheme})
+
     def ask(self, script: str) -> Any:
         return self._send("/execute/sync", {"script": f"return {script}", "args": []})
 
@@ -142,3 +147,47 @@ def test_print_unfolds_what_is_folded(browser, page) -> None:
     assert browser.ask("document.querySelectorAll('details:not([open])').length") == 0
     browser.ask("window.dispatchEvent(new Event('afterprint'))")
     assert browser.ask("document.querySelectorAll('details[open]').length") == 0
+
+
+# Texts that stand out from what is behind them by less than WCAG asks for: 4.5, large ones 3.
+FAINT = """(() => {
+  const paint = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+  const parts = text => {  // of any way to write a color
+    paint.clearRect(0, 0, 1, 1);
+    paint.fillStyle = text;
+    paint.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = paint.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const over = ([r, g, b, a = 1], under) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+  const behind = node => {
+    if (!node) return [255, 255, 255];
+    const color = parts(getComputedStyle(node).backgroundColor);
+    return color[3] === 1 ? color : over(color, behind(node.parentElement));
+  };
+  const faint = [];
+  for (const node of document.querySelectorAll('body *:not(svg *):not(script):not(style)')) {
+    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+    if (!own || !node.checkVisibility()) continue;
+    const style = getComputedStyle(node), ground = behind(node), ink = over(parts(style.color), ground);
+    const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x), large = parseFloat(style.fontSize) >= 24;
+    if ((a + .05) / (b + .05) < (large ? 3 : 4.5)) faint.push(node.tagName + '.' + node.className + ': ' + node.textContent.trim().slice(0, 30));
+  }
+  return faint;
+})()"""
+
+
+@pytest.mark.parametrize(
+    "media, scheme, is_light", [("screen", "light", True), ("screen", "dark", False), ("print", "dark", True)]
+)
+def test_texts_stand_out_by_day_and_by_night_and_on_paper(browser, page, media, scheme, is_light) -> None:
+    browser.show_as(media, scheme)
+    try:
+        browser.visit(page)
+        ground = browser.ask("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(").split(",")[0]
+        assert (int(ground) > 200) is is_light and (int(ground) < 60) is not is_light
+        assert browser.ask(FAINT) == []
+    finally:
+        browser.show_as("screen", "light")
