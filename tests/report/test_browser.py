@@ -159,8 +159,8 @@ FAINT = """(() => {
     const [r, g, b, a] = paint.getImageData(0, 0, 1, 1).data;
     return [r, g, b, a / 255];
   };
-  const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
   const over = ([r, g, b, a = 1], under) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
   const behind = node => {
     if (!node) return [255, 255, 255];
@@ -173,7 +173,8 @@ FAINT = """(() => {
     if (!own || !node.checkVisibility()) continue;
     const style = getComputedStyle(node), ground = behind(node), ink = over(parts(style.color), ground);
     const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x), large = parseFloat(style.fontSize) >= 24;
-    if ((a + .05) / (b + .05) < (large ? 3 : 4.5)) faint.push(node.tagName + '.' + node.className + ': ' + node.textContent.trim().slice(0, 30));
+    const stands = (a + .05) / (b + .05) >= (large ? 3 : 4.5);
+    if (!stands) faint.push(node.tagName + '.' + node.className + ': ' + node.textContent.trim().slice(0, 30));
   }
   return faint;
 })()"""
