@@ -73,11 +73,6 @@ class Plan:
         self.experiment, self._without = experiment, without
         self.root = storage.absolute(experiment.storage)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all runs of the experiment are in it."""
-        return not self._without
-
     def path(self, artifact: Artifact) -> str:
         """Where an artifact lies."""
         return artifact.path(self.root)
