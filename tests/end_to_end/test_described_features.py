@@ -339,6 +339,7 @@ def test_an_sae_that_does_not_fit_is_one_sentence_and_exit_code_2(
     assert "is 16 wide, the target 32: not its SAE" in told and "Traceback" not in told
 
 
+@pytest.mark.long
 def test_a_neuronpedia_export_gives_the_papers_questions_and_one_off_by_one_is_refused(
     running_ray: None, world_target: Path, saes: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,7 +397,8 @@ def write_export(folder: Path, rows: list[Any]) -> None:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("source", ["activations", pytest.param("differences", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("source", ["activations", "differences"])
 def test_whole_vectors_are_described_by_a_local_model(
     running_ray: None, world_target: Path, tmp_path: Path, source: str
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZipFile
 
+import psutil
 import pytest
 import yaml
 
@@ -92,7 +92,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             _wait_for_jobs(made)
             yield made
         finally:
-            node.send_signal(signal.SIGTERM)
+            own = psutil.Process(node.pid)
+            for process in [own, *own.children(recursive=True)]:  # a SIGTERM takes Ray half a minute
+                process.kill()
             node.wait(timeout=60)
 
 

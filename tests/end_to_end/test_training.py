@@ -17,7 +17,7 @@ from ray_explain.artifacts import finished
 from ray_explain.distributed.watching import CURVE
 from tests.tiny import config_in, plan_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 ROOT = Path(__file__).resolve().parent.parent.parent
 DROPPING_OUT = {
     "mixtures": [["patching"]],
