@@ -46,6 +46,7 @@ _SHORT = TrainConfig(
 )
 _LORA = {"lora": LoraConfig(rank=4, alpha=8, dropout=0.0)}
 _LINEAR = {"injection": InjectionConfig(projection="linear")}
+_ADD = {"injection": InjectionConfig(mode="add", layer=0)}
 
 
 def _case(**changes: Any) -> TrainConfig:
@@ -62,6 +63,8 @@ CASES = {
     **{f"zero-{stage}-short-steps": _case(zero_stage=stage, batch_size=9, micro_batch_size=1) for stage in (2, 3)},
     "zero-3-linear": _case(zero_stage=3, **_LINEAR),
     "zero-3-linear-lora": _case(zero_stage=3, **_LINEAR, **_LORA),
+    "zero-3-add": _case(zero_stage=3, **_ADD),
+    "zero-3-add-lora": _case(zero_stage=3, gradient_checkpointing=True, **_ADD, **_LORA),
     "zero-2-offload": _case(zero_stage=2, offload=True),
     "zero-3-offload": _case(zero_stage=3, offload=True),
     "zero-3-checkpointing": _case(zero_stage=3, gradient_checkpointing=True),
