@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 CONFIG ?= jobs/configs/demo.yaml
 RUN ?= runs/demo
 BIN := $(VENV)/bin
+PEERS := transformer_lens==4.3.0 pyvene==0.1.8 datasets dill multiprocess xxhash beartype better_abc fancy_einsum \
+	transformers_stream_generator wandb sentencepiece typeguard matplotlib contourpy cycler fonttools kiwisolver pyparsing
 # The cluster of `make cluster-up`: this machine, or what a file such as cluster.yaml describes.
 CLUSTER ?=
 DASHBOARD_PORT ?= 8265
@@ -108,8 +110,12 @@ chaos: setup  ## the pipeline on several nodes and S3, while parts of it are kil
 cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines made of namespaces (needs root)
 	$(BIN)/python -m pytest -m machines tests/distributed/test_machines.py
 
-bench: setup  ## measured speed, against what one would use otherwise
-	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
+# What is compared with, beside the environment and not in it; where it cannot be had, its rows say "not installed".
+$(VENV)/peers: $(VENV)/.stamp
+	-$(BIN)/uv pip install -q --no-deps --target $@ $(PEERS)
+
+bench: setup $(VENV)/peers  ## measured speed, against what one would use otherwise
+	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_interventions.py
 	$(BIN)/python tests/benchmarks/bench_stages.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py exemplars
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_features.py directions
