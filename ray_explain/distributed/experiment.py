@@ -91,9 +91,9 @@ class Session:
             self._started = True
             self._check_workers()
 
-    def start_early(self, *, trains: bool = False) -> None:
-        """Where work is left that needs a cluster of others, or GPUs, Ray starts now: who has none is told before
-        anything is read. `trains` says that explainers will be trained.
+    def start_early(self, ends: Iterable[Artifact], *, trains: bool = False) -> None:
+        """Where some of what the job ends with is missing, and is to be made on a cluster of others or with GPUs, Ray
+        starts now: who has none is told before anything is read. `trains` says that explainers will be trained.
 
         Raises:
             BadInput: as `start_ray`.
@@ -101,7 +101,7 @@ class Session:
         """
         self._trains, wanted = self._trains or trains, self.plan.experiment.cluster
         needs_more = os.environ.get("RAY_ADDRESS") or wanted.gpus_per_actor or wanted.gpus_per_worker
-        if needs_more and not self._started and self.missing([self.plan.scores()]):
+        if needs_more and not self._started and self.missing(list(ends)):
             self.start_ray()
 
     def _check_workers(self) -> None:
@@ -243,7 +243,7 @@ def make_ground_truth(session: Session) -> None:
         BadInput: as `make_models`; or a model that is to be an explainer could not end its answers.
     """
     plan = session.plan
-    session.start_early()
+    session.start_early(plan.effects(task, target) for target, task in plan.target_tasks())
     make_models(session)
     _check_explainers(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
@@ -498,8 +498,9 @@ def train_explainers(session: Session) -> None:
     Raises:
         BadInput: texts are to be replayed, but no model of the experiment has read the world's; or as `check_asked`.
     """
-    check_asked(session.plan)
-    session.start_early(trains=True)
+    plan = session.plan
+    check_asked(plan)
+    session.start_early(map(plan.explainer, plan.runs()), trains=True)
     make_ground_truth(session)
     _train_missing(session)
 
@@ -595,7 +596,7 @@ def evaluate(session: Session) -> None:
     """
     plan = session.plan
     check_asked(plan)
-    session.start_early(trains=True)
+    session.start_early([plan.scores()], trains=True)
     make_ground_truth(session)
     make_asked(session)
     _train_missing(session)

@@ -289,15 +289,31 @@ def test_workers_that_no_cluster_has_are_refused_when_the_cluster_starts_unless_
     with Session(plan) as session:
         session.start_ray()  # it may measure, and train elsewhere
     monkeypatch.setattr(Plan, "explainer", lambda *_: Artifact(kind="explainers", label="one", config={}))
-    monkeypatch.setattr(Plan, "scores", lambda *_: Artifact(kind="scores", label="all", config={}))
     with Session(plan) as session:
-        session.start_early(trains=True)
+        session.start_early([], trains=True)
         with pytest.raises(JobFailed, match="64 workers of 1 CPU are asked for"):
             session.start_ray()
     finish(Artifact(kind="explainers", label="one", config={}), plan.root)
     with Session(plan) as session:
-        session.start_early(trains=True)
+        session.start_early([], trains=True)
         session.start_ray()
+
+
+def test_what_is_finished_needs_no_cluster_though_later_steps_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(read_experiment(write_config(tmp_path, tmp_path, cluster={"gpus_per_actor": 1})))
+    made = Artifact(kind="patching_effects", label="target", config={})
+    monkeypatch.setattr(Plan, "effects", lambda *_: made)
+    monkeypatch.setattr("ray_explain.distributed.experiment.make_models", lambda _: None)
+    started = list[None]()
+    monkeypatch.setattr(Session, "start_ray", lambda _: started.append(None))
+    for expected in (1, 0):
+        started.clear()
+        with Session(plan) as session, suppress(Exception):  # there is no model to go on with
+            make_ground_truth(session)
+        assert len(started) == expected
+        finish(made, plan.root)
 
 
 @pytest.mark.ray
