@@ -37,8 +37,8 @@ class AnswerStage:
     Config: `explainer` (its name in the answers), `max_new_tokens`, `batch_size`, `max_tokens`, `d_target`, and either
     `folder` (of a trained one), `target` and `target_revision` that the questions are about and, where they are known,
     `target_weights`, or `model`, `revision`, `dtype` and `injection` of one that was never trained, of which the
-    `first_answer` counts (its log-probability is that of all that was said); with `text_only`, vectors are zero, as they
-    were in its training.
+    `first_answer` counts (its log-probability is that of all that was said); with `text_only`, vectors are zero, as
+    they were in its training.
 
     Raises:
         Mismatch: the trained one explains another target, or one of another width or other weights.
