@@ -98,8 +98,9 @@ test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 	$(BIN)/python -m pytest -m "(ray or slow) and not long and not gpu and not network and not machines"
 
-test-long: setup  ## those that take minutes each: all storage on a failing S3, a killed training, planned against measured memory
+test-long: setup $(VENV)/trackers  ## those that take minutes each: all storage on a failing S3, a killed training, planned against measured memory; MLflow and W&B as they are
 	$(BIN)/python -m pytest -m "long and not gpu and not network"
+	PYTHONPATH=$(VENV)/trackers $(BIN)/python -m pytest -rs tests/distributed/test_trackers.py
 
 test-fast: setup  ## tests of the tensors and tables layers
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
@@ -109,6 +110,10 @@ chaos: setup  ## the pipeline on several nodes and S3, while parts of it are kil
 
 cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines made of namespaces (needs root)
 	$(BIN)/python -m pytest -m machines tests/distributed/test_machines.py
+
+# Whom they are not asked for need not have them: they lie beside the environment.
+$(VENV)/trackers: $(VENV)/.stamp
+	$(BIN)/uv pip install -q --python $(BIN)/python --target $@ "mlflow-skinny>=3" "wandb>=0.19"
 
 # What is compared with, beside the environment and not in it; where it cannot be had, its rows say "not installed".
 $(VENV)/peers: $(VENV)/.stamp

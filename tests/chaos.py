@@ -30,7 +30,7 @@ from tests.tiny import EXPERIMENT, config_in, plan_of, tables_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("actor", "train worker", "node", "driver", "storage")
-LATEST = 15.0  # seconds between seeing something and killing it, at most
+LATEST = {"pipeline": 15.0, "ground_truth": 4.0}  # seconds between seeing something and killing it, at most
 REPLACED_AFTER = 5.0  # seconds until there is a new node for a lost one
 LONGEST = 1200.0  # seconds of a run
 TABLES = {"pipeline": ("effects", "questions", "answers"), "ground_truth": ("effects", "questions")}
@@ -156,7 +156,7 @@ class Run:
         """A moment is drawn when there is first something to kill; it comes when there still is."""
         if not self._victims(kind):
             return False
-        due = self._due.setdefault(kind, time.monotonic() + self.chance.uniform(0, LATEST))
+        due = self._due.setdefault(kind, time.monotonic() + self.chance.uniform(0, LATEST[self.job]))
         return time.monotonic() >= due
 
     def _victims(self, kind: str) -> Sequence[Any]:

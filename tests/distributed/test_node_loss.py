@@ -19,7 +19,7 @@ from ray_explain.ground_truth.world_cases import patching_cases
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 N = 400
 
 

@@ -56,7 +56,7 @@ def _case(**changes: Any) -> TrainConfig:
 CASES = {
     **{f"zero-{stage}": _case(zero_stage=stage) for stage in (0, 1, 2, 3)},
     **{f"zero-{stage}-lora": _case(zero_stage=stage, **_LORA) for stage in (0, 1, 2, 3)},
-    **{f"zero-{stage}-bfloat16": _case(zero_stage=stage, precision="bfloat16") for stage in (0, 3)},
+    **{f"zero-{stage}-bfloat16": _case(zero_stage=stage, precision="bfloat16") for stage in (0, 1, 2, 3)},
     **{f"zero-{stage}-bfloat16-lora": _case(zero_stage=stage, precision="bfloat16", **_LORA) for stage in (2, 3)},
     "zero-3-bfloat16-linear": _case(zero_stage=3, precision="bfloat16", **_LINEAR),
     "zero-2-passes-of-1": _case(zero_stage=2, micro_batch_size=1),
@@ -71,7 +71,10 @@ CASES = {
     "zero-2-lora-dropout": _case(zero_stage=2, lora=LoraConfig(rank=4, alpha=8, dropout=0.1)),
 }
 VALIDATED = ["zero-2", "zero-3", "zero-3-lora"]
-RESUMED = [f"zero-{stage}{kind}" for stage in (0, 1, 2, 3) for kind in ("", "-lora")]
+RESUMED = [
+    *(f"zero-{stage}{kind}" for stage in (0, 1, 2, 3) for kind in ("", "-lora")),
+    *("zero-1-bfloat16", "zero-2-bfloat16"),
+]
 RESUMED_AS_THEY_WERE = [
     *("zero-0", "zero-3", "zero-2-lora-dropout", "zero-0-bfloat16", "zero-3-bfloat16", "zero-2-offload"),
 ]
@@ -97,3 +100,4 @@ POISONED = {  # what one number of a gradient becomes
     "zero-3-bfloat16": "nan",
     "zero-3-offload": "inf",
 }
+WITHOUT_LOSS = ["zero-0", "zero-1-bfloat16", "zero-3-lora"]

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from ray_explain.distributed import training_setup, zero
 from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.training_loop import Taken, train_steps, write_explainer
 from ray_explain.distributed.validation import Sample, answers, sample_of, validate
+from ray_explain.explainer.module import Outcome
 from ray_explain.explainer.sidecar import load_explainer
 from ray_explain.explainer.training import NotFinite
 from tests.distributed.training_runs import (
@@ -33,6 +35,7 @@ from tests.distributed.training_runs import (
     RESUMED_AS_THEY_WERE,
     SPLIT,
     VALIDATED,
+    WITHOUT_LOSS,
     later_stage,
     run_of,
 )
@@ -119,9 +122,10 @@ class Enough(Exception):
     """The checkpoint can be made."""
 
 
-def poisoned_run(name: str, place: Place) -> dict[str, Any]:
-    """Three steps, in the last of which one worker's gradient of one parameter is no number; the losses stay finite."""
-    run, last, value = place.run(CASES[name], name), 3, float(POISONED[name])
+def poisoned_run(name: str, place: Place, poison: Callable[[Any, Callable[[], bool]], None]) -> dict[str, Any]:
+    """Three steps, the last of them poisoned: `poison` gets the engine, and what says whether it is time and the worker
+    to do it."""
+    run, last = place.run(CASES[name], name), 3
     start = training_setup.start_of(run, dist.get_world_size())
     engine = training_setup.new_engine(start.explainer, run.train, dist.get_world_size())
     parameters, before, taken = list(engine.module.parameters()), list[torch.Tensor](), list[int]()
@@ -129,19 +133,11 @@ def poisoned_run(name: str, place: Place) -> dict[str, Any]:
     def own() -> list[torch.Tensor]:
         return [getattr(one, "ds_tensor", one).detach().clone() for one in parameters]
 
-    def poison(gradient: torch.Tensor) -> torch.Tensor:
-        if len(taken) < last - 1 or dist.get_rank() == 0:
-            return gradient
-        gradient = gradient.clone()
-        gradient.view(-1)[-1] = value
-        return gradient
-
-    next(one for one in reversed(parameters) if one.requires_grad).register_hook(poison)
-
     def after(step: Taken) -> None:
         taken.append(step.number)
         before[:] = own()
 
+    poison(engine, lambda: len(taken) == last - 1 and dist.get_rank() > 0)
     told = "nothing"
     try:
         train_steps(engine, start.examples, start.steps[:last], run, pad_id=start.pad_id, after=after)
@@ -151,8 +147,33 @@ def poisoned_run(name: str, place: Place) -> dict[str, Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {"told": told, "steps": len(taken), "weights are as before": same})
     engine.destroy()
-    ids = [start.examples[i].question_id for part in start.steps[last - 1] for i in part]
+    ids = [[start.examples[i].question_id for i in part] for part in start.steps[last - 1]]
     return {"workers": everyone, "questions": ids}
+
+
+def poisoned_gradient(value: float) -> Callable[[Any, Callable[[], bool]], None]:
+    """One number of one parameter's gradient becomes `value`; the losses stay finite."""
+
+    def poison(engine: Any, now: Callable[[], bool]) -> None:
+        def changed(gradient: torch.Tensor) -> torch.Tensor:
+            if not now():
+                return gradient
+            gradient = gradient.clone()
+            gradient.view(-1)[-1] = value
+            return gradient
+
+        next(one for one in reversed(list(engine.module.parameters())) if one.requires_grad).register_hook(changed)
+
+    return poison
+
+
+def poisoned_loss(engine: Any, now: Callable[[], bool]) -> None:
+    """The loss becomes NaN."""
+
+    def changed(module: torch.nn.Module, inputs: Any, outcome: Outcome) -> Outcome:
+        return outcome._replace(loss=outcome.loss * torch.nan) if now() else outcome
+
+    engine.module.register_forward_hook(changed)
 
 
 def add(told: dict[str, Any], taken: Taken) -> None:
@@ -184,7 +205,10 @@ def main(session: str, place: Place) -> None:
         told["resumed"] = {
             name: part_of_run(name, place, first=place.folder / f"{name}-2") for name in RESUMED_AS_THEY_WERE
         }
-        told["poisoned"] = {name: poisoned_run(name, place) for name in POISONED}
+        told["poisoned"] = {
+            name: poisoned_run(name, place, poisoned_gradient(float(value))) for name, value in POISONED.items()
+        }
+        told["without loss"] = {name: poisoned_run(name, place, poisoned_loss) for name in WITHOUT_LOSS}
     elif session == "one":
         told = {name: part_of_run(later_stage(name, 1), place, first=of_two[name]) for name in RESUMED}
         for name in RESUMED:

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ray_explain.errors import BadInput
 from ray_explain.explainer.examples import Question, Refused, check_end, encode, encode_prompt, stop_ids
@@ -55,6 +57,61 @@ def test_prompts_have_the_form_of_their_family_with_one_begin_token(name, new_to
     expected = EXPECTED[name].format(PROMPT.replace("<vector>", markers.text))
     assert tokenizer.decode(example.input_ids[: example.n_prompt]).replace(" ", "") == expected.replace(" ", "")
     assert tokenizer.decode(example.input_ids[-1:]) == ENDS[name]
+
+
+def cut_into_pieces(likeness, splitter, decoder):
+    """A byte-pair tokenizer with the special tokens, the begin token and the chat template of another."""
+    core = Tokenizer(models.BPE(unk_token=None if isinstance(splitter, pre_tokenizers.ByteLevel) else "<unk>"))
+    core.pre_tokenizer, core.decoder = splitter, decoder
+    specials = [likeness.unk_token, likeness.pad_token, *likeness.all_special_tokens]
+    seen = ["the output would change to", "what does it encode at layer", "user assistant model system think\n\n"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet() + list("äöüé日本語🙂")
+    core.train_from_iterator(
+        seen, trainers.BpeTrainer(special_tokens=list(dict.fromkeys(specials)), initial_alphabet=alphabet)
+    )
+    begin = likeness.bos_token
+    if begin:
+        core.post_processor = TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, core.token_to_id(begin))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=begin,
+        eos_token=likeness.eos_token,
+        additional_special_tokens=likeness.all_special_tokens,
+        chat_template=likeness.chat_template,
+    )
+
+
+PIECES = {
+    "byte level": lambda: (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+    "spaces as pieces": lambda: (  # as Gemma's
+        pre_tokenizers.Metaspace(prepend_scheme="never"),
+        decoders.Metaspace(prepend_scheme="never"),
+    ),
+}
+TRICKY = [
+    "the output would change to <<< Hamas>>>.",
+    "paris",
+    "Fälle auf 日本語, 🙂  zwei  Leerzeichen\n\nund Zeilen",
+    "<<<Answer: B>>>",
+]
+
+
+@pytest.mark.parametrize("answer", TRICKY)
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_is_masked_decodes_to_exactly_the_prompt_and_what_is_not_to_exactly_the_answer(
+    name, pieces, answer, new_tokenizer
+):
+    tokenizer = cut_into_pieces(new_tokenizer(name), *PIECES[pieces]())
+    markers = markers_of(tokenizer)
+    prompt = f"If <vector> is added to <<<Zürich 日本>>>, what  then?\n{answer}"
+    example = encode(QUESTION._replace(prompt=prompt, answer=answer), tokenizer, markers, max_tokens=500)
+    given, learned = example.input_ids[: example.n_prompt], example.input_ids[example.n_prompt :]
+    assert tokenizer.decode(given) == EXPECTED[name].format(prompt.replace("<vector>", markers.text))
+    assert tokenizer.decode(learned[:-1]) == answer
+    assert tokenizer.decode(learned[-1:]) == ENDS[name]
 
 
 def without_end(tokenizer):
