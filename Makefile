@@ -113,7 +113,7 @@ cluster-test: setup  ## ray up, a job, a lost machine and ray down, on machines 
 
 # Whom they are not asked for need not have them: they lie beside the environment.
 $(VENV)/trackers: $(VENV)/.stamp
-	$(BIN)/uv pip install -q --python $(BIN)/python --target $@ "mlflow-skinny>=3" "wandb>=0.19"
+	$(BIN)/uv pip install -q --python $(BIN)/python --target $@ "mlflow-skinny>=3" sqlalchemy alembic "wandb>=0.19"
 
 # What is compared with, beside the environment and not in it; where it cannot be had, its rows say "not installed".
 $(VENV)/peers: $(VENV)/.stamp

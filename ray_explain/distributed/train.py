@@ -15,7 +15,7 @@ from ray_explain.config import ClusterConfig, TrainConfig
 from ray_explain.distributed.capacity import check_capacity, fleet
 from ray_explain.distributed.checks import check_worker, code_here
 from ray_explain.distributed.progress import watching
-from ray_explain.distributed.trackers import check_installed
+from ray_explain.distributed.trackers import check_trackers
 from ray_explain.errors import JobFailed
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,13 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
     """Train the explainers, `concurrent_trainings` at a time. One that fails does not stop the others.
 
     Raises:
-        BadInput: a tracker that is asked for is not installed.
+        BadInput: a tracker that is asked for is not installed, or has no place for its runs.
         JobFailed: the cluster can never have the workers, which is said before any work; or some explainers could not
             be trained: the message says which and why.
     """
     nodes = fleet(cluster)
     for run in runs:
-        check_installed(run.train.trackers)
+        check_trackers(run.train.trackers, root)
         check_capacity(run.train.workers, nodes, gpus_per_worker=cluster.gpus_per_worker)
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:

@@ -39,7 +39,7 @@ class Watch:
                 file.write(lines)
             self._curves = f"{root}/tensorboard/{run.name}"
             self._board = SummaryWriter(f"{self._folder.name}/curves" if storage.is_remote(root) else self._curves)
-            self._trackers = open_trackers(run.train.trackers, "ray_explain", run.name, run.train.model_dump())
+            self._trackers = open_trackers(run.train.trackers, "ray_explain", run.name, run.train.model_dump(), root)
 
     @property
     def lines(self) -> str:
