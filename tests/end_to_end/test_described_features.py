@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from jobs import evaluate, ground_truth, report
+from jobs import evaluate, export, ground_truth, report
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.ask import main as ask
@@ -163,6 +163,30 @@ def test_published_saes_become_described_and_scored_features_and_questions(
         storage.remove(plan.path(artifact))
     assert ground_truth.main(["--config", config, "cluster.actors=4", "cluster.rows_per_slice=7"]) == 0
     assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
+    exported_and_read_again(config, plan, world_target, tmp_path, features)
+
+
+def exported_and_read_again(config: str, plan: Plan, target: Path, folder: Path, features: dict[str, Any]) -> None:
+    """Descriptions that were exported are scored anew on the exemplars that were exported."""
+    assert export.main(["--config", config]) == 0
+    place = f"{plan.root}/released/small/features"
+    section = {"source": "released", "path": place} | {name: features[name] for name in ("exemplars", "detector")}
+    (folder / "again").mkdir()
+    again = config_in(folder / "again", target, section)
+    assert ground_truth.main(["--config", again]) == 0
+    other = Plan(read_experiment(again))
+    before, after = (
+        {
+            (row["layer"], row["feature_id"]): (row["split"], row["vectors"], row["descriptions"][0]["description"])
+            for row in storage.read_table(p.path(p.effects("features", "small"))).to_pylist()
+        }
+        for p in (plan, other)
+    )
+    assert len(after) > 80 and after.items() <= before.items()
+    told = storage.read_table(other.path(other.effects("features", "small")))["descriptions"].to_pylist()
+    found = [row[0]["detection"] for row in told if row[0]["detection"] is not None]
+    assert len(found) > 80 and sum(found) / len(found) > 0.6
+    assert finished(FeaturePlan(other, "small").windows(), other.root) is None, "a corpus is read"
 
 
 class Evaluated(NamedTuple):
