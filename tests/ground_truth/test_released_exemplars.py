@@ -196,7 +196,7 @@ def test_our_vectors_come_back_from_the_released_layout(
 ) -> None:
     generator, parts = np.random.default_rng(0), []
     label = {"chosen_label": "cats", "all_labels": ["cats"], "all_label_scores": {"cats": 0.5}}
-    for split, layers in [("train", (1, 0, 0)), ("test", (0, 1))]:
+    for split, layers in [("train", (1, 0, 0)), ("test", (1, 0))]:
         vectors = generator.normal(size=(4, len(layers))).astype(np.float32)
         labels = [((layer, i), label if split == "train" and i != 1 else None) for i, layer in enumerate(layers)]
         read = released.read_features(labels, {0: vectors, 1: vectors}, split=split, source="activation")
@@ -206,8 +206,8 @@ def test_our_vectors_come_back_from_the_released_layout(
     again = vectors_in(tmp_path, vectors="activation")
     assert {row["case_id"]: row for row in again.to_pylist()} == {row["case_id"]: row for row in effects.to_pylist()}
     assert not (tmp_path / "features").exists() and not (tmp_path / "test_explanations.json").exists()
-    groups = again["group"].to_pylist()
-    assert len(set(groups)) == 5, "each split numbers its vectors anew"
+    for name in ("case_id", "group"):
+        assert len(set(again[name].to_pylist())) == 5, "each split numbers its vectors anew"
 
 
 def test_a_window_whose_text_gives_other_tokens_is_left_out_and_counted(
@@ -262,6 +262,20 @@ def test_activations_are_clipped_and_a_feature_that_is_on_in_no_window_is_droppe
     exemplars, dropped = exemplars_in(folder, tokenizer, vectors_in(folder, [0]))
     assert dropped == [NEVER_ACTIVE]
     assert exemplars["windows"][0].as_py()[0]["activations"][-1] == 0
+
+
+def test_padding_is_told_by_its_token_or_by_its_activation(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = release(tmp_path / "release", tokenizer)
+    features = vectors_in(folder, [1])
+    before, _ = exemplars_in(folder, tokenizer, features)
+    home = folder / "train" / "layer1"
+    acts, ids = (np.load(home / f"max_seq_{name}.npy") for name in ("acts", "ids"))
+    assert np.isneginf(acts).any()
+    np.save(home / "max_seq_acts.npy", np.where(np.isneginf(acts), 7, acts))
+    assert exemplars_in(folder, tokenizer, features)[0].equals(before)
+    np.save(home / "max_seq_acts.npy", acts)
+    np.save(home / "max_seq_ids.npy", np.where(np.isneginf(acts), 99, ids))
+    assert exemplars_in(folder, tokenizer, features)[0].equals(before)
 
 
 def test_activations_that_are_no_numbers_drop_their_feature(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

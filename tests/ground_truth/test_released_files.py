@@ -214,6 +214,16 @@ def released_vectors(folder: Path) -> np.ndarray:
     return vectors
 
 
+def test_vectors_that_were_read_keep_their_rows_when_they_are_written(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    vectors, again = released_vectors(tmp_path), tmp_path / "again"
+    table, _ = read_all(tmp_path, vectors="difference", unlabelled=True)
+    write_folder(table, "features", str(again), tokenizer)
+    np.testing.assert_array_equal(np.load(again / "test_vectors.npy"), vectors)
+    assert read_all(again, vectors="difference", unlabelled=True)[0].equals(table)
+
+
 def test_released_vectors_are_read_where_it_is_told_what_they_are(tmp_path: Path) -> None:
     vectors = released_vectors(tmp_path)
     table, dropped = read_all(tmp_path, vectors="activation", unlabelled=True)
