@@ -284,7 +284,8 @@ def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, n_l
 
 
 def _corpus(known: Known) -> tuple[str, int] | None:
-    """Folder and number of the windows that the experiment's features are looked at on; None if that is the world.
+    """Folder and number of the windows that the experiment's features are looked at on; None if that is the world,
+    or none was read.
 
     Raises:
         BadInput: they are not made yet.
@@ -293,7 +294,8 @@ def _corpus(known: Known) -> tuple[str, int] | None:
     from ray_explain.distributed.feature_plan import FeaturePlan, describes
     from ray_explain.distributed.plan import Plan
 
-    if known.experiment is None or not describes(known.experiment.ground_truth.features):
+    section = known.experiment.ground_truth.features if known.experiment else None
+    if known.experiment is None or section is None or not describes(section) or section.source == "released":
         return None
     plan = Plan(known.experiment)
     windows = FeaturePlan(plan, known.target).windows()

@@ -218,6 +218,7 @@ class FeaturesConfig(Section):
 
     source: Literal["sae", "neurons", "activations", "differences", "released"] = "sae"
     path: str | None = None  # released: of the folder, {target} in it
+    vectors: Literal["activations", "differences"] | None = None  # released: what its vectors are, if it has some
     layers: list[Count] | Literal["all"] = "all"
     sae: SAEConfig | None = None  # trained on the corpus if left out
     per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
@@ -244,11 +245,13 @@ class FeaturesConfig(Section):
             raise ValueError(
                 f"source {self.source!r} and path {self.path!r}: a released data set, and it alone, has one"
             )
+        if self.vectors and self.source != "released":
+            raise ValueError(f"`vectors` says what a released data set has: leave it out of source {self.source!r}")
         if self.source == "released":
-            if self.sae or self.simulator or self.detector or self.describer.kind != "world":
+            if self.sae or self.describer.kind == "neuronpedia":
                 raise ValueError(
-                    "a released data set brings descriptions and scores: leave `sae`, `describer`, `simulator` and "
-                    "`detector` out"
+                    "a released data set brings directions and labels: leave `sae` out, and `describer` too, or give "
+                    "one of kind endpoint or local that describes its exemplars anew"
                 )
         elif self.describer.kind == "world" and (self.source != "sae" or self.sae or self.simulator or self.detector):
             raise ValueError(

@@ -221,11 +221,31 @@ ASKED = {"kind": "endpoint", "model": "m"}
         ({"source": "activations", "describer": ASKED}, "source 'activations' needs `per_layer`"),
         ({"describer": {"kind": "neuronpedia", "path": "x"}}, "describer 'neuronpedia' describes published SAEs"),
         ({"describer": {"kind": "oracle"}}, "oracle"),
+        ({"source": "released"}, "source 'released' and path None"),
+        ({"source": "released", "path": "x", "sae": {"path": "x"}}, "brings directions and labels: leave `sae` out"),
+        (
+            {"source": "released", "path": "x", "describer": {"kind": "neuronpedia", "path": "x"}},
+            "give one of kind endpoint or local that describes its exemplars anew",
+        ),
+        ({"vectors": "differences"}, "`vectors` says what a released data set has: leave it out of source 'sae'"),
     ],
 )
 def test_sections_of_features_that_do_not_fit_together_are_refused(section: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(told)):
         features_of(**section)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"simulator": {"kind": "simulator", "path": "x"}},
+        {"detector": ASKED},
+        {"describer": ASKED, "candidates": 3},
+        {"describer": {"kind": "local", "path": "x"}, "vectors": "activations"},
+    ],
+)
+def test_released_features_may_be_described_and_scored_anew(section: dict[str, Any]) -> None:
+    features_of(source="released", path="some/folder", **section)
 
 
 def test_published_presets_are_valid() -> None:

@@ -30,10 +30,12 @@ from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, sim
 from ray_explain.explainer.examples import check_end
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
+from ray_explain.ground_truth.dictionaries import SOURCES
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
 from ray_explain.ground_truth.pairs import Change, layer_blocks
 from ray_explain.ground_truth.positions import words_of_tokens
+from ray_explain.ground_truth.released_exemplars import write_exemplars
 from ray_explain.ground_truth.released_files import read_feature_folder, read_folder, write_folder
 from ray_explain.ground_truth.splits import training_rows
 from ray_explain.questions.ablation import ablation_questions
@@ -246,7 +248,7 @@ def make_ground_truth(session: Session) -> None:
     session.start_early(plan.effects(task, target) for target, task in plan.target_tasks())
     make_models(session)
     _check_explainers(session)
-    released = [(target, task) for target, task in plan.target_tasks() if _is_released(plan, task)]
+    released = [(target, task) for target, task in plan.target_tasks() if _is_taken_over(plan, task)]
     for target, task in released:
         session.make_parts(plan.effects(task, target), partial(_released, plan, task, target))
     measured = [pair for pair in plan.target_tasks() if pair not in released]
@@ -273,18 +275,15 @@ def make_ground_truth(session: Session) -> None:
 
 
 def export_ground_truth(session: Session) -> None:
-    """The effects in the schemas of the paper's released data sets, below `released/` in the storage."""
+    """The effects in the schemas of the paper's released data sets, below `released/` in the storage; features with
+    their exemplars, where those were looked for."""
     plan = session.plan
     make_ground_truth(session)
     for target, task in plan.target_tasks():
-        section = getattr(plan.experiment.ground_truth, task)
-        mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
         place = f"{plan.root}/released/{target}/{task}"
         try:
             with storage.new_folder(place) as folder:
-                told = write_folder(
-                    session.table(plan.effects(task, target)), task, folder, _tokenizer(plan, target), mmlu=mmlu
-                )
+                told = _export(session, target, task, folder)
         except ValueError as error:
             session.say(f"{task} of {target}: not written: {error}")
             continue
@@ -292,6 +291,36 @@ def export_ground_truth(session: Session) -> None:
             f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
         )
         session.say(f"{task} of {target}: {counts} in {place}")
+
+
+def _export(session: Session, target: str, task: Task, folder: str) -> dict[str, tuple[int, int]]:
+    """What was written and left out, by split.
+
+    Raises:
+        ValueError: the effects have no place in the released schema.
+    """
+    plan, effects = session.plan, session.table(session.plan.effects(task, target))
+    section, tokenizer = getattr(plan.experiment.ground_truth, task), _tokenizer(plan, target)
+    mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
+    has_exemplars = task == "features" and describes(section)
+    told = write_folder(effects, task, folder, tokenizer, mmlu=mmlu, listed=has_exemplars)
+    if has_exemplars:
+        _export_exemplars(session, target, effects, folder)
+    return told
+
+
+def _export_exemplars(session: Session, target: str, effects: pa.Table, folder: str) -> None:
+    plan, section = session.plan, session.plan.experiment.ground_truth.features
+    assert section is not None
+    about = {
+        "hf_model_id": plan.model_place(target)["model"],
+        "hf_dataset_configs": [{"hf_dataset_id": section.path or section.corpus.path or "the synthetic world"}],
+        "seed": plan.experiment.seed,
+    }
+    exemplars = session.table(FeaturePlan(plan, target).exemplars())
+    n, left_out = write_exemplars(exemplars, effects, folder, _tokenizer(plan, target), about=about)
+    lost = "".join(f", {count:,} left out: {reason}" for reason, count in left_out.items())
+    session.say(f"features of {target}: {n:,} windows of exemplars{lost}")
 
 
 def _is_asked(plan: Plan, task: Task) -> bool:
@@ -312,8 +341,11 @@ def check_asked(plan: Plan) -> None:
             )
 
 
-def _is_released(plan: Plan, task: Task) -> bool:
-    return getattr(getattr(plan.experiment.ground_truth, task), "source", None) == "released"
+def _is_taken_over(plan: Plan, task: Task) -> bool:
+    """Whether the effects are those of a released data set as they are: nothing is described or scored anew."""
+    section = getattr(plan.experiment.ground_truth, task)
+    is_described = task == "features" and describes(section)
+    return getattr(section, "source", None) == "released" and not is_described
 
 
 def _released(plan: Plan, task: Task, target: str) -> Iterator[Result]:
@@ -323,14 +355,38 @@ def _released(plan: Plan, task: Task, target: str) -> Iterator[Result]:
         BadInput: none of the target is in the folder.
         JobFailed: too much of it cannot be used.
     """
+    if task == "features":
+        yield from released_features(plan, target, _feature_layers(plan, target))
+        return
     section = getattr(plan.experiment.ground_truth, task)
     folder, width = plan.released_folder(task, target), d_model(plan, target)
+    parts = read_folder(folder, task, _tokenizer(plan, target), d_model=width, n=section.cases.model_dump())
+    yield from _checked_rows(plan, task, folder, parts)
+
+
+def released_features(plan: Plan, target: str, layers: Sequence[int], *, unlabelled: bool = False) -> Iterator[Result]:
+    """The features of a released data set with their labels; those without any only if `unlabelled`.
+
+    Raises:
+        BadInput, JobFailed: as `_released`.
+    """
+    section = plan.experiment.ground_truth.features
+    assert section is not None
+    folder = plan.released_folder("features", target)
+    parts = read_feature_folder(
+        folder,
+        layers,
+        d_model=d_model(plan, target),
+        per_layer=section.per_layer,
+        seed=plan.experiment.seed,
+        vectors=SOURCES[section.vectors] if section.vectors else None,
+        unlabelled=unlabelled,
+    )
+    yield from _checked_rows(plan, "features", folder, parts)
+
+
+def _checked_rows(plan: Plan, task: Task, folder: str, parts: Iterator[Result]) -> Iterator[Result]:
     try:
-        if task == "features":
-            layers, seed = _feature_layers(plan, target), plan.experiment.seed
-            parts = read_feature_folder(folder, layers, d_model=width, per_layer=section.per_layer, seed=seed)
-        else:
-            parts = read_folder(folder, task, _tokenizer(plan, target), d_model=width, n=section.cases.model_dump())
         yield from checked(parts, f"`ground_truth.{task}`: rows in {folder}", plan.experiment.cluster.max_dropped)
     except (ValueError, OSError) as error:
         raise BadInput(f"`ground_truth.{task}`: {error}") from error

@@ -1,4 +1,4 @@
-"""The artifacts on the way to described features, where it is not the synthetic world that describes them."""
+"""The artifacts on the way to described features, where neither the synthetic world describes them nor all is read."""
 
 import hashlib
 import itertools
@@ -21,7 +21,8 @@ _EDGE_BYTES = 2**16
 
 
 class FeaturePlan:
-    """For one target: windows of the corpus -> features -> exemplars -> descriptions -> effects."""
+    """For one target: windows of the corpus -> features -> exemplars -> descriptions -> effects. Of a released data set
+    vectors and exemplars are read: no corpus is."""
 
     def __init__(self, plan: "Plan", target: str) -> None:
         section = plan.experiment.ground_truth.features
@@ -58,7 +59,10 @@ class FeaturePlan:
         return self._artifact("features_places", config, self.windows())
 
     def vectors(self) -> Artifact | None:
-        """The vectors taken there."""
+        """The vectors taken there; or all features of a released data set, with its labels."""
+        if self.is_released:
+            wanted = {"unlabelled": not self.takes_labels}
+            return self._artifact("features_vectors", wanted, self.plan.cases("features", self.target))
         places = self.places()
         return None if places is None else self._artifact("features_vectors", {}, places)
 
@@ -86,6 +90,9 @@ class FeaturePlan:
 
     def exemplars(self) -> Artifact:
         """The best windows of each feature."""
+        if self.is_released:
+            sizes = self.section.exemplars.model_dump(include={"top", "random"})
+            return self._artifact("features_exemplars", {"exemplars": sizes}, self.vectors())
         return self._artifact("features_exemplars", {}, self.found())
 
     def descriptions(self) -> Artifact:
@@ -102,6 +109,16 @@ class FeaturePlan:
             "gold_from": section.gold_from,
         }
         return self._artifact("features_effects", config, self.descriptions())
+
+    @property
+    def is_released(self) -> bool:
+        """Whether features and exemplars are read from a released data set."""
+        return self.section.source == "released"
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the descriptions are the labels of a released data set."""
+        return self.is_released and self.section.describer.kind == "world"
 
     @property
     def scores_descriptions(self) -> bool:
@@ -186,4 +203,7 @@ def _edges(path: str, size: int) -> str:
 
 def describes(section: FeaturesConfig | None) -> bool:
     """Whether features go this way."""
-    return section is not None and section.describer.kind != "world"
+    if section is None:
+        return False
+    scored_anew = section.source == "released" and (section.simulator is not None or section.detector is not None)
+    return scored_anew or section.describer.kind != "world"

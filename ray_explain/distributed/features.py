@@ -16,6 +16,7 @@ from ray_explain.errors import BadInput
 from ray_explain.ground_truth import cases, corpora, neuronpedia
 from ray_explain.ground_truth.activations import difference_cases, text_cases
 from ray_explain.ground_truth.exemplars import shards
+from ray_explain.ground_truth.features import split_features
 from ray_explain.stages import Result
 from ray_explain.world.corpus import documents
 
@@ -23,18 +24,31 @@ if TYPE_CHECKING:
     from ray_explain.distributed.experiment import Session
 
 TARGET_SLICE = 1  # rows of layers and shards: each is much work
+READ_AT_A_TIME = 256  # features of a released data set, with their windows
 
 
 def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> None:
     """The effects of the task `features` for these targets, at these layers of each.
 
     Raises:
-        BadInput: a corpus, an SAE, or an export cannot be used.
+        BadInput: a corpus, an SAE, an export or a released data set cannot be used.
         JobFailed: too much was dropped, or a describer does not answer.
     """
     steps = [_Steps(session, target, layers) for target, layers in layers_of.items()]
     if not session.missing([step.plan.effects() for step in steps]):
         return
+    if steps[0].plan.is_released:
+        session.say("Features: released exemplars, descriptions, scores")
+        for step in steps:
+            step.read_released()
+    else:
+        _search(session, steps)
+    _run(session, [job for step in steps for job in step.describe_jobs()])
+    _run(session, [step.score_job(step.plan.descriptions(), step.plan.effects()) for step in steps])
+
+
+def _search(session: "Session", steps: Sequence["_Steps"]) -> None:
+    """The exemplars, found on a corpus."""
     session.say("Features: corpus, exemplars, descriptions, scores")
     for step in steps:
         step.make_inputs()
@@ -46,8 +60,6 @@ def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> No
     _run(session, [step.merge_job() for step in steps])
     for step in steps:
         step.check_alignment()
-    _run(session, [step.describe_job() for step in steps])
-    _run(session, [step.score_job(step.plan.descriptions(), step.plan.effects()) for step in steps])
 
 
 def corpus_of(session: "Session", target: str) -> Artifact:
@@ -113,6 +125,34 @@ class _Steps:
             if places := self.plan.places():
                 self.session.make_table(places, self._places)
 
+    def read_released(self) -> None:
+        """Features and exemplars of a released data set and, if those are its labels, the descriptions: part by part,
+        on the driver's machine.
+
+        Raises:
+            BadInput: they cannot be read.
+            JobFailed: too many of the features cannot be used.
+        """
+        plan, make = self.plan, self.session.make_parts
+        vectors = plan.vectors()
+        assert vectors is not None
+        make(vectors, self._released_features)
+        with _told():
+            make(plan.exemplars(), lambda: self._released_exemplars(vectors))
+            self._check_exemplars()
+        if plan.takes_labels:
+            make(plan.descriptions(), lambda: self._released_descriptions(vectors))
+
+    def _check_exemplars(self) -> None:
+        """Raises: ValueError: there are none."""
+        made = finished(self.plan.exemplars(), self.session.plan.root)
+        if made is not None and not made.rows:
+            reasons = ", ".join(f"{count} dropped: {reason}" for reason, count in made.dropped.items())
+            raise ValueError(f"no feature has exemplars in {self._released_folder()} ({reasons})")
+
+    def _released_folder(self) -> str:
+        return self.session.plan.released_folder("features", self.target)
+
     def vector_jobs(self) -> list[Any]:
         from ray_explain.ground_truth.activations import ActivationStage
 
@@ -153,25 +193,29 @@ class _Steps:
             told = ", ".join(f"{name} {value:g}" for name, value in measured.items())
             self.session.say(f"Neuronpedia's export and {self.target}: {told}")
 
-    def describe_job(self) -> Any:
+    def describe_jobs(self) -> list[Any]:
+        """None where released labels describe the features: those are read already."""
         from ray_explain.ground_truth.describers import DescribeStage, ImportStage
 
+        if self.plan.takes_labels:
+            return []
         labels = self.plan.labels()
         stage: Any = DescribeStage if labels is None else ImportStage
         config: dict[str, Any] = {"labels": self._path(labels)} if labels else {
             "describer": self._model(self.section.describer), "candidates": self.section.candidates
         }  # fmt: skip
-        return self._job(stage, config, self.plan.exemplars(), self.plan.descriptions(), expands=True)
+        return [self._job(stage, config, self.plan.exemplars(), self.plan.descriptions(), expands=True)]
 
     def score_job(self, source: Artifact, made: Artifact) -> Any:
         from ray_explain.distributed.experiment import d_model
         from ray_explain.ground_truth.description_scores import ScoreStage
 
-        config = self._dictionary() | {
+        config = self._directions() | {
             "d_model": d_model(self.session.plan, self.target),
             "simulator": self._model(self.section.simulator),
             "detector": self._model(self.section.detector),
             "gold_from": self.section.gold_from,
+            "seed": self.session.plan.experiment.seed,
         }
         return self._job(ScoreStage, config, source, made)
 
@@ -206,6 +250,11 @@ class _Steps:
     def _exemplars(self) -> dict[str, Any]:
         return {"exemplars": self.section.exemplars.model_dump(), "positions": self.section.corpus.tokens}
 
+    def _directions(self) -> dict[str, Any]:
+        """Config of `dictionaries.directions_of`."""
+        vectors = self.plan.vectors()
+        return {"vectors": self._path(vectors)} if vectors and self.plan.is_released else self._dictionary()
+
     def _dictionary(self) -> dict[str, Any]:
         labels, vectors = self.plan.labels(), self.plan.vectors()
         return {
@@ -239,6 +288,26 @@ class _Steps:
     def _world_texts(self, n: int) -> Iterator[str]:
         stream = documents(self.session.plan.experiment.world.world(), "corpus of features", 1)
         return (document.text for document, _ in zip(stream, range(n), strict=False))
+
+    def _released_features(self) -> Iterator[Result]:
+        from ray_explain.distributed.experiment import released_features
+
+        return released_features(self.session.plan, self.target, self.layers, unlabelled=not self.plan.takes_labels)
+
+    def _released_exemplars(self, features: Artifact) -> Iterator[Result]:
+        from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
+
+        sizes = self.section.exemplars.model_dump(include={"top", "random"})
+        read = ReleasedExemplars(self._released_folder(), self._tokenizer(), **sizes, bare=self.plan.takes_labels)
+        return (read.of(part) for part in storage.read_batches(self._path(features), READ_AT_A_TIME))
+
+    def _released_descriptions(self, features: Artifact) -> Iterator[Result]:
+        from ray_explain.ground_truth.describers import labelled
+
+        told = storage.read_table(self._path(features), ["case_id", "descriptions"])
+        _, descriptions = split_features(told)
+        parts = storage.read_batches(self._path(self.plan.exemplars()), READ_AT_A_TIME)
+        return (labelled(part, descriptions) for part in parts)
 
     def _labels(self) -> Result:
         from ray_explain.distributed.experiment import n_layers

@@ -111,7 +111,7 @@ class Plan:
     def cases(self, task: Task, target: str) -> Artifact:
         """What will be tried on the target; for features, the layers whose features are looked for."""
         section = getattr(self.experiment.ground_truth, task)
-        if task == "features" and describes(section):
+        if task == "features" and describes(section) and section.source != "released":
             return Artifact(
                 kind="features_cases", label=target, config={"layers": section.layers}, parents=(self.model(target),)
             )
@@ -123,6 +123,8 @@ class Plan:
             "world": self.experiment.world.model_dump(),
             "content": self._content(task, target) if getattr(section, "path", None) else None,
         }
+        if getattr(section, "vectors", None):
+            config["vectors"] = section.vectors
         return Artifact(kind=f"{task}_cases", label=target, config=config, parents=(self.model(target),))
 
     def balance(self, task: Task) -> PatchingBalance | AblationBalance | None:

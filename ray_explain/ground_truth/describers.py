@@ -222,6 +222,16 @@ class ImportStage:
         return found
 
 
+def labelled(exemplars: pa.Table, descriptions: pa.Table) -> Result:
+    """Exemplars with the descriptions (records.DESCRIPTIONS) that came with the features, as a describer would give
+    them; a feature without any is dropped."""
+    told: dict[str, list[dict[str, str]]] = {}
+    for row in descriptions.select(["case_id", "description", "origin"]).to_pylist():
+        told.setdefault(row.pop("case_id"), []).append(row)
+    features = exemplars.to_pylist()
+    return _described(features, [told.get(feature["case_id"], []) for feature in features])
+
+
 def _described(features: Sequence[dict[str, Any]], told: Sequence[list[dict[str, str]]]) -> Result:
     """The features with what is told of each; dropped are those of which nothing is."""
     both = list(zip(features, told, strict=True))

@@ -17,10 +17,9 @@ from jaxtyping import Float
 
 from ray_explain import records
 from ray_explain.endpoints import Ask
-from ray_explain.features.readers import read_directions
 from ray_explain.features.simulate import UNSCORED, Score, Simulator, detection_score, simulator_score
 from ray_explain.ground_truth.describers import DESCRIBED, Replies, held_out, language_model
-from ray_explain.ground_truth.dictionaries import dictionary
+from ray_explain.ground_truth.dictionaries import directions_of
 from ray_explain.models import load_model
 from ray_explain.stages import Result
 
@@ -104,9 +103,10 @@ def numbers_in(reply: str, *, length: int, top: int) -> list[float] | None:
 class ScoreStage:
     """Directions with their descriptions and what those are worth: the effects of the task `features`.
 
-    A description that cannot be scored keeps a null. Gold are those that are unscored or score at least `gold_from`.
+    A description that cannot be scored keeps a null, as do those of a feature without windows, of which nothing is
+    asked. Gold are those that are unscored or score at least `gold_from`.
 
-    Config: that of `DictionaryStage` for the directions, `d_model`, `simulator`, `detector` (or None), `gold_from`,
+    Config: that of `directions_of`, `d_model`, `simulator`, `detector` (or None), `gold_from`,
     `seed`.
     """
 
@@ -141,12 +141,15 @@ class ScoreStage:
             for feature in features
             for told in feature["descriptions"]
         ]
-        simulated, detected = iter(self._simulated(asked)), iter(self._detected(asked))
+        shown = [one for one in asked if one[1]]
+        simulated, detected = iter(self._simulated(shown)), iter(self._detected(shown))
         for feature in features:
+            is_shown = bool(held_out(feature["windows"]))
             for told in feature["descriptions"]:
-                told |= _columns(next(simulated), ("score", "score_low", "score_high", "score_n"))
+                score, detection = (next(simulated), next(detected)) if is_shown else (UNSCORED, UNSCORED)
+                told |= _columns(score, ("score", "score_low", "score_high", "score_n"))
                 names = ("detection", "detection_low", "detection_high", "detection_n")
-                told |= _columns(next(detected), names)
+                told |= _columns(detection, names)
                 told["gold"] = told["score"] is None or told["score"] >= self._config["gold_from"]
         return Result(self._rows(table, features), [], self._usage())
 
@@ -177,14 +180,9 @@ class ScoreStage:
         ]
 
     def _rows(self, table: pa.Table, features: Sequence[dict[str, Any]]) -> pa.Table:
-        d_model = self._config["d_model"]
-        vectors = np.empty((len(features), d_model), dtype=np.float32)
-        for layer in {feature["layer"] for feature in features}:
-            at = [i for i, feature in enumerate(features) if feature["layer"] == layer]
-            with dictionary(self._config, layer) as folder:
-                vectors[at] = read_directions(folder, layer, [features[i]["feature_id"] for i in at]).numpy()
+        vectors = directions_of(self._config, table) if features else np.empty((0, self._config["d_model"]), np.float32)
         columns = [table.column(name).combine_chunks() for name in self.schema_out.names[:-2]]
-        columns.append(records.vectors_array([vector[None] for vector in vectors], d_model))
+        columns.append(records.vectors_array(list(vectors[:, None]), self._config["d_model"]))
         columns.append(pa.array([feature["descriptions"] for feature in features], type=_TOLD))
         return pa.table(columns, schema=self.schema_out)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from ray_explain.features.readers import (
 )
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
-from ray_explain.ground_truth.corpora import read_windows, special_prefix
+from ray_explain.ground_truth.corpora import read_windows, rows_where, special_prefix
 from ray_explain.ground_truth.neuronpedia import UNKNOWN, read_labels
 from ray_explain.ground_truth.published import commit_of, fetched
 from ray_explain.ground_truth.splits import split_of
@@ -266,6 +267,25 @@ def neuron_outputs(layout: Layout, layer: int) -> Float[Tensor, "d_mlp d_model"]
     part: Any = down_projection(layout, layer)
     matrix = part.weight.detach().float()
     return matrix.T.contiguous() if isinstance(part, nn.Linear) else matrix  # GPT-2's Conv1D is the other way round
+
+
+def directions_of(config: Mapping[str, Any], features: pa.Table) -> Float[np.ndarray, "n d_model"]:
+    """The direction of each of these features (a table of FEATURES and more), float32: out of its dictionary, or the
+    table `vectors`, where those are given. `config` is that of `DictionaryStage`, or has `vectors` alone."""
+    if config["vectors"]:
+        layers, cases = (ds.field(name).isin(pc.unique(features[name])) for name in ("layer", "case_id"))
+        found = rows_where(config["vectors"], layers & cases)
+        own = dict(zip(found["case_id"].to_pylist(), records.vectors_of(found["vectors"]), strict=True))
+        return np.concatenate([own[case_id] for case_id in features["case_id"].to_pylist()])
+    at, numbers = np.array(features["layer"]), np.array(features["feature_id"])
+    parts = {}
+    for layer in np.unique(at).tolist():
+        with dictionary(config, layer) as folder:
+            parts[layer] = read_directions(folder, layer, numbers[at == layer].tolist()).numpy()
+    vectors = np.empty((len(at), next(iter(parts.values())).shape[1]), dtype=np.float32)
+    for layer, part in parts.items():
+        vectors[at == layer] = part
+    return vectors
 
 
 @contextmanager

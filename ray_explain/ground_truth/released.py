@@ -2,7 +2,8 @@
 
 Patching: Transluce/act_patch_*_counterfact. Ablation: Transluce/input_ablation_*_mmlu_hint. Features: the labels of
 SAE_feature_explanations_* and the vectors of its out-of-distribution sets. The last two are released as pickles, which
-can run code when they are opened: here they are taken as JSON and arrays of the same shape.
+can run code when they are opened: here they are taken as JSON and arrays of the same shape. Their exemplars are in
+`released_exemplars`.
 
 What a released table does not tell is told as not measured (NaN for log-probabilities and divergence) and as the one
 stratum "all". Answers stay as they stand, with their leading space where they have one, so questions about released
@@ -85,6 +86,10 @@ NO_REPLACEMENT = "does not replace the residual stream"
 NO_HINT = "the prompts differ by more than the hint"
 NO_QUESTION = "no question of its group is given"
 NO_VECTOR = "no vector is given for it"
+PICKLE = (
+    "is a pickle, which can run code when it is opened: convert it with {conversion} on a machine that may be lost, "
+    "and read the {readable}"
+)
 
 _VECTOR = "intervention_vector"
 _NEEDED_OF_A_PATCH = (
@@ -113,6 +118,7 @@ class ReleasedFeatures(NamedTuple):
 
 
 CHOSEN, OTHER = "released: chosen", "released: other"
+VECTORS = {"activation", "difference"}  # sources of features that are no dictionary's
 
 
 def read_patching(
@@ -354,16 +360,65 @@ def read_labels(path: str | Path) -> list[tuple[tuple[int, int], dict[str, Any]]
         ValueError: the file is a pickle, or not such a list.
         OSError: the file cannot be read.
     """
-    if Path(path).suffix == ".pkl":
-        raise ValueError(
-            f"{path} is a pickle, which can run code when it is opened: convert it with json.dump(list(...)) on a "
-            "machine that may be lost, and read the JSON"
-        )
+    found = read_json(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
         return [((int(layer), _feature_number(feature)), label) for (layer, feature), label in found]
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a list of [[layer, feature], label]: {error}") from error
+
+
+def read_numbers(path: str | Path) -> list[tuple[int, int]]:
+    """(layer, number) of each feature that `{split}_indices.json` or `{split}_layer_feature_idxs.json` lists. In the
+    first, a number is the row of a vector.
+
+    Raises:
+        ValueError: the file is a pickle, or not such a list.
+        OSError: the file cannot be read.
+    """
+    found = read_json(path)
+    try:
+        return [(int(layer), _feature_number(feature)) for layer, feature in found]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a list of [layer, number]: {error}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises: ValueError: the file is a pickle, or not JSON; OSError: it cannot be read."""
+    if Path(path).suffix == ".pkl":
+        raise ValueError(f"{path} {PICKLE.format(conversion='json.dump(list(...))', readable='JSON')}")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_vectors(path: str | Path, d_model: int) -> np.ndarray:
+    """The vectors [n, d_model] of an out-of-distribution set, memory-mapped, as `{split}_vectors.pt` holds them.
+
+    Raises:
+        ValueError: the file is a pickle, no such array, or of vectors of another width.
+    """
+    if Path(path).suffix == ".pt":
+        conversion = "numpy.save(path, torch.load(path).float().numpy())"
+        raise ValueError(f"{path} {PICKLE.format(conversion=conversion, readable='.npy')}")
+    vectors = read_array(path)
+    if vectors.ndim != 2 or vectors.shape[1] != d_model:
+        raise ValueError(f"{path} is {list(vectors.shape)}: vectors of this target stand in rows of {d_model}")
+    return vectors
+
+
+def read_array(path: str | Path) -> np.ndarray:
+    """An array that stays in its file.
+
+    Raises:
+        ValueError: it is not one of numbers.
+        OSError: the file cannot be read.
+    """
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array of numbers as numpy.save writes it: {error}") from error
+    return found
 
 
 def _feature_number(feature: int | str) -> int:
@@ -371,10 +426,16 @@ def _feature_number(feature: int | str) -> int:
 
 
 def read_features(
-    labels: Sequence[tuple[tuple[int, int], dict[str, Any]]], directions: Mapping[int, np.ndarray], *, split: str
+    labels: Sequence[tuple[tuple[int, int], dict[str, Any] | None]],
+    directions: Mapping[int, np.ndarray],
+    *,
+    split: str,
+    source: str = "sae",
 ) -> ReleasedFeatures:
-    """The labelled features. `directions` holds the decoder of each layer, [d_model, d_sae], a column per feature, as
-    in `features/layer_{layer}.pkl` and in the SAE's own `decoder.weight`.
+    """The features that are labelled, or just listed (their label is None). `directions` holds the decoder of each
+    layer, [d_model, d_sae], a column per feature, as in `features/layer_{layer}.pkl` and in the SAE's own
+    `decoder.weight`. Vectors of an out-of-distribution set (`source` is activation or difference) stand in columns
+    too: those of all layers together, numbered anew in each split.
 
     A label is `{"chosen_label": text, "all_labels": [text], "all_label_scores": {text: number or null}}`; its `context`
     is not kept.
@@ -393,35 +454,29 @@ def read_features(
             dropped.append((f"layer {layer} feature {feature}", NOT_FINITE))
             continue
         numbers.append((layer, feature))
-        rows += _descriptions(records.content_id("released feature", layer, feature), label)
+        rows += _descriptions(_case_id(source, split, layer, feature), label) if label else []
     vectors = [np.asarray(directions[layer][:, feature], dtype=np.float32)[None] for layer, feature in numbers]
-    table = _feature_table(numbers, vectors, next(iter(directions.values())).shape[0], "sae", split)
+    table = _feature_table(numbers, vectors, next(iter(directions.values())).shape[0], source, split)
     return ReleasedFeatures(table, records.rows_table(rows, records.DESCRIPTIONS), dropped)
 
 
-def read_vectors(vectors: np.ndarray, indices: Sequence[tuple[int, int]], *, source: str, split: str) -> pa.Table:
-    """The vectors [n, d_model] of an out-of-distribution set, and its `{split}_indices.json`: [layer, number] of each.
-    `source` is activation or difference.
-
-    Raises:
-        ValueError: not one index for each vector.
-    """
-    if len(vectors) != len(indices):
-        raise ValueError(f"{len(vectors)} vectors, but {len(indices)} indices: one [layer, number] for each")
-    return _feature_table([(layer, i) for layer, i in indices], list(vectors[:, None]), vectors.shape[1], source, split)
+def _case_id(source: str, split: str, layer: int, number: int) -> str:
+    own = ("feature",) if source == "sae" else (source, split)
+    return records.content_id(" ".join(["released", *own]), layer, number)
 
 
 def _feature_table(
     numbers: Sequence[tuple[int, int]], vectors: Sequence[np.ndarray], d_model: int, source: str, split: str
 ) -> pa.Table:
-    what = "released feature" if source == "sae" else f"released {source}"
+    """A vector that is asked about at several layers is one group."""
+    is_sae = source == "sae"
     columns = {
-        "case_id": [records.content_id(what, layer, feature) for layer, feature in numbers],
-        "group": [f"layer {layer} {'feature' if source == 'sae' else source} {feature}" for layer, feature in numbers],
+        "case_id": [_case_id(source, split, layer, number) for layer, number in numbers],
+        "group": [f"layer {layer} feature {n}" if is_sae else f"{split} {source} {n}" for layer, n in numbers],
         "split": [split] * len(numbers),
         "layer": pa.array([layer for layer, _ in numbers], type=pa.int32()),
         "source": [source] * len(numbers),
-        "feature_id": pa.array([feature for _, feature in numbers], type=pa.int32()),
+        "feature_id": pa.array([number for _, number in numbers], type=pa.int32()),
         "vectors": records.vectors_array(vectors, d_model),
     }
     return records.conform(pa.table(columns), records.features(d_model))
@@ -449,13 +504,36 @@ def write_labels(features: pa.Table, descriptions: pa.Table) -> list[list[Any]]:
         if row["gold"]:
             told.setdefault(row["case_id"], []).append(row)
     labels: list[list[Any]] = []
-    for feature in features.drop_columns(["vectors"]).to_pylist():
-        if rows := told.get(feature["case_id"]):
+    for case_id, (layer, number) in zip(features["case_id"].to_pylist(), released_numbers(features), strict=True):
+        if rows := told.get(case_id):
             best = max(rows, key=lambda row: (row["origin"] == CHOSEN, row["score"] is not None, row["score"] or 0.0))
             scores = {row["description"]: row["score"] for row in rows}
             label = {"chosen_label": best["description"], "all_labels": list(scores), "all_label_scores": scores}
-            labels.append([[feature["layer"], feature["feature_id"]], label])
+            labels.append([[layer, number], label])
     return labels
+
+
+def released_numbers(features: pa.Table) -> list[tuple[int, int]]:
+    """(layer, number) under which the release has each of these features of one split. A dictionary's features keep
+    their numbers. That of a vector is a row of the split's vectors: its own where all have one each, or its place here.
+
+    Raises:
+        ValueError: vectors and features of a dictionary are mixed, which no split of the release has.
+    """
+    layers, numbers = features["layer"].to_pylist(), features["feature_id"].to_pylist()
+    if are_vectors(features) and sorted(numbers) != list(range(len(numbers))):
+        numbers = list(range(len(numbers)))
+    return list(zip(layers, numbers))
+
+
+def are_vectors(features: pa.Table) -> bool:
+    """Whether these features of one split are vectors of no dictionary. Raises: as `released_numbers`."""
+    sources = set(features["source"].to_pylist())
+    if sources & VECTORS and sources - VECTORS:
+        raise ValueError(
+            f"features of sources {sorted(sources)} in one split: the release has vectors apart from others"
+        )
+    return bool(sources) and sources <= VECTORS
 
 
 def write_directions(features: pa.Table, d_sae: int) -> dict[int, np.ndarray]:

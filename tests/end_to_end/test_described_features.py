@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
-from jobs import evaluate, ground_truth, report
+from jobs import evaluate, export, ground_truth, report
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.ask import main as ask
@@ -22,6 +24,7 @@ from ray_explain.distributed.feature_plan import FeaturePlan
 from ray_explain.distributed.plan import Plan
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
+from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
 from ray_explain.world.corpus import documents
@@ -163,6 +166,19 @@ def test_published_saes_become_described_and_scored_features_and_questions(
         storage.remove(plan.path(artifact))
     assert ground_truth.main(["--config", config, "cluster.actors=4", "cluster.rows_per_slice=7"]) == 0
     assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
+    assert export.main(["--config", config]) == 0
+    read = ReleasedExemplars(
+        f"{plan.root}/released/small/features", AutoTokenizer.from_pretrained(world_target), top=6, random=4
+    )
+    assert told_by(read.of(effects).table) == told_by(one), "the same windows come back, but for near misses"
+
+
+def told_by(exemplars: pa.Table) -> dict[str, list[list[Any]]]:
+    keys = ("kind", "rank", "tokens", "activations")
+    return {
+        row["case_id"]: [[one[key] for key in keys] for one in row["windows"] if one["kind"] != "near"]
+        for row in exemplars.to_pylist()
+    }
 
 
 class Evaluated(NamedTuple):
@@ -423,3 +439,13 @@ def test_whole_vectors_are_described_by_a_local_model(
         assert row["descriptions"][0]["description"]
     manifest = finished(steps.descriptions(), plan.root)
     assert manifest is not None and manifest.rows + sum(manifest.dropped.values()) == vectors.num_rows
+    assert export.main(["--config", config]) == 0
+    features |= {"source": "released", "path": f"{plan.root}/released/small/features", "vectors": source}
+    (tmp_path / "again").mkdir()
+    again = config_in(tmp_path / "again", world_target, features | {"per_layer": None})
+    assert ground_truth.main(["--config", again]) == 0
+    other = Plan(read_experiment(again))
+    read = storage.read_table(other.path(other.effects("features", "small")))
+    assert sorted(read["vectors"].to_pylist()) == sorted(effects["vectors"].to_pylist())
+    assert set(read["source"].to_pylist()) == {source.removesuffix("s")}
+    assert finished(FeaturePlan(other, "small").windows(), other.root) is None, "a corpus is read"

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
@@ -62,6 +63,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=special[0], eos_token=special[1], chat_template=CHAT
     )
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same as Qwen's: it has no begin-of-text token."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = ByteLevelProcessor(trim_offsets=False)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tokenizer.eos_token, chat_template=CHAT)
+
+
+@pytest.fixture(params=["begun", "plain"])
+def either_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
+    """With a begin-of-text token, and without."""
+    return tokenizer if request.param == "begun" else plain_tokenizer
 
 
 def random_model(vocabulary: int, family: str = "llama") -> PreTrainedModel:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ray_explain import records
+from ray_explain import records, storage
 from ray_explain.endpoints import Ask, Endpoint
 from ray_explain.errors import JobFailed
 from ray_explain.features.exemplars import projecting
@@ -19,6 +19,7 @@ from ray_explain.ground_truth.describers import (
     LocalModel,
     description_in,
     held_out,
+    labelled,
     language_model,
     marked,
     shown,
@@ -147,6 +148,7 @@ def scoring(tmp_path, section):
         "source": "sae",
         "sae": None,
         "folder": str(tmp_path / "saes"),
+        "vectors": None,
         "d_model": 4,
         "simulator": section,
         "detector": section,
@@ -187,6 +189,42 @@ def test_what_could_not_be_scored_is_null_and_counted(endpoint, scoring):
     assert [told[0]["score"] is None for told in made.table["descriptions"].to_pylist()] == [False, True]
     counts = made.measured
     assert counts["simulator: unanswered"] == 18 and counts["detector: unanswered"] == 1
+
+
+def test_of_a_feature_without_windows_nothing_is_asked_and_its_descriptions_stay_gold(endpoint, scoring):
+    endpoint.script = knowing
+    bare = feature(0, "dog") | {"windows": [], "fired": 0, "seen": 0}
+    made = ScoreStage(scoring)(described([bare, feature(1, "cat")], [["dog"], ["cat"]]))
+    (without,), (told,) = made.table["descriptions"].to_pylist()
+    assert told["score"] > 0.95 and told["detection"] == 1
+    assert without["gold"] and all(without[name] is None for name in ("score", "score_n", "detection", "detection_n"))
+    assert not any("responds to: dog" in body["messages"][-1]["content"] for _, body, _ in endpoint.asked)
+
+
+def test_directions_that_no_dictionary_holds_come_from_their_table(scoring, tmp_path):
+    own = [feature(number, "dog") for number in (3, 0, 7)]
+    vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
+    columns = {name: [row[name] for row in own] for name in ("case_id", "layer")}
+    table = pa.table(columns | {"vectors": records.vectors_array(list(vectors[:, None]), 4)})
+    storage.write_table(table, f"{tmp_path}/vectors/table.parquet")
+    config = {**scoring, "vectors": f"{tmp_path}/vectors", "simulator": None, "detector": None}
+    made = ScoreStage(config)(described([own[2], own[0]], [["dog"], ["dog"]]))
+    assert made.table["vectors"].to_pylist() == [[vectors[2].tolist()], [vectors[0].tolist()]]
+
+
+def test_descriptions_that_came_with_the_features_are_kept_in_their_order():
+    told = [("f1", "cats", "b"), ("f0", "dogs", "a"), ("f1", "animals", "c")]
+    rows = [
+        {"case_id": case, "description": text, "origin": origin, "score": 0.5, "gold": True}
+        for case, text, origin in told
+    ]
+    own = table_of([feature(i, "dog") for i in range(3)])
+    made = labelled(own, records.rows_table(rows, records.DESCRIPTIONS))
+    assert made.table["descriptions"].to_pylist() == [
+        [{"description": "dogs", "origin": "a"}],
+        [{"description": "cats", "origin": "b"}, {"description": "animals", "origin": "c"}],
+    ]
+    assert made.dropped == [("f2", UNDESCRIBED)]
 
 
 def test_without_simulator_and_detector_nothing_is_scored_and_all_is_gold(scoring):

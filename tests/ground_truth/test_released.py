@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ray_explain import records
 from ray_explain.ground_truth import outcomes, released
@@ -17,7 +18,7 @@ from ray_explain.ground_truth.ablation import AblationStage
 from ray_explain.ground_truth.mmlu import SYSTEM, Item, hinted_case
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.positions import prompt_tokens
-from tests.ground_truth.conftest import LLAMA_CHAT, make_case, patching_table, with_template
+from tests.ground_truth.conftest import LLAMA_CHAT, make_case, patching_table, saved, with_template
 
 SUFFIX = "\n\nRespond with one of Italy or France or unknown and nothing else.\n\nResponse:"
 BASE, SOURCE = f"Rome lies in{SUFFIX}", f"Paris lies in{SUFFIX}"
@@ -49,6 +50,13 @@ def released_patch(tokenizer: PreTrainedTokenizerFast, *, begun: bool, **changes
         "token_type": "relation_suffix",
     }
     return row | changes
+
+
+def without_begin(row: dict[str, Any]) -> dict[str, Any]:
+    """The same patch of a target that reads no begin-of-text token."""
+    place = row["patch_position"]
+    moved = {name: place[name] - 1 for name in ("orig_pos", "counterfact_pos")}
+    return row | {"input_tokens": row["input_tokens"][1:], "patch_position": place | moved}
 
 
 def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -84,15 +92,41 @@ def test_a_released_patching_table_comes_back_as_it_was(tokenizer: PreTrainedTok
     assert written.table.equals(table)
 
 
-def test_our_patching_effects_come_back_from_the_released_schema(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+def test_a_released_patching_table_of_a_target_without_begin_of_text_comes_back_as_it_was(
+    tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    begun = released_patch(tokenizer, begun=True)
+    table = table_of([without_begin(begun), without_begin(begun | {"is_different": False})], released.PATCHING)
+    read = released.read_patching(table, plain_tokenizer, split="train", d_model=4)
+    assert read.dropped == []
+    for row in read.table.to_pylist():
+        assert (row["base_prompt"], row["base_positions"], row["source_positions"]) == (BASE, [2], [3])
+    written = released.write_patching(read.table, plain_tokenizer)
+    assert written.dropped == [] and written.table.equals(table)
+    place = written.table["patch_position"][0].as_py()
+    own = prompt_tokens(plain_tokenizer, BASE).ids, prompt_tokens(plain_tokenizer, SOURCE).ids
+    assert place["orig_text_token"] == plain_tokenizer.decode([own[0][2]])
+    assert place["counterfact_text_token"] == plain_tokenizer.decode([own[1][3]])
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_our_patching_effects_come_back_from_the_released_schema(
+    begun: bool,
+    model: PreTrainedModel,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    plain_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    if not begun:
+        tokenizer, config = plain_tokenizer, saved(model, plain_tokenizer, tmp_path)
     cases = [
         make_case(BASE, SOURCE, at, at + 1, block=block, split="test") for at in (3, 9) for block in [(0, 1), (2, 2)]
     ]
     effects = PatchingStage(config)(patching_table(cases)).table
     table = released.write_patching(effects, tokenizer).table
     assert table.schema == released.PATCHING
+    assert (table["input_tokens"][0].as_py()[0] == tokenizer.bos_token) is begun
     read = released.read_patching(table, tokenizer, split="test", d_model=32).table
     shared = [
         "base_prompt", "source_prompt", "first_layer", "last_layer", "site", "kind", "base_positions",
@@ -306,19 +340,35 @@ def test_labels_written_with_a_letter_are_read(tmp_path: Path) -> None:
 
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a pickle, which can run code"):
+    told = "is a pickle, which can run code when it is opened: convert it with {} on a machine that may be lost"
+    as_json, as_array = "json.dump(list(...))", "numpy.save(path, torch.load(path).float().numpy())"
+    with pytest.raises(ValueError, match=re.escape(told.format(as_json))):
         released.read_labels(tmp_path / "train_explanations.pkl")
+    with pytest.raises(ValueError, match=re.escape(told.format(as_json))):
+        released.read_numbers(tmp_path / "train_layer_feature_idxs.pkl")
+    with pytest.raises(ValueError, match=re.escape(told.format(as_array))):
+        released.read_vectors(tmp_path / "train_vectors.pt", 4)
     file = tmp_path / "other.json"
     file.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="is not a list of"):
         released.read_labels(file)
 
 
-def test_vectors_without_labels_are_features_of_their_source() -> None:
-    vectors = np.arange(8, dtype=np.float32).reshape(2, 4)
-    table = released.read_vectors(vectors, [(3, 0), (5, 1)], source="difference", split="test")
-    assert table["layer"].to_pylist() == [3, 5]
-    assert table["source"].to_pylist() == ["difference"] * 2
-    np.testing.assert_array_equal(np.concatenate(records.vectors_of(table["vectors"])), vectors)
-    with pytest.raises(ValueError, match="2 vectors, but 1 indices"):
-        released.read_vectors(vectors, [(3, 0)], source="difference", split="test")
+def test_vectors_are_features_of_their_source_numbered_by_their_row() -> None:
+    vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
+    vectors[1, 2] = np.inf
+    labels = [((5, 2), None), ((3, 0), LABELS[0][1]), ((3, 1), None), ((3, 3), None)]
+    read = released.read_features(labels, dict.fromkeys((3, 5), vectors.T), split="test", source="difference")
+    assert read.features["layer"].to_pylist() == [5, 3] and read.features["feature_id"].to_pylist() == [2, 0]
+    assert read.features["source"].to_pylist() == ["difference"] * 2
+    np.testing.assert_array_equal(np.concatenate(records.vectors_of(read.features["vectors"])), vectors[[2, 0]])
+    assert set(read.descriptions["case_id"].to_pylist()) == {read.features["case_id"][1].as_py()}
+    assert read.dropped == [("layer 3 feature 1", outcomes.NOT_FINITE), ("layer 3 feature 3", released.NO_VECTOR)]
+    assert released.released_numbers(read.features) == [(5, 0), (3, 1)], "the rows that they are written to"
+
+
+def test_vectors_and_features_of_a_dictionary_are_not_written_as_one_split() -> None:
+    parts = [released.read_features([((0, 1), None)], DECODERS, split="test", source=s) for s in ("sae", "activation")]
+    mixed = pa.concat_tables(part.features for part in parts)
+    with pytest.raises(ValueError, match=r"sources \['activation', 'sae'\] in one split"):
+        released.released_numbers(mixed)

@@ -193,9 +193,98 @@ def test_released_features_that_cannot_be_used_are_told(tmp_path: Path) -> None:
 
 def test_features_are_written_as_labels_and_decoders(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     told = [{"description": "cats", "origin": "world", "score": 0.5, "gold": True}]
-    read = released.read_vectors(np.eye(4, dtype=np.float32)[:2], [(0, 1), (1, 3)], source="difference", split="train")
-    effects = read.append_column("descriptions", pa.array([told, []], type=DESCRIPTIONS))
+    decoders = dict.fromkeys((0, 1), np.eye(4))
+    read = released.read_features([((0, 1), None), ((1, 3), None)], decoders, split="train")
+    effects = read.features.append_column("descriptions", pa.array([told, []], type=DESCRIPTIONS))
     assert write_folder(effects, "features", str(tmp_path), tokenizer) == {"train": (1, 1)}
     assert [key for key, _ in released.read_labels(tmp_path / "train_explanations.json")] == [(0, 1)]
     decoder = np.load(tmp_path / "features" / "layer_1.npy")
-    np.testing.assert_array_equal(decoder, np.array([[0] * 4, [0, 0, 0, 1], [0] * 4, [0] * 4]))
+    np.testing.assert_array_equal(decoder, np.array([[0] * 4, [0] * 4, [0] * 4, [0, 0, 0, 1]]))
+    assert not (tmp_path / "train_layer_feature_idxs.json").exists()
+    assert write_folder(effects, "features", str(tmp_path), tokenizer, listed=True) == {"train": (2, 0)}
+    assert released.read_numbers(tmp_path / "train_layer_feature_idxs.json") == [(0, 1), (1, 3)]
+
+
+def released_vectors(folder: Path) -> np.ndarray:
+    """Five vectors of width 4 of the test split: three of layer 0, two of layer 1, out of order."""
+    folder.mkdir(exist_ok=True)
+    vectors = np.random.default_rng(2).normal(size=(5, 4)).astype(np.float32)
+    np.save(folder / "test_vectors.npy", vectors)
+    (folder / "test_indices.json").write_text(json.dumps([[1, 4], [0, 0], [0, 2], [1, 1], [0, 3]]))
+    return vectors
+
+
+def test_vectors_that_were_read_keep_their_rows_when_they_are_written(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    vectors, again = released_vectors(tmp_path), tmp_path / "again"
+    table, _ = read_all(tmp_path, vectors="difference", unlabelled=True)
+    write_folder(table, "features", str(again), tokenizer)
+    np.testing.assert_array_equal(np.load(again / "test_vectors.npy"), vectors)
+    assert read_all(again, vectors="difference", unlabelled=True)[0].equals(table)
+
+
+def test_released_vectors_are_read_where_it_is_told_what_they_are(tmp_path: Path) -> None:
+    vectors = released_vectors(tmp_path)
+    table, dropped = read_all(tmp_path, vectors="activation", unlabelled=True)
+    assert dropped == [] and set(table["split"].to_pylist()) == {"test"}
+    keys = list(zip(table["layer"].to_pylist(), table["feature_id"].to_pylist()))
+    assert keys == [(0, 0), (0, 2), (0, 3), (1, 4), (1, 1)]
+    np.testing.assert_array_equal(np.concatenate(records.vectors_of(table["vectors"])), vectors[[0, 2, 3, 4, 1]])
+    assert table["source"].to_pylist() == ["activation"] * 5 and len(set(table["group"].to_pylist())) == 5
+    assert table["descriptions"].to_pylist() == [[]] * 5
+    some, _ = read_all(tmp_path, [0], vectors="activation", unlabelled=True, per_layer=2)
+    assert some["layer"].to_pylist() == [0, 0]
+
+
+def test_labels_of_a_split_that_has_vectors_are_theirs(tmp_path: Path) -> None:
+    """An explainer is trained on an SAE's features, and tried on vectors."""
+    released_features(tmp_path)
+    before, _ = read_all(tmp_path)
+    vectors = released_vectors(tmp_path)
+    assert read_all(tmp_path)[0].equals(before), "unless it is told what they are, vectors are not looked at"
+    table, dropped = read_all(tmp_path, vectors="difference", unlabelled=True)
+    assert dropped == [] and table["source"].to_pylist() == ["sae"] * 10 + ["difference"] * 5
+    assert table.slice(0, 10).equals(before.slice(0, 10))
+    numbers, told = (table[name].to_pylist()[10:] for name in ("feature_id", "descriptions"))
+    own = dict(zip(numbers, told))
+    assert [one["description"] for one in own[0]] == ["about 0 0", "something else"] and own[2] == []
+    np.testing.assert_array_equal(table["vectors"][10].as_py()[0], vectors[0])
+
+
+def test_features_of_a_list_without_labels_are_read_where_labels_are_not_needed(tmp_path: Path) -> None:
+    released_features(tmp_path)
+    before, _ = read_all(tmp_path)
+    (tmp_path / "train_layer_feature_idxs.json").write_text(json.dumps([[0, 3]]))
+    (tmp_path / "validation_layer_feature_idxs.json").write_text(json.dumps([[1, 3], [0, "f5"]]))
+    assert read_all(tmp_path)[0].equals(before)
+    (tmp_path / "explanations" / "test_explanations.json").unlink()
+    table, dropped = read_all(tmp_path, unlabelled=True)
+    assert table["split"].to_pylist() == ["train"] * 10 + ["validation"] and dropped == [REPEATED]
+    assert table["feature_id"][10].as_py() == 5 and table["descriptions"][10].as_py() == []
+
+
+def test_released_vectors_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    vectors = released_vectors(tmp_path)
+    wanted: dict[str, Any] = {"vectors": "activation", "unlabelled": True}
+    with pytest.raises(ValueError, match=r"no \*_explanations.json .*for its vectors, say what they are: `vec"):
+        read_all(tmp_path)
+    with pytest.raises(ValueError, match="to its vectors belongs a `describer`, which needs exemplars in the folder"):
+        read_all(tmp_path, vectors="activation")
+    with pytest.raises(ValueError, match=r"test_vectors.npy is \[5, 4\]: vectors of this target stand in rows of 32"):
+        read_all(tmp_path, **wanted, d_model=32)
+    with pytest.raises(ValueError, match=r"no \*_explanations.json with labels of layers \[7\]"):
+        read_all(tmp_path, [7], **wanted)
+    np.save(tmp_path / "test_vectors.npy", vectors[:4])
+    with pytest.raises(ValueError, match=r"has 5 indices for 4 vectors: one .* for each"):
+        read_all(tmp_path, **wanted)
+    vectors[2, 1] = np.nan
+    np.save(tmp_path / "test_vectors.npy", vectors)
+    table, dropped = read_all(tmp_path, **wanted)
+    assert table.num_rows == 4 and dropped == [NOT_FINITE]
+    np.save(tmp_path / "test_vectors.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"test_vectors.npy is no array of numbers"):
+        read_all(tmp_path, **wanted)
+    (tmp_path / "test_vectors.npy").rename(tmp_path / "test_vectors.pt")
+    with pytest.raises(ValueError, match=r"is a pickle, which can run code .* torch.load\(path\).float\(\).numpy\(\)"):
+        read_all(tmp_path, **wanted)
