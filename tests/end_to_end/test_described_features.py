@@ -134,53 +134,6 @@ def scored_features(saes: Path, corpus: Path, endpoint: Any) -> dict[str, Any]:
     }
 
 
-def test_published_saes_become_described_and_scored_features_and_questions(
-    running_ray: None, endpoint: Any, world_target: Path, saes: Path, corpus: Path, tmp_path: Path
-) -> None:
-    features = scored_features(saes, corpus, endpoint)
-    config = config_in(tmp_path, world_target, features)
-    assert ground_truth.main(["--config", config]) == 0
-    plan = Plan(read_experiment(config))
-    steps = FeaturePlan(plan, "small")
-    made = {name: finished(getattr(steps, name)(), plan.root) for name in ("features", "exemplars", "descriptions")}
-    assert made["features"].rows == 2 * D_SAE
-    assert made["exemplars"].rows + sum(made["exemplars"].dropped.values()) == 2 * D_SAE
-    usage = made["descriptions"].measured
-    assert 80 < usage["asked"] <= made["exemplars"].rows and usage["failed: 429"] > 0 and usage["cost"] > 0
-    effects = storage.read_table(plan.path(plan.effects("features", "small")))
-    assert effects.num_rows == made["descriptions"].rows == made["exemplars"].rows > D_SAE
-    told = [row[0] for row in effects["descriptions"].to_pylist()]
-    scored = [one for one in told if one["score"] is not None]
-    assert len(scored) > 20
-    assert all(one["score_low"] <= one["score"] <= one["score_high"] and one["score_n"] for one in scored)
-    assert sum(one["score"] for one in scored) / len(scored) > 0.3
-    assert sum(one["detection"] for one in told if one["detection"] is not None) / len(told) > 0.6
-    questions = storage.read_table(plan.path(plan.questions("features", "small")))
-    assert set(questions["answer"].to_pylist()) <= {one["description"] for one in told}
-    assert {"train", "test"} <= set(questions["split"].to_pylist())
-    layer = read_layer(saes, 1)
-    row = effects.filter(pc.field("layer") == 1).slice(3, 1).to_pylist()[0]
-    torch.testing.assert_close(torch.tensor(row["vectors"][0]), layer[row["feature_id"]])
-    one = storage.read_table(plan.path(steps.exemplars()))
-    for artifact in (steps.found(), steps.exemplars(), plan.effects("features", "small")):
-        storage.remove(plan.path(artifact))
-    assert ground_truth.main(["--config", config, "cluster.actors=4", "cluster.rows_per_slice=7"]) == 0
-    assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
-    assert export.main(["--config", config]) == 0
-    read = ReleasedExemplars(
-        f"{plan.root}/released/small/features", AutoTokenizer.from_pretrained(world_target), top=6, random=4
-    )
-    assert told_by(read.of(effects).table) == told_by(one), "the same windows come back, but for near misses"
-
-
-def told_by(exemplars: pa.Table) -> dict[str, list[list[Any]]]:
-    keys = ("kind", "rank", "tokens", "activations")
-    return {
-        row["case_id"]: [[one[key] for key in keys] for one in row["windows"] if one["kind"] != "near"]
-        for row in exemplars.to_pylist()
-    }
-
-
 class Evaluated(NamedTuple):
     arguments: list[str]  # of the jobs
     plan: Plan
@@ -229,6 +182,50 @@ def evaluated(
 def letters(texts: Sequence[str]) -> np.ndarray:
     """Stands in for a sentence model: how often each text has each letter."""
     return np.array([[text.count(letter) for letter in string.ascii_lowercase] for text in texts], np.float64)
+
+
+def test_published_saes_become_described_and_scored_features_and_questions(
+    evaluated: Evaluated, world_target: Path, saes: Path
+) -> None:
+    plan = evaluated.plan
+    steps = FeaturePlan(plan, "small")
+    made = {name: finished(getattr(steps, name)(), plan.root) for name in ("features", "exemplars", "descriptions")}
+    assert made["features"].rows == 2 * D_SAE
+    assert made["exemplars"].rows + sum(made["exemplars"].dropped.values()) == 2 * D_SAE
+    usage = made["descriptions"].measured
+    assert 80 < usage["asked"] <= made["exemplars"].rows and usage["failed: 429"] > 0 and usage["cost"] > 0
+    effects = storage.read_table(plan.path(plan.effects("features", "small")))
+    assert effects.num_rows == made["descriptions"].rows == made["exemplars"].rows > D_SAE
+    told = [row[0] for row in effects["descriptions"].to_pylist()]
+    scored = [one for one in told if one["score"] is not None]
+    assert len(scored) > 20
+    assert all(one["score_low"] <= one["score"] <= one["score_high"] and one["score_n"] for one in scored)
+    assert sum(one["score"] for one in scored) / len(scored) > 0.3
+    assert sum(one["detection"] for one in told if one["detection"] is not None) / len(told) > 0.6
+    questions = storage.read_table(plan.path(plan.questions("features", "small")))
+    assert set(questions["answer"].to_pylist()) <= {one["description"] for one in told}
+    assert {"train", "test"} <= set(questions["split"].to_pylist())
+    layer = read_layer(saes, 1)
+    row = effects.filter(pc.field("layer") == 1).slice(3, 1).to_pylist()[0]
+    torch.testing.assert_close(torch.tensor(row["vectors"][0]), layer[row["feature_id"]])
+    one = storage.read_table(plan.path(steps.exemplars()))
+    for artifact in (steps.found(), steps.exemplars(), plan.effects("features", "small")):
+        storage.remove(plan.path(artifact))
+    assert ground_truth.main([*evaluated.arguments, "cluster.actors=4", "cluster.rows_per_slice=7"]) == 0
+    assert storage.read_table(plan.path(steps.exemplars())).equals(one), "exemplars depend on the number of actors"
+    assert export.main(evaluated.arguments) == 0
+    read = ReleasedExemplars(
+        f"{plan.root}/released/small/features", AutoTokenizer.from_pretrained(world_target), top=6, random=4
+    )
+    assert told_by(read.of(effects).table) == told_by(one), "the same windows come back, but for near misses"
+
+
+def told_by(exemplars: pa.Table) -> dict[str, list[list[Any]]]:
+    keys = ("kind", "rank", "tokens", "activations")
+    return {
+        row["case_id"]: [[one[key] for key in keys] for one in row["windows"] if one["kind"] != "near"]
+        for row in exemplars.to_pylist()
+    }
 
 
 def test_explainers_answers_are_simulated_beside_the_gold_descriptions(evaluated: Evaluated) -> None:
