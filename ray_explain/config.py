@@ -5,6 +5,7 @@ Imports nothing heavy, so that a mistake is told before torch or Ray are loaded.
 
 import difflib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -293,6 +294,16 @@ class InjectionConfig(Section):
     projection: Literal["identity", "linear", "ridge"] = "identity"
 
 
+# Fields of `train` that change how the work is done, not what comes out. Steps and their examples are the same with
+# all of them; sums in another order differ in their last digits, and adapters' dropout draws other masks where a step
+# is cut otherwise.
+HOW_NOT_WHAT = {
+    *("workers", "micro_batch_size", "zero_stage", "offload", "gradient_checkpointing"),
+    *("checkpoint_every", "keep_checkpoints", "max_failures", "trackers"),
+}
+VALIDATION = {"validate_every", "validation_questions"}
+
+
 class TrainConfig(Section):
     """How an explainer is trained."""
 
@@ -329,6 +340,13 @@ class TrainConfig(Section):
         if self.keep == "best" and not self.validate_every:
             raise ValueError("`keep: best` needs `validate_every`: nothing else says which explainer is the best")
         return self
+
+    def identity(self, *, validated: bool = False) -> dict[str, Any]:
+        """What tells one explainer from another. How often it is validated does only where that chooses: which of a
+        run's explainers is kept or, if `validated`, which of a sweep's."""
+        of_runs = {"mixtures", "text_only"}  # the run says which of them it is
+        unseen = set() if validated or self.keep == "best" else VALIDATION
+        return self.model_dump(mode="json", exclude=HOW_NOT_WHAT | of_runs | unseen)
 
 
 class Pairing(Section):
@@ -483,14 +501,23 @@ class Experiment(Section):
             raise ValueError(
                 f"`sweep.metric` = {self.sweep.metric!r} is measured where `train.validate_every` is given"
             )
+        for explainer, target in itertools.product(self.explainers, self.targets):
+            self._check_tried(self.train_config(explainer, target).model_dump())
+        return self
+
+    def _check_tried(self, train: Mapping[str, Any]) -> None:
+        """Raises: ValueError: a choice of the sweep is none for these settings, or makes the explainer of another."""
+        seen: dict[str, Mapping[str, Any]] = {}
         for chosen in self.sweep.combinations:
             try:
-                for explainer, target in itertools.product(self.explainers, self.targets):
-                    TrainConfig.model_validate(self.train_config(explainer, target).model_dump() | chosen)
+                tried = TrainConfig.model_validate({**train, **chosen})
             except ValidationError as error:
                 told = "; ".join(_told(fault, TrainConfig) for fault in error.errors())
                 raise ValueError(f"`sweep.parameters`: {told}") from error
-        return self
+            identity = tried.identity(validated=self.sweep.metric != "loss")
+            twin = seen.setdefault(json.dumps(identity, sort_keys=True), chosen)
+            if twin is not chosen:
+                raise ValueError(f"`sweep.parameters`: {_the_same(twin, chosen)}")
 
     @model_validator(mode="after")
     def _weights_are_of_tasks_that_are_trained(self) -> "Experiment":
@@ -579,6 +606,25 @@ class Experiment(Section):
             if (pairing.explainer, pairing.target) == (explainer, target):
                 values |= pairing.train
         return TrainConfig.model_validate(values)
+
+
+def _the_same(chosen: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why two choices of a sweep would make the same explainer, and what to do."""
+    apart = sorted(field for field in chosen if chosen[field] != other[field])
+    if not apart:
+        return f"{dict(chosen)} is given twice: leave one out"
+    values = " and ".join(str({field: of[field] for field in apart}) for of in (chosen, other))
+    if set(apart) <= HOW_NOT_WHAT:
+        return (
+            f"{' and '.join(apart)} says how the work is done, not which explainer comes out of it: {values} would be "
+            "one trial; give one value, in `train`"
+        )
+    if set(apart) <= HOW_NOT_WHAT | VALIDATION:
+        return (
+            f"{' and '.join(apart)} says how often an explainer is looked at, not which one comes out: {values} would "
+            "be one trial; give one value, in `train`, or let validation choose (`sweep.metric`, `train.keep: best`)"
+        )
+    return f"{values} make the same explainer: leave one out"
 
 
 def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -149,16 +149,10 @@ def ended_by(error: BaseException, log: Path | None = None) -> int:
     return code
 
 
-def _way_out(error: BaseException | None) -> str | None:
+def _way_out(error: BaseException) -> str | None:
     """What to do about an error of the cluster that has nothing to do with our work."""
     checks = sys.modules.get("ray_explain.distributed.checks")  # without it there was no cluster
-    while checks is not None and error is not None:
-        for one in (error, getattr(error, "cause", None)):
-            told = None if one is None else checks.way_out(one)
-            if told is not None:
-                return told
-        error = error.__cause__
-    return None
+    return None if checks is None else checks.way_out(error)
 
 
 def _sentence(error: BaseException | None) -> str:

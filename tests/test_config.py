@@ -72,6 +72,17 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.weights={ablation: 2}", ["train.weights", "'ablation'", "no explainer", "`train.mixtures`"]),
         ("pairings=[{explainer: llama, target: qwen3, train: {weights: {ablation: 2}}}]", ["train.weights"]),
         ("sweep.parameters={weights: [{patching: 2}, {ablation: 2}]}", ["train.weights", "'ablation'"]),
+        (
+            "sweep.parameters={workers: [1, 2]}",
+            ["sweep.parameters", "workers says how the work is done", "'workers': 2", "`train`"],
+        ),
+        (
+            "sweep.parameters={learning_rate: [1, .5], zero_stage: [2, 3]}",
+            ["zero_stage says how the work is done", "one trial"],
+        ),
+        ("sweep.parameters={validate_every: [5, 10]}", ["validate_every", "how often", "`sweep.metric`"]),
+        ("sweep.parameters={learning_rate: [.5, .5]}", ["{'learning_rate': 0.5}", "given twice"]),
+        ("sweep.parameters={injection: [{}, {scale: raw}]}", ["'injection': {'scale': 'raw'}", "the same explainer"]),
         ("ground_truth={}", ["ground_truth", "at least one"]),
         ("ground_truth.patching.blocks=1", ["other_layer", "ground_truth.patching.blocks"]),
         ("models.llama.path=/x", ["models.llama", "not both"]),
@@ -88,6 +99,18 @@ def test_a_wrong_value_or_key_is_named_with_its_rule(config: str, override: str,
         read_experiment(config, ["seed=0", override])
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sweep.parameters={workers: [2], learning_rate: [.5, 1]}"],  # one value is a setting of all
+        ["sweep.parameters={validate_every: [5, 10]}", "sweep.metric=validation_exact", "train.validate_every=5"],
+        ["sweep.parameters={validate_every: [5, 10]}", "train.keep=best", "train.validate_every=5"],
+    ],
+)
+def test_what_makes_other_explainers_may_be_swept(config: str, overrides: list[str]) -> None:
+    assert len(read_experiment(config, overrides).sweep.combinations) == 2
 
 
 def test_sites_and_kinds_are_those_of_the_engine() -> None:

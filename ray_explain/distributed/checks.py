@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,17 +195,30 @@ def check_storage(root: str) -> None:
         ) from error
 
 
-def way_out(error: BaseException) -> str | None:
-    """What to do about an error of the cluster that has nothing to do with our work; None for others."""
-    if isinstance(error, ObjectStoreFullError):
-        return (
-            "Ray's object store is full: give it more when the cluster is started (ray start "
-            "--object-store-memory=...), set `cluster.actors` lower, or end other jobs of the cluster (ray job list)"
-        )
-    if isinstance(error, OutOfDiskError):
-        return (
-            "Ray's object store is full, and so is the disk that takes what does not fit: free some, or start the "
-            "cluster with more (ray start --object-store-memory=...) or another --temp-dir; what is finished is whole, "
-            "and the job goes on when it is started again"
-        )
+def way_out(error: BaseException | None) -> str | None:
+    """What to do about an error of the cluster that has nothing to do with our work, wherever in `error` it is; None
+    for others."""
+    for one in _all_in(error):
+        if isinstance(one, ObjectStoreFullError):
+            return (
+                "Ray's object store is full: give it more when the cluster is started (ray start "
+                "--object-store-memory=...), set `cluster.actors` lower, or end other jobs of the cluster (ray job "
+                "list)"
+            )
+        if isinstance(one, OutOfDiskError):
+            return (
+                "Ray's object store is full, and so is the disk that takes what does not fit: free some, or start the "
+                "cluster with more (ray start --object-store-memory=...) or another --temp-dir; what is finished is "
+                "whole, and the job goes on when it is started again"
+            )
     return None
+
+
+def _all_in(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it came from: a task's, the controller's or any worker's of a training."""
+    if error is None:
+        return
+    yield error
+    inner = [getattr(error, name, None) for name in ("__cause__", "cause", "controller_failure")]
+    for one in [*inner, *getattr(error, "worker_failures", {}).values()]:
+        yield from _all_in(one)

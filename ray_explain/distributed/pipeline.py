@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -65,11 +65,12 @@ def run_sweep(session: Session) -> None:
     sweep(session)
 
 
-def make_report(session: Session) -> str:
-    """The report, written anew each time: it costs a second and may hold words of a newer version."""
+def make_report(session: Session, *, notes: Sequence[str] = ()) -> str:
+    """The report, written anew each time: it costs a second and may hold words of a newer version. `notes` are what its
+    reader has to know before the numbers, beside what the plan says of itself."""
     evaluate(session)
     plan = session.plan
-    return write_report(_report_data(session), f"{plan.root}/report")
+    return write_report(_report_data(session, notes), f"{plan.root}/report")
 
 
 def all_artifacts(plan: Plan) -> Iterator[Artifact]:
@@ -89,7 +90,7 @@ def _manifests(plan: Plan) -> list[Manifest]:
     return [manifest for manifest in found if manifest is not None]
 
 
-def _report_data(session: Session) -> ReportData:
+def _report_data(session: Session, notes: Sequence[str]) -> ReportData:
     plan, folder = session.plan, session.plan.path(session.plan.scores())
     graded, scores, comparisons = (
         storage.read_table(f"{folder}/{name}") for name in ("graded", "scores", "comparisons")
@@ -123,7 +124,7 @@ def _report_data(session: Session) -> ReportData:
             "sizes": _sizes(manifests),
             "seconds": _seconds(manifests),
         },
-        notes=_notes(plan),
+        notes=[*notes, *_notes(plan)],
     )
 
 

@@ -14,15 +14,6 @@ from ray_explain.questions.prompting import shots_label
 from ray_explain.records import TEXT_ONLY
 from ray_explain.world import RECIPE
 
-# Fields of the training section that change how the work is done, not what comes out. Steps and their examples are the
-# same with all of them; sums in another order differ in their last digits, and adapters' dropout draws other masks
-# where a step is cut otherwise.
-_HOW_NOT_WHAT = {
-    *("workers", "micro_batch_size", "zero_stage", "offload", "gradient_checkpointing"),
-    *("checkpoint_every", "keep_checkpoints", "max_failures", "trackers"),
-    *("mixtures", "text_only"),  # the run says which of them it is
-}
-_VALIDATION = {"validate_every", "validation_questions"}
 WITHOUT_VECTORS: tuple[Task, ...] = ("ablation",)
 SELFIE = "SelfIE"
 _OF_RELEASED_FEATURES = {"source", "layers", "per_layer"}
@@ -207,7 +198,7 @@ class Plan:
     def explainer(self, run: Run) -> Artifact:
         """The trained explainer of a run."""
         validated = self.experiment.sweep.metric != "loss"  # else it could not be judged by what was never measured
-        config = identity_of(self.train_config(run), validated=validated) | {"seed": run.seed}
+        config = self.train_config(run).identity(validated=validated) | {"seed": run.seed}
         if run.text_only:
             config["text_only"] = True
         if run.fraction < 1:
@@ -281,13 +272,6 @@ class Plan:
     def target_tasks(self) -> list[tuple[str, Task]]:
         """Every target with every task."""
         return [(target, task) for target in self.experiment.targets for task in self.experiment.tasks]
-
-
-def identity_of(train: TrainConfig, *, validated: bool = False) -> dict[str, Any]:
-    """What of a training section tells one explainer from another. How often it is validated does only where that
-    chooses: which of a run's explainers is kept or, if `validated`, which of a sweep's."""
-    unseen = set() if validated or train.keep == "best" else _VALIDATION
-    return train.model_dump(mode="json", exclude=_HOW_NOT_WHAT | unseen)
 
 
 def _identity(config: ModelConfig) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
 from ray_explain.distributed.capacity import check_capacity, fleet
-from ray_explain.distributed.checks import check_worker, code_here
+from ray_explain.distributed.checks import check_worker, code_here, way_out
 from ray_explain.distributed.experiment import (
     TABLE,
     Session,
@@ -60,6 +60,10 @@ _DEATHS = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
 )
+_TO_HAVE_THEM = (
+    "To have those that were stopped, start it again with sweep.asha=null and the chosen settings alone in "
+    "`sweep.parameters`; what is done stays."
+)
 _MEMORY = 2**20  # bytes that a trial's own process reserves: without any resource Tune refuses it
 
 TRIALS_SCHEMA = pa.schema(
@@ -73,7 +77,8 @@ TRIALS_SCHEMA = pa.schema(
         pa.field("parameters", pa.string(), nullable=False),  # JSON
         pa.field("status", pa.string(), nullable=False),  # done | stopped (by ASHA) | failed
         pa.field("error", pa.string()),  # why it failed
-        pa.field("chosen", pa.bool_(), nullable=False),  # whether it is in the report
+        pa.field("chosen", pa.bool_(), nullable=False),  # of its run, the one for the report: its settings did best
+        pa.field("in_report", pa.bool_(), nullable=False),  # of the chosen ones, those that are done
         pa.field("steps", pa.int32()),
         pa.field("loss", pa.float64()),  # of training, the last that is known
         pa.field("exact_match", pa.float64()),  # on the held-out questions of all its tasks
@@ -125,17 +130,59 @@ def sweep(session: Session) -> None:
         session.say(f"Sweep: {len(todo)} of {len(trials)} trials to do, {n} at a time")
         failures = _run(todo, session.plan, n)
     best = best_settings(trials, root, session.plan.experiment.sweep)
-    _tell(session, trials, failures, best)
-    without = {trial.run for trial in _with(trials, best) if _status(trial, root, failures) != "done"}
-    if len(without) < len(session.plan.runs()):
-        chosen = Plan(session.plan.experiment.trained_with(best), without=without)
-        try:
-            session.say(f"The report: {make_report(replace(session, plan=chosen))}")
-        except ValueError as error:  # of the trials that failed, so many are missing that pairs cannot be compared
-            session.say(f"No report: {error}")
+    chosen = _with(trials, best)
+    _tell(session, trials, failures, chosen)
+    _report(session, chosen, best, failures)
     if failures:
         told = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise JobFailed(f"{len(failures)} of {len(trials)} trials failed: {told}")
+
+
+def _report(
+    session: Session,
+    chosen: Sequence[Trial],
+    best: Mapping[tuple[str, str], Mapping[str, Any]],
+    failures: Mapping[str, str],
+) -> None:
+    """Of those of the chosen trials that are done, with a note of what it lacks."""
+    statuses = {trial.run: _status(trial, session.plan.root, failures) for trial in chosen}
+    without = {run for run, status in statuses.items() if status != "done"}
+    note = lacking(statuses)
+    if note:
+        session.say(f"{note} {_TO_HAVE_THEM}" if "stopped" in statuses.values() else note)
+    if len(without) == len(session.plan.runs()):
+        session.say("No report: no trial of the chosen settings is done")
+        return
+    plan = Plan(session.plan.experiment.trained_with(best), without=without)
+    try:
+        session.say(f"The report: {make_report(replace(session, plan=plan), notes=[note] if note else [])}")
+    except ValueError as error:  # of the trials that are not done, so many are missing that pairs cannot be compared
+        session.say(f"No report: {error}")
+
+
+def lacking(statuses: Mapping[Run, str]) -> str:
+    """What a report lacks of the runs with these statuses, as a sentence for people; empty where all are done."""
+    series = defaultdict[Run, dict[int, str]](dict)
+    for run, status in statuses.items():
+        series[run._replace(seed=0)][run.seed] = status
+    cut = {run: seeds for run, seeds in series.items() if set(seeds.values()) != {"done"}}
+    told = [f"{_series_name(run)}: {_of_seeds(seeds)}" for run, seeds in cut.items()]
+    return f"Not all trials of the chosen settings came to their end. {'; '.join(told)}." if told else ""
+
+
+def _series_name(run: Run) -> str:
+    return f"{run.speaker} of {run.target}, {'+'.join(run.tasks)}, fraction {run.fraction:g}"
+
+
+def _of_seeds(statuses: Mapping[int, str]) -> str:
+    """Of the seeds with these statuses: "of 3 seeds 1 stopped early (2), the report has 2"."""
+    parts = []
+    for status, told in (("stopped", "stopped early"), ("failed", "failed")):
+        seeds = sorted(seed for seed, own in statuses.items() if own == status)
+        if seeds:
+            parts.append(f"{len(seeds)} {told} ({', '.join(map(str, seeds))})")
+    left = sum(status == "done" for status in statuses.values())
+    return f"of {len(statuses)} seed{'s' * (len(statuses) > 1)} {' and '.join(parts)}, the report has {left or 'none'}"
 
 
 def _align(session: Session, todo: Sequence[Trial]) -> None:
@@ -298,6 +345,9 @@ def _outcome(trial: Trial, root: str, verdicts: Any, board: Any, cluster: Cluste
 
 def _reason(error: Exception) -> str:
     """In a line."""
+    told = way_out(error)
+    if told is not None:
+        return told
     last = (str(error).strip().splitlines() or [""])[-1]
     says_what_it_is = isinstance(error, BadInput | JobFailed | ray.exceptions.RayTaskError)
     return last if says_what_it_is else f"{type(error).__name__}: {last}"
@@ -443,12 +493,11 @@ def _tell(
     session: Session,
     trials: Sequence[Trial],
     failures: Mapping[str, str],
-    best: Mapping[tuple[str, str], Mapping[str, Any]],
+    chosen: Sequence[Trial],
 ) -> None:
     """Tables `trials` and `scores` below `sweep`, of all trials, and a summary for the person who watches."""
-    root = session.plan.root
-    chosen = {trial.name for trial in _with(trials, best)}
-    rows = [_row(trial, root, failures) | {"chosen": trial.name in chosen} for trial in trials]
+    root, names = session.plan.root, {trial.name for trial in chosen}
+    rows = [_row(trial, root, failures, chosen=trial.name in names) for trial in trials]
     storage.write_table(records.rows_table(rows, TRIALS_SCHEMA), f"{root}/sweep/{TRIALS}/{TABLE}")
     scored = [_scores_of(trial, root) for trial in trials if finished(trial.scores, root) is not None]
     if scored:
@@ -464,7 +513,7 @@ def _scores_of(trial: Trial, root: str) -> pa.Table:
     return table
 
 
-def _row(trial: Trial, root: str, failures: Mapping[str, str]) -> dict[str, Any]:
+def _row(trial: Trial, root: str, failures: Mapping[str, str], *, chosen: bool) -> dict[str, Any]:
     status = _status(trial, root, failures)
     made = finished(trial.train.artifact, root) or finished(trial.stopped, root)
     measured = {} if made is None else made.measured
@@ -475,6 +524,8 @@ def _row(trial: Trial, root: str, failures: Mapping[str, str]) -> dict[str, Any]
         "tasks": "+".join(trial.run.tasks),
         "parameters": json.dumps(trial.parameters, sort_keys=True),
         "status": status,
+        "chosen": chosen,
+        "in_report": chosen and status == "done",
         "error": failures.get(trial.name),
         "steps": measured.get("steps"),
         "loss": measured.get("loss"),
@@ -490,6 +541,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         cells = [row[column.header.replace(" ", "_")] for column in table.columns[:-1]]  # type: ignore[union-attr]
         texts = [f"{cell:.3g}" if isinstance(cell, float) else str("" if cell is None else cell) for cell in cells]
-        told = f"failed: {row['error']}" if row["error"] else row["status"] + (", chosen" if row["chosen"] else "")
+        told = f"failed: {row['error']}" if row["error"] else row["status"]
+        if row["chosen"]:
+            told += ", chosen" if row["in_report"] else ", chosen but not in the report"
         table.add_row(*texts, told)
     return table

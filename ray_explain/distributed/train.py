@@ -13,7 +13,7 @@ from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import ClusterConfig, TrainConfig
 from ray_explain.distributed.capacity import check_capacity, fleet
-from ray_explain.distributed.checks import check_worker, code_here
+from ray_explain.distributed.checks import check_worker, code_here, way_out
 from ray_explain.distributed.progress import watching
 from ray_explain.distributed.trackers import check_trackers
 from ray_explain.errors import JobFailed
@@ -118,7 +118,7 @@ def fit(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         logger.exception("training of %s failed", run.artifact.label)
-        return str(error).strip().splitlines()[-1]
+        return way_out(error) or str(error).strip().splitlines()[-1]
     reason = _why_stopped(run, root)
     if reason is None:
         # Checkpoints; the explainer is whole, or not wanted any more.

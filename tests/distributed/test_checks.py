@@ -11,6 +11,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -230,6 +231,38 @@ def test_a_full_store_is_told_with_what_to_do(
     monkeypatch.setattr("ray_explain.distributed.pipeline.make_models", full)
     assert pretrain.main(["--config", write_config(tmp_path, tmp_path)]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [("ObjectStoreFullError", "--object-store-memory"), ("OutOfDiskError", "disk")]
+)
+def test_a_worker_of_a_training_that_meets_a_full_store_says_what_to_do(
+    error: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.exceptions
+    from ray import cloudpickle
+    from ray.train import TrainingFailedError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    from ray_explain.distributed.train import fit
+
+    full = getattr(ray.exceptions, error)("no room")
+    of_a_task = ray.exceptions.RayTaskError("read", "Traceback\nlast line", full)
+    fates: list[TrainingFailedError] = [
+        WorkerGroupError("[Rank 1 Error Snippet]:\nlast line", {0: KeyError("peer"), 1: full}),
+        WorkerGroupError("[Rank 0 Error Snippet]:\nlast line", {0: of_a_task.as_instanceof_cause()}),
+        ControllerError(of_a_task),
+    ]
+    run = run_of(TrainConfig(), "full", (), tmp_path)
+    for fate in fates:
+        monkeypatch.setattr(
+            "ray.train.torch.TorchTrainer.fit", Mock(side_effect=cloudpickle.loads(cloudpickle.dumps(fate)))
+        )
+        failure = fit(run, str(tmp_path), ClusterConfig(), None)
+        assert failure is not None and failure.startswith("Ray's object store is full") and words in failure
+    other = WorkerGroupError("[Rank 0 Error Snippet]:\nlast line", {0: KeyError("lost")})
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", Mock(side_effect=other))
+    assert fit(run, str(tmp_path), ClusterConfig(), None) == "last line"
 
 
 FILLS_THE_STORE = """

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.exceptions import ActorDiedError, NodeDiedError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.tune import TuneError
 
 from jobs import sweep as job
@@ -161,6 +168,16 @@ def test_a_trial_is_listed_with_its_own_error_whatever_that_is(last_word: Callab
     assert last_word(JobFailed("the loss is not finite")) == {"failure": "the loss is not finite"}
 
 
+@pytest.mark.parametrize(("full", "words"), [(ObjectStoreFullError, "--object-store-memory"), (OutOfDiskError, "disk")])
+def test_a_trial_that_meets_a_full_object_store_says_what_to_do(
+    full: type[Exception], words: str, last_word: Callable[..., dict[str, Any]]
+) -> None:
+    of_a_task = RayTaskError("_evaluate", "Traceback\nlast line", full("no room"))
+    for error in (full("no room"), of_a_task, of_a_task.as_instanceof_cause()):
+        failure = last_word(error)["failure"]
+        assert failure.startswith("Ray's object store is full") and words in failure
+
+
 def test_a_trial_whose_machine_was_lost_is_left_to_tune(last_word: Callable[..., dict[str, Any]]) -> None:
     for lost in (ActorDiedError(), WorkerCrashedError(), NodeDiedError("gone")):
         with pytest.raises(type(lost)):
@@ -187,10 +204,12 @@ class Cluster:
 
     def __init__(self, fates: dict[float, str]) -> None:
         self.fates = fates  # learning rate -> what becomes of its trials
+        self.fates_of_seeds = dict[tuple[float, int], str]()  # (learning rate, seed) -> what becomes of these instead
         self.reports: list[dict[str, Any]] = []
 
     def fit(self, train: TrainRun, root: str, *_: Any, **__: Any) -> str | None:
-        fate = self.fates[train.train.learning_rate]
+        rate = train.train.learning_rate
+        fate = self.fates_of_seeds.get((rate, train.seed), self.fates[rate])
         if fate == "failed":
             return "its loss is not finite"
         if fate == "done":
@@ -254,3 +273,48 @@ def test_a_sweep_ends_with_all_trials_listed_and_a_report_of_the_best(
     pretended.reports.clear()
     assert job.main(["--config", str(config)]) == 0
     assert len(pretended.reports) == 2  # what had ended was left as it was
+
+
+def test_seeds_of_the_chosen_settings_that_were_stopped_or_failed_are_said_to_be_missing(
+    pretended: Cluster, world_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In what is printed, in the table of trials and in the report."""
+    root, config = tmp_path / "run", tmp_path / "sweep.yaml"
+    own = {"storage": str(root), "models": {"llama": {"path": str(world_target)}}, "seeds": [0, 1, 2]}
+    own["sweep"] = {"parameters": {"learning_rate": [1e-3, 3e-3]}, "asha": {}}
+    config.write_text(yaml.safe_dump(SWEEP | own | {"fractions": [1.0]}))
+    pretended.fates_of_seeds = {(1e-3, 1): "stopped", (1e-3, 2): "failed"}
+    assert job.main(["--config", str(config)]) == 1
+    told = "llama of llama, ablation, fraction 1: of 3 seeds 1 stopped early (1) and 1 failed (2), the report has 1"
+    said = " ".join(capsys.readouterr().out.split())
+    assert told in said and "start it again with sweep.asha=null" in said
+    assert told in (root / "report" / "index.html").read_text() and told in (root / "report" / "tables.md").read_text()
+    rows = storage.read_table(f"{root}/sweep/trials").to_pylist()
+    assert [(row["seed"], row["in_report"]) for row in rows if row["chosen"]] == [(0, True), (1, False), (2, False)]
+    assert not any(row["in_report"] for row in rows if not row["chosen"])
+
+    alone = ["sweep.asha=null", "sweep.parameters.learning_rate=[0.001]"]  # as it said
+    pretended.fates_of_seeds.clear()
+    pretended.reports.clear()
+    assert job.main(["--config", str(config), *alone]) == 0
+    assert len(pretended.reports) == 2
+    assert "came to their end" not in capsys.readouterr().out + (root / "report" / "index.html").read_text()
+
+
+def test_what_a_report_lacks_is_told_for_each_of_its_series() -> None:
+    runs = [Run("a", "t", ("ablation",), seed, share) for share in (1.0, 0.1) for seed in (0, 1)]
+    statuses = dict(zip(runs, ["done", "done", "stopped", "stopped"]))
+    assert sweep.lacking(statuses) == (
+        "Not all trials of the chosen settings came to their end. a of t, ablation, fraction 0.1: of 2 seeds 2 stopped "
+        "early (0, 1), the report has none."
+    )
+    assert sweep.lacking(dict.fromkeys(runs, "done")) == ""
+
+
+def test_a_sweep_of_which_nothing_is_done_says_that_there_is_no_report(
+    pretended: Cluster, world_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, own = tmp_path / "sweep.yaml", {"models": {"llama": {"path": str(world_target)}}}
+    config.write_text(yaml.safe_dump(SWEEP | own | {"storage": str(tmp_path / "run"), "fractions": [1.0]}))
+    assert job.main(["--config", str(config), "sweep.parameters.learning_rate=[0.003, 0.004]"]) == 1
+    assert "No report: no trial of the chosen settings is done" in capsys.readouterr().out

@@ -8,11 +8,10 @@ from ray_explain.config import InjectionConfig, LoraConfig, TrainConfig
 
 
 def run_of(train: TrainConfig, label: str, questions: tuple[str, ...], target: Path) -> Any:
-    from ray_explain.distributed.plan import identity_of
     from ray_explain.distributed.train import TrainRun
 
     return TrainRun(
-        artifact=Artifact(kind="explainers", label=label, config=identity_of(train)),
+        artifact=Artifact(kind="explainers", label=label, config=train.identity()),
         model={"model": str(target), "revision": None, "dtype": "float32"},
         target={"name": "target", "revision": None},
         questions=questions,

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZipFile
@@ -125,7 +126,7 @@ def config_in(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def test_the_pipeline_runs_as_a_submitted_job_and_its_explainer_can_be_asked(head: Head, tmp_path: Path) -> None:
+def test_the_pipeline_runs_as_a_submitted_job_and_others_go_on_from_what_it_left(head: Head, tmp_path: Path) -> None:
     ended = head.submit("python", "jobs/pipeline.py", "--config", config_in(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     root = head.home / "ray_explain" / "runs" / "tiny"  # a relative path would be thrown away with the upload
@@ -138,6 +139,15 @@ def test_the_pipeline_runs_as_a_submitted_job_and_its_explainer_can_be_asked(hea
     question = ("python", "jobs/ask.py", "--config", config_in(tmp_path), *QUESTION)
     asked = head.submit(*question, code=str(tmp_path / "code.zip"))
     assert asked.returncode == 0 and "verdict" in asked.stdout, asked.stdout + asked.stderr
+    (root / "report" / "index.html").unlink()
+    given = ("--config", config_in(tmp_path))
+    others = {"report": given, "export": given, "evaluate": (*given, "evaluate.resamples=200")}
+    with ThreadPoolExecutor() as threads:
+        ends = list(threads.map(lambda job: head.submit("python", f"jobs/{job}.py", *others[job]), others))
+    assert [end.returncode for end in ends] == [0, 0, 0], "".join(end.stdout + end.stderr for end in ends)
+    assert (root / "report" / "index.html").exists()
+    assert "ablation of llama: not written: the released ablation schema holds MMLU questions" in ends[1].stdout
+    assert len(list(root.glob(f"scores/*/{MANIFEST}"))) == 2
 
 
 def test_the_dashboard_asks_for_the_token(head: Head) -> None:
