@@ -98,7 +98,7 @@ test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 	$(BIN)/python -m pytest -m "(ray or slow) and not long and not gpu and not network and not machines"
 
-test-long: setup  ## those that take minutes each: all storage on a failing S3, a killed training, planned against measured memory
+test-long: setup  ## those that take minutes each: all storage on a failing S3, a killed training and sweep, planned against measured memory
 	$(BIN)/python -m pytest -m "long and not gpu and not network"
 
 test-fast: setup  ## tests of the tensors and tables layers
