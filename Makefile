@@ -26,7 +26,7 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help setup demo check test test-long cluster-test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos cluster-test dashboard
+.PHONY: help setup demo check test test-long cluster-test test-fast bench lock clean cluster-up cluster-down cluster-status submit token chaos dashboard
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -98,7 +98,7 @@ test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 	$(BIN)/python -m pytest -m "(ray or slow) and not long and not gpu and not network and not machines"
 
-test-long: setup $(VENV)/trackers  ## those that take minutes each: all storage on a failing S3, a killed training, planned against measured memory; MLflow and W&B as they are
+test-long: setup $(VENV)/trackers  ## those that take minutes each: a failing S3, a killed training and sweep, a lost node, planned against measured memory, MLflow and W&B
 	$(BIN)/python -m pytest -m "long and not gpu and not network"
 	PYTHONPATH=$(VENV)/trackers $(BIN)/python -m pytest -rs tests/distributed/test_trackers.py
 

@@ -1,12 +1,7 @@
 """The whole method on tiny models, through the jobs' own `main`."""
 
 import html
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,10 +21,10 @@ from ray_explain.explainer.sidecar import read_sidecar
 from ray_explain.models import files_fingerprint
 from ray_explain.records import TEXT_ONLY
 from ray_explain.stages import Result
+from tests.interrupting import interrupt
 from tests.tiny import config_in, plan_of
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_the_report_is_one_page_that_shows_every_pairing(config: str) -> None:
@@ -121,19 +116,8 @@ def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config
     """The driver and all its actors are killed with the first effects on disk; then the job is started again."""
     again = config_in(tmp_path)
     plan = plan_of(again)
-    killed = subprocess.Popen(
-        [sys.executable, "jobs/ground_truth.py", "--config", again],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     folder = plan.path(plan.effects("features", "llama"))  # the first to be made, and the slowest
-    deadline = time.monotonic() + 300
-    while not storage.list_files(folder, ".parquet") and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert killed.poll() is None, "the job ended before it could be killed"
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    interrupt("ground_truth", again, when=lambda: storage.list_files(folder, ".parquet"))
     assert finished(plan.effects("features", "llama"), plan.root) is None
     assert ground_truth.main(["--config", again]) == 0
     undisturbed = plan_of(config)

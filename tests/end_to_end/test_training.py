@@ -1,24 +1,18 @@
 """A training job that is killed with all that it started."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jobs import train
 from ray_explain.artifacts import finished
 from ray_explain.distributed.watching import CURVE
+from tests.interrupting import interrupt
 from tests.tiny import config_in, plan_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
-ROOT = Path(__file__).resolve().parent.parent.parent
 DROPPING_OUT = {
     "mixtures": [["patching"]],
     "epochs": 2,
@@ -40,7 +34,8 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_losses_of_one_that
     config = config_in(tmp_path, explainers=["llama"], ground_truth=ground_truth, train=DROPPING_OUT)
     plan, whole = plan_of(config), tmp_path / "whole"
     explainer = plan.explainer(plan.runs()[0])
-    kill_after_a_checkpoint(config, Path(plan.root, "ray_train"))
+    known = Path(plan.root, "ray_train")  # to Ray Train
+    interrupt("train", config, when=lambda: list(known.glob("*/checkpoint_manager_*.json")))
     assert finished(explainer, plan.root) is None
     made_after = shutil.ignore_patterns("ray_train", "explainers", "tensorboard", "logs")
     shutil.copytree(plan.root, whole, ignore=made_after)
@@ -52,22 +47,6 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_losses_of_one_that
     expected, found = (losses(explainer.path(root)) for root in (str(whole), plan.root))
     assert list(expected) == [10, 20, 30, 40, 50, 60]
     assert found == pytest.approx(expected, abs=1e-5)
-
-
-def kill_after_a_checkpoint(config: str, folder: Path) -> None:
-    """Start the job, and kill its processes when Ray Train knows a checkpoint."""
-    job: Any = subprocess.Popen(
-        [sys.executable, "jobs/train.py", "--config", config],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 300
-    while job.poll() is None and time.monotonic() < deadline and not list(folder.glob("*/checkpoint_manager_*.json")):
-        time.sleep(0.01)
-    assert job.poll() is None, "the job ended before it could be killed"
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
 
 
 def losses(folder: str) -> dict[int, float]:
