@@ -464,7 +464,13 @@ def best_settings(trials: Sequence[Trial], root: str, rules: SweepConfig) -> dic
 
 
 def _metric(done: Manifest, name: str) -> float:
-    """Raises: JobFailed: the training did not measure it."""
+    """Of the explainer that the training left: with `keep: best`, the one that was kept, not the last.
+
+    Raises:
+        JobFailed: the training did not measure it.
+    """
+    if (kept := done.measured.get(f"kept_{name}")) is not None:
+        return kept
     if name not in done.measured:
         raise JobFailed(
             f"`sweep.metric` = {name!r}: the training of {done.label} did not measure it, only "

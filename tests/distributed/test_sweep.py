@@ -142,6 +142,17 @@ def test_a_setting_is_judged_by_the_mean_of_its_runs_on_the_largest_fraction(tmp
     assert best["validation_exact"] == {("a", "t"): {"learning_rate": 1e-4}}
 
 
+def test_a_setting_is_judged_by_the_explainer_that_is_kept(tmp_path: Path) -> None:
+    """The first one's last explainer is worse than the second's, but a better one came before it, and was kept."""
+    trials = [trial(1e-3), trial(1e-4)]
+    for one, measured in zip(
+        trials, ({"validation_exact": 0.2, "kept_validation_exact": 0.8}, {"validation_exact": 0.5})
+    ):
+        finish(one.train.artifact, str(tmp_path), measured=measured)
+    best = sweep.best_settings(trials, str(tmp_path), SweepConfig(metric="validation_exact"))
+    assert best == {("a", "t"): {"learning_rate": 1e-3}}
+
+
 @pytest.fixture
 def last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """What a trial tells Tune whose training raises this error."""
