@@ -30,8 +30,9 @@ from tests.tiny import EXPERIMENT, config_in, plan_of, tables_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("actor", "train worker", "node", "driver", "storage")
-LATEST = {"pipeline": 15.0, "ground_truth": 4.0}  # seconds between seeing something and killing it, at most
+LATEST = {"pipeline": 15.0, "ground_truth": 1.0}  # seconds between seeing something and killing it, at most
 REPLACED_AFTER = 5.0  # seconds until there is a new node for a lost one
+WORK = ("ray::MapWorker", "ray::RayTrainWorker")  # titles of actors and training workers
 LONGEST = 1200.0  # seconds of a run
 TABLES = {"pipeline": ("effects", "questions", "answers"), "ground_truth": ("effects", "questions")}
 
@@ -47,31 +48,44 @@ class Nodes:
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
         self._workers = [self._new() for _ in range(2)]
+        self._coming: list[tuple[float, Any]] = []  # when a lost node is replaced
 
     def _new(self) -> Any:
         return self._cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
 
-    def processes(self, title: str) -> list[psutil.Process]:
+    def processes(self, title: str | tuple[str, ...]) -> list[psutil.Process]:
         """Those of this cluster whose title begins so, on worker nodes or the head."""
         nodes = [self._cluster.head_node, *self._workers]
         return [process for node in nodes for process in _children(node) if _title(process).startswith(title)]
 
-    def busy(self) -> list[Any]:
-        """Worker nodes with actors or training workers."""
-        return [node for node in self._workers if any(map(_works, _children(node)))]
+    def at_work(self) -> list[psutil.Process]:
+        """Actors and training workers, wherever they are."""
+        return self.processes(WORK)
+
+    def losable(self) -> list[Any]:
+        """While there is work: the worker nodes that do some, or all of them where only the head does."""
+        busy = [node for node in self._workers if any(map(_works, _children(node)))]
+        return busy or (self._workers if self.at_work() else [])
 
     def lose(self, node: Any) -> None:
-        """Raylet and workers at once, as when a machine is taken away."""
+        """Raylet and workers at once, as when a machine is taken away. The job goes on while a new one comes."""
         victims = [_raylet(node), *_children(node)]
         self._workers.remove(node)
         for process in victims:
             _kill(process)
-        time.sleep(REPLACED_AFTER)
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-        self._workers.append(self._new())
+        self._coming.append((time.monotonic() + REPLACED_AFTER, node))
+
+    def replace_lost(self) -> None:
+        """Start new nodes for those that were lost some time ago; takes seconds, and the main thread."""
+        due = [node for when, node in self._coming if when <= time.monotonic()]
+        self._coming = [one for one in self._coming if one[1] not in due]
+        for node in due:
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+            self._workers.append(self._new())
 
     def stop(self) -> None:
-        for node in [*self._workers, self._cluster.head_node]:
+        lost = [node for _, node in self._coming]
+        for node in [*lost, *self._workers, self._cluster.head_node]:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
@@ -94,7 +108,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def _works(process: psutil.Process) -> bool:
-    return _title(process).startswith(("ray::MapWorker", "ray::RayTrainWorker"))
+    return _title(process).startswith(WORK)
 
 
 def _kill(process: psutil.Process) -> None:
@@ -130,6 +144,7 @@ class Run:
             for kind in [kind for kind in self.kinds if self._is_due(kind)]:
                 self.kinds.remove(kind)
                 self._disturb(kind)
+            self.nodes.replace_lost()
             assert time.monotonic() - self.started < LONGEST, f"not done after {LONGEST:.0f} s: {self._log()}"
             time.sleep(0.1)
         assert self.driver.returncode == 0, f"the job ended with {self.driver.returncode}: {self._log()}"
@@ -163,9 +178,9 @@ class Run:
         find: dict[str, Callable[[], Sequence[Any]]] = {
             "actor": lambda: self.nodes.processes("ray::MapWorker"),
             "train worker": lambda: self.nodes.processes("ray::RayTrainWorker"),
-            "node": self.nodes.busy,
-            "driver": self.nodes.busy,  # so that it dies at work
-            "storage": self.nodes.busy,
+            "node": self.nodes.losable,
+            "driver": self.nodes.at_work,  # so that it dies at work
+            "storage": self.nodes.at_work,
         }
         return find[kind]()
 

@@ -69,6 +69,7 @@ def test_two_workers_with_zero_2_and_a_killed_one_learn_as_plain_pytorch(
     assert not list((tmp_path / "ray_train").glob(f"{runs[1].name}*")), "nothing is left of a finished training"
 
 
+@pytest.mark.long
 def test_a_stopped_training_goes_on_with_fewer_workers_at_another_stage_and_passes_over_a_checkpoint_that_was_cut(
     running_ray: None, questions: tuple[str, str], world_target: Path, tmp_path: Path
 ) -> None:
