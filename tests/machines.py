@@ -156,7 +156,7 @@ def _dashboard() -> bytes:
 
 
 def _lose_at_work(server: Server, effects: str, machine: Machine) -> None:
-    while not [path for path in server.everything() if path.startswith(effects)]:
+    while not [name for name in server.names() if name.startswith(effects)]:
         time.sleep(0.1)
     machine.lose()
     print("a machine is lost", flush=True)

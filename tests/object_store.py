@@ -73,13 +73,15 @@ class Server:
             allow_bucket_creation=True,
         )
 
+    def names(self) -> list[str]:
+        """Of all objects."""
+        found = self.files().get_file_info(fs.FileSelector(BUCKET, recursive=True))
+        return [info.path for info in found if info.type == fs.FileType.File]
+
     def everything(self) -> dict[str, bytes]:
-        """All objects."""
+        """All objects, while nobody removes any."""
         system = self.files()
-        found = system.get_file_info(fs.FileSelector(BUCKET, recursive=True))
-        return {
-            info.path: system.open_input_stream(info.path).readall() for info in found if info.type == fs.FileType.File
-        }
+        return {name: system.open_input_stream(name).readall() for name in self.names()}
 
     def stop(self) -> None:
         self.process.kill()
