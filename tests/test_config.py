@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_explain.config import Experiment, Kind, Site, _Loader, _types_in, read_experiment
+from ray_explain.distributed.feature_plan import describes
 from ray_explain.errors import BadInput
 from ray_explain.interventions import hooks, layout
 from ray_explain.world.facts import World
@@ -268,7 +269,9 @@ def test_sections_of_features_that_do_not_fit_together_are_refused(section: dict
     ],
 )
 def test_released_features_may_be_described_and_scored_anew(section: dict[str, Any]) -> None:
-    features_of(source="released", path="some/folder", **section)
+    place = {"source": "released", "path": "some/folder"}
+    assert describes(features_of(**place, **section).ground_truth.features)
+    assert not describes(features_of(**place).ground_truth.features), "labels alone are taken as they are"
 
 
 def test_published_presets_are_valid() -> None:

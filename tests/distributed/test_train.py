@@ -140,12 +140,14 @@ def test_failed_runs_do_not_stop_others_and_what_is_left_out_is_said(
     long, _ = _with_an_over_long_question(questions[0], tmp_path)
     fine = run_of(TRAIN.model_copy(update={"epochs": 1}), "fine", (long,), world_target)
     tight = run_of(TRAIN.model_copy(update={"max_tokens": 2}), "tight", questions, world_target)
+    tighter = run_of(TRAIN.model_copy(update={"max_tokens": 44}), "tighter", questions, world_target)
     raw = TRAIN.model_copy(update={"injection": InjectionConfig(projection="linear"), "checkpoint_every": 1})
     [bad, name] = _with_a_vector_beyond_float32(questions[0], tmp_path)
     wild = run_of(raw, "wild", (bad,), world_target)
     with pytest.raises(JobFailed) as failure:
-        train_all([tight, wild, fine], str(tmp_path), ClusterConfig(concurrent_trainings=2))
+        train_all([tight, tighter, wild, fine], str(tmp_path), ClusterConfig(concurrent_trainings=2))
     assert re.search(r"tight: .*no question of the training split", str(failure.value))
+    assert re.search(r"tighter: .* left out: \d+ over-long, more than `cluster.max_dropped` = 0.05", str(failure.value))
     assert re.search(rf"wild: the loss is nan on questions .*{name}.*: lower the learning rate", str(failure.value))
     manifest = finished(fine.artifact, str(tmp_path))
     assert manifest is not None and manifest.dropped == {"over-long": 1}
