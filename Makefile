@@ -12,12 +12,15 @@ PEERS := transformer_lens==4.3.0 pyvene==0.1.8 datasets dill multiprocess xxhash
 	transformers_stream_generator wandb sentencepiece typeguard matplotlib contourpy cycler fonttools kiwisolver pyparsing
 # The cluster of `make cluster-up`: this machine, or what a file such as cluster.yaml describes.
 CLUSTER ?=
+PORT ?= 6379
 DASHBOARD_PORT ?= 8265
 JOB ?= jobs/pipeline.py
 ARGS ?=
 SEEDS ?= 1 2 3 4 5
 # At least four: on fewer, training workers leave none for the tasks beside them.
 CPUS ?= $(shell n=$$(nproc); echo $$((n > 4 ? n : 4)))
+# Ray then listens on 127.0.0.1 alone, as it does on macOS; on Linux it would open most of its ports to the network.
+ON_LOOPBACK := RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 # A tenth of the memory, up to 2 GB: we stream, Ray's default takes 30 %.
 OBJECT_STORE ?= $(shell awk '/MemTotal/ {b = $$2 * 102; print (b > 2e9) ? 2000000000 : int(b)}' /proc/meminfo)
 
@@ -46,6 +49,7 @@ cluster-up cluster-down cluster-status submit token: export RAY_AUTH_MODE := tok
 cluster-up cluster-down cluster-status submit: export RAY_USAGE_STATS_ENABLED := 0
 cluster-up cluster-down cluster-status dashboard: export CLUSTER := $(CLUSTER)
 cluster-up dashboard: export DASHBOARD_PORT := $(DASHBOARD_PORT)
+cluster-up cluster-status: export PORT := $(PORT)
 cluster-up: export CPUS := $(CPUS)
 cluster-up: export OBJECT_STORE := $(OBJECT_STORE)
 cluster-status submit: export RAY_API_SERVER_ADDRESS ?= http://127.0.0.1:$(DASHBOARD_PORT)
@@ -63,8 +67,9 @@ token: setup
 
 cluster-up: token  ## a Ray cluster: this machine, or CLUSTER=cluster.yaml
 ifeq ($(CLUSTER),)
-	RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(BIN)/ray start --head --port=6379 --num-cpus="$$CPUS" \
-		--dashboard-host=127.0.0.1 --dashboard-port="$$DASHBOARD_PORT" --object-store-memory="$$OBJECT_STORE"
+	PATH="$(abspath $(BIN)):$$PATH" RAY_TRAIN_ENABLE_STATE_TRACKING=1 $(ON_LOOPBACK) $(BIN)/ray start --head --port="$$PORT" \
+		--dashboard-host=127.0.0.1 --dashboard-port="$$DASHBOARD_PORT" --dashboard-agent-listen-port=0 \
+		--num-cpus="$$CPUS" --object-store-memory="$$OBJECT_STORE"
 else
 	$(BIN)/python -m ray_explain.distributed.cluster_file "$$CLUSTER"
 	$(BIN)/ray up --yes "$$CLUSTER"
@@ -79,7 +84,7 @@ endif
 
 cluster-status: setup  ## its nodes, what is in use, and its jobs
 ifeq ($(CLUSTER),)
-	$(BIN)/ray status --address=127.0.0.1:6379
+	$(ON_LOOPBACK) $(BIN)/ray status --address="127.0.0.1:$$PORT"
 	$(BIN)/ray job list
 else
 	$(BIN)/ray exec "$$CLUSTER" "RAY_AUTH_MODE=token ray status"

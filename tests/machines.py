@@ -117,6 +117,7 @@ def n_nodes(cluster: str) -> int:
 
 def main(folder: Path) -> None:
     """Raises: AssertionError, CalledProcessError: something did not go as it should."""
+    os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)  # of the tests' own Ray, which is this machine's alone
     os.environ.update(HOME=str(folder), RAY_AUTH_MODE="token", PYTHONPATH=str(ROOT))
     connect()
     sh("ssh-keygen -q -t ed25519 -N '' -f key; ssh-keygen -q -t ed25519 -N '' -f host", cwd=folder)

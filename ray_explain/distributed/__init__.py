@@ -11,6 +11,9 @@ NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 _ENVIRONMENT = {
     **NO_GPU_UNASKED,
     "RAY_USAGE_STATS_ENABLED": "0",
+    # As on Windows and macOS, what Ray starts here for itself listens on 127.0.0.1 alone; on Linux it would open most
+    # of its ports to the network. Clusters that are there already are joined as ever.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the driver's share of it goes to the terminal
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the newer reader makes one block of small inputs, and so of all work
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they would be drawn over ours

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import ray
 import ray.data
+from ray._private import ray_constants
 
 from ray_explain.config import ClusterConfig
 from ray_explain.distributed import NO_GPU_UNASKED
+from ray_explain.distributed.auth_token import make_token
 from ray_explain.distributed.capacity import fleet
 from ray_explain.distributed.checks import check_address, check_same_code
-from ray_explain.distributed.loopback import LOOPBACK, on_loopback
 from ray_explain.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -33,21 +34,22 @@ def cluster(root: str, wanted: ClusterConfig) -> Iterator[None]:
             nodes and the storage is a path of one of them.
     """
     ours, at_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
+    # Ray has read it when it was imported, which may have been before us.
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, False)
     if ours and os.environ.get("RAY_ADDRESS"):
         check_address(os.environ["RAY_ADDRESS"])
         # Workers of a cluster that others started do not have our environment.
         ray.init(log_to_driver=False, configure_logging=False, runtime_env={"env_vars": NO_GPU_UNASKED})
     elif ours:
-        with on_loopback():
-            ray.init(
-                address="local",
-                _node_ip_address=LOOPBACK,
-                num_cpus=max(4, os.cpu_count() or 1),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-            )
+        make_token()
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own would print a stack and end us without a word
     try:

@@ -1,5 +1,6 @@
-"""Jobs submitted to a running cluster: a head node of its own, its dashboard on loopback, behind a token."""
+"""Jobs submitted to a running cluster, which `make cluster-up` starts: on loopback, behind a token."""
 
+import contextlib
 import json
 import os
 import socket
@@ -29,18 +30,33 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 TINY: dict[str, Any] = {key: value for key, value in SWEEP.items() if key != "sweep"}
 
+JOINS = """
+import ray, sys
+from ray_explain.config import ClusterConfig
+from ray_explain.distributed.cluster import cluster
+with cluster(sys.argv[1], ClusterConfig()):
+    print(ray.nodes()[0]["NodeManagerAddress"], ray.get(ray.remote(lambda: "joined").remote()))
+"""
+
 
 class Head(NamedTuple):
-    """A running head node."""
+    """A running head node, and a user's shell: the environment's programs are not on its PATH."""
 
     home: Path
+    files: str  # the folder of its Ray
+    address: str
     url: str
     environment: dict[str, str]
 
     def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`ray words...`, as a user of this cluster would type it."""
         return subprocess.run(
-            [str(BIN / "ray"), *words], env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False
+            [str(BIN / "ray"), *words],
+            env=self.environment | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def submit(
@@ -64,39 +80,37 @@ class Head(NamedTuple):
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("home")
-    ports = _free_ports(5)
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
-    environment |= {
-        "HOME": str(home),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    made = Head(home, f"http://127.0.0.1:{ports[1]}", environment)
-    assert made.ray("get-auth-token", "--generate").returncode == 0
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
-    places = [f"--{name}={port}" for name, port in zip((*names, "ray-client-server-port"), ports)]
+    port, dashboard = _free_ports(2)
+    # What the tests' own Ray was told, a user's shell does not know.
+    shell = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    shell |= {"HOME": str(home)}
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:  # sockets have short names
-        limits = [
-            "--num-cpus=4",
-            "--object-store-memory=200000000",
-            "--dashboard-host=127.0.0.1",
-            f"--temp-dir={short}",
-        ]
-        node = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--head", "--block", *places, *limits],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        made = Head(home, short, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", shell)
+        given = [f"PORT={port}", f"DASHBOARD_PORT={dashboard}", "CPUS=4", "OBJECT_STORE=200000000"]
         try:
+            subprocess.run(
+                ["make", "--old-file=setup", "cluster-up", f"VENV={BIN.parent}", *given],
+                env=made.environment | {"RAY_TMPDIR": short},
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
             _wait_for_jobs(made)
             yield made
         finally:
-            own = psutil.Process(node.pid)
-            for process in [own, *own.children(recursive=True)]:  # a SIGTERM takes Ray half a minute
+            for process in _of_cluster(short):  # `make cluster-down` would end every Ray of this user
                 process.kill()
-            node.wait(timeout=60)
+
+
+def _of_cluster(folder: str) -> list[psutil.Process]:
+    """Processes of the Ray that keeps its files in `folder`: they name it, or have its logs open."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            held = [*process.cmdline(), *(file.path for file in process.open_files())]
+            if any(folder in each for each in held) and process.pid != os.getpid():
+                found.append(process)
+    return found
 
 
 def _free_ports(n: int) -> list[int]:
@@ -148,6 +162,28 @@ def test_the_pipeline_runs_as_a_submitted_job_and_others_go_on_from_what_it_left
     assert (root / "report" / "index.html").exists()
     assert "ablation of llama: not written: the released ablation schema holds MMLU questions" in ends[1].stdout
     assert len(list(root.glob(f"scores/*/{MANIFEST}"))) == 2
+
+
+def test_every_port_of_the_cluster_is_on_loopback(head: Head) -> None:
+    listening = [
+        (process.name(), one.laddr.ip.removeprefix("::ffff:"))
+        for process in _of_cluster(head.files)
+        for one in process.net_connections()
+        if one.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 5 and {ip for _, ip in listening} == {"127.0.0.1"}, listening
+
+
+def test_what_is_started_here_joins_the_cluster_of_its_address(head: Head, tmp_path: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", JOINS, str(tmp_path)],
+        env=head.environment | {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "token"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["127.0.0.1", "joined"]
 
 
 def test_the_dashboard_asks_for_the_token(head: Head) -> None:
