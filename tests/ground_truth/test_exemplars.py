@@ -1,6 +1,7 @@
 """Stages from dictionaries to exemplars, on a random target and the world's texts, without Ray."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,22 @@ def test_a_sample_of_features_is_the_same_each_time_and_keeps_their_exemplars(co
     whole = {row["case_id"]: row for row in rounded(merged(config, tmp_path / "whole").table)}
     for row in rounded(merged(config, tmp_path / "few", few).table):
         assert row == whole[row["case_id"]]
+
+
+def test_only_chosen_rows_of_a_relu_sae_are_moved_to_the_device_and_give_the_same_exemplars(
+    config, saes, tmp_path, monkeypatch
+):
+    for layer in (0, 1):  # as relu each feature stands for itself, unlike in a top-k SAE
+        sae = SAE.load(f"{saes}/layer_{layer}")
+        replace(sae, activation="relu", k=0, declared={}).save(tmp_path / "relu" / f"layer_{layer}")
+    config = config | {"sae": {"path": str(tmp_path / "relu"), "revision": None}, "check": False}
+    whole = {row["case_id"]: row for row in rounded(merged(config, tmp_path / "whole").table)}
+    few = DictionaryStage(config | {"per_layer": 5})(LAYERS).table
+    moved, to = [], SAE.to
+    monkeypatch.setattr(SAE, "to", lambda self, *where: moved.append(self.d_sae) or to(self, *where))
+    made = rounded(merged(config, tmp_path / "few", few).table)
+    assert moved == [5, 5]
+    assert len(made) > 5 and all(row == whole[row["case_id"]] for row in made)
 
 
 def test_only_described_features_are_taken_and_unknown_ids_counted(config, tmp_path):
