@@ -259,14 +259,20 @@ def down_projection(layout: Layout, layer: int) -> Any:
 
 
 def neuron_outputs(layout: Layout, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-    """What each neuron of a layer's MLP writes into the residual stream.
+    """What each neuron of a layer's MLP writes into the residual stream; where a norm follows the MLP (Gemma 2 and 3,
+    OLMo 2), up to a factor that the norm gives all neurons of a token.
 
     Raises:
         BadInput: as `down_projection`.
     """
     part: Any = down_projection(layout, layer)
     matrix = part.weight.detach().float()
-    return matrix.T.contiguous() if isinstance(part, nn.Linear) else matrix  # GPT-2's Conv1D is the other way round
+    matrix = matrix.T if isinstance(part, nn.Linear) else matrix  # GPT-2's Conv1D is the other way round
+    norm = layout.module(layer, "mlp_out")
+    if norm is not part and norm is not layout.mlp(layer):
+        with torch.no_grad():  # the weights of an RMS norm, of which some families keep the difference from 1
+            matrix = matrix * norm(matrix.new_ones(layout.d_model, dtype=layout.dtype)).float()
+    return matrix.contiguous()
 
 
 def directions_of(config: Mapping[str, Any], features: pa.Table) -> Float[np.ndarray, "n d_model"]:
