@@ -13,7 +13,7 @@ TEXT_TASK = "text"
 
 _PLACE = "\u00a7answer\u00a7"  # stands for the answer while a chat is rendered
 _ANY = "?"
-_DATE = "26 Jul 2024"  # some templates write today's date unless they are given one
+DATE = "26 Jul 2024"  # some templates (Llama 3.2) write today's date unless they are given one
 
 
 class Question(NamedTuple):
@@ -168,7 +168,7 @@ def _framed(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], l
     The template writes its own begin token. What follows the end of turn (Qwen: a newline) is not part of the answer.
     """
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": _PLACE}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, date_string=_DATE))
+    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, date_string=DATE))
     if rendered.count(_PLACE) != 1:
         raise BadInput("the chat template does not write the assistant's turn: remove it to use plain prompts")
     before, after = rendered.split(_PLACE)

@@ -88,7 +88,7 @@ def overriding_tokens(
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         ids = _token_ids(args, kwargs)
-        for token_id, row in zip(token_ids.tolist(), rows):
+        for token_id, row in zip(token_ids, rows):  # tensors: reading them would wait for the GPU at every token
             output = torch.where((ids == token_id).unsqueeze(-1), row.to(output), output)
         return output
 

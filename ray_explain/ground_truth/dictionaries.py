@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +40,7 @@ from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import Target
 from ray_explain.interventions.extraction import residuals
 from ray_explain.interventions.layout import Layout
+from ray_explain.interventions.walk import best_bytes, budgeted, row_bytes
 from ray_explain.stages import Result
 
 CHECKED_TOKENS = 4096  # that the doctor looks at
@@ -99,15 +101,24 @@ class Windowed:
             )
             for layer in layers
         ]
-        read = []
+        read: list[Tensor] = [torch.empty(0)] * len(prompts)
         try:
-            for prompt in prompts:
-                layout.decoder(torch.tensor([prompt], device=layout.device), use_cache=False)
-                read.append((prompt[first:], torch.stack([found[layer][0, first:] for layer in layers])))
+            for some in self._alike(prompts):
+                layout.decoder(torch.tensor([prompts[i] for i in some], device=layout.device), use_cache=False)
+                inside = torch.stack([found[layer][:, first:] for layer in layers], dim=1)
+                for i, own in zip(some, inside, strict=True):
+                    read[i] = own
         finally:
             for hook in hooks:
                 hook.remove()
-        return read
+        return [(prompt[first:], own) for prompt, own in zip(prompts, read, strict=True)]
+
+    def _alike(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Which prompts run together: of the same length, as many as fit."""
+        cost, best = row_bytes(self._target.layout, logits=False), best_bytes(self._target.layout)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for _, alike in groupby(order, key=lambda i: len(prompts[i])):
+            yield from budgeted(alike, lambda i: cost(len(prompts[i])), self._target.memory_budget, best=best)
 
     def _prompts(self, numbers: Sequence[int]) -> tuple[list[list[int]], int]:
         """Special tokens and window, of each; and where the tokens begin that are not skipped."""
@@ -186,6 +197,8 @@ class DictionaryStage:
                 d_model = self._target.layout.d_model
                 if sae.d_model != d_model:
                     raise BadInput(f"the SAE in {folder} is {sae.d_model} wide, the target {d_model}: not its SAE")
+                if sae.site != "residual":
+                    raise BadInput(f"the SAE in {folder} is of {sae.site}: features are read in the residual stream")
                 return self._refused(sae, layer) if self._config["check"] else None
         except (ValueError, FileNotFoundError) as error:
             raise BadInput(f"`ground_truth.features.sae`, layer {layer}: {error}") from error
@@ -259,14 +272,20 @@ def down_projection(layout: Layout, layer: int) -> Any:
 
 
 def neuron_outputs(layout: Layout, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-    """What each neuron of a layer's MLP writes into the residual stream.
+    """What each neuron of a layer's MLP writes into the residual stream; where a norm follows the MLP (Gemma 2 and 3,
+    OLMo 2), up to a factor that the norm gives all neurons of a token.
 
     Raises:
         BadInput: as `down_projection`.
     """
     part: Any = down_projection(layout, layer)
     matrix = part.weight.detach().float()
-    return matrix.T.contiguous() if isinstance(part, nn.Linear) else matrix  # GPT-2's Conv1D is the other way round
+    matrix = matrix.T if isinstance(part, nn.Linear) else matrix  # GPT-2's Conv1D is the other way round
+    norm = layout.module(layer, "mlp_out")
+    if norm is not part and norm is not layout.mlp(layer):
+        with torch.no_grad():  # the weights of an RMS norm, of which some families keep the difference from 1
+            matrix = matrix * norm(matrix.new_ones(layout.d_model, dtype=layout.dtype)).float()
+    return matrix.contiguous()
 
 
 def directions_of(config: Mapping[str, Any], features: pa.Table) -> Float[np.ndarray, "n d_model"]:

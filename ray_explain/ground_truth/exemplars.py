@@ -134,7 +134,8 @@ class SearchStage:
 
     def _search(self, layer: int, windows: Windows, found: TopWindows) -> None:
         if self._config["source"] != "neurons":
-            search(self._sae(layer), [windows], found, self._features[layer])
+            sae = self._sae(layer)
+            search(sae, [windows], found, self._features[layer] if sae.activation == "topk" else None)
             return
         values = windows.residual[..., torch.tensor(self._features[layer], device=windows.residual.device)]
         near = values.masked_fill(~windows.present[..., None], -torch.inf).amax(dim=1)
@@ -142,9 +143,12 @@ class SearchStage:
         found.add(windows.ids, on, near)
 
     def _sae(self, layer: int) -> SAE:
+        """On the target's device, no more of it than is looked for: all layers of a pass are there at once."""
         if layer not in self._saes:
             with dictionary(self._config, layer) as folder:
-                self._saes[layer] = read_sae(folder, layer).to(self._target.layout.device)
+                sae = read_sae(folder, layer)
+                own = sae if sae.activation == "topk" else sae.subset(self._features[layer])
+                self._saes[layer] = own.to(self._target.layout.device)
         return self._saes[layer]
 
     def _table(self, layer: int, found: TopWindows) -> pa.Table:

@@ -2,8 +2,8 @@
 
 A patching line has `base_prompt`, `source_prompt`, `base_span` and `source_span`. Spans are [start, end] characters.
 The tokens that hold any of them are patched, so both spans must have as many. An ablation line has `prompt` and `span`.
-Every line may have `group` (default: its content), `split` (default: drawn by group) and `stratum`; further
-`role`, `base_truth`, `source_truth`, `site` and `kind` (of the patch), or `kind` (of the span) and `truth`.
+Every line may have `group` (default: its base prompt, or its prompt), `split` (default: drawn by group) and `stratum`;
+further `role`, `base_truth`, `source_truth`, `site` and `kind` (of the patch), or `kind` (of the span) and `truth`.
 """
 
 import json
@@ -120,7 +120,7 @@ def _patching_rows(
         positions.append(span_positions(tokens, text, checked_span(text, span)))
     if len(positions[0]) != len(positions[1]):
         raise Unusable(UNMATCHED)
-    group, split = _group_and_split(row, [(prompt.text, prompt.subject) for prompt in prompts])
+    group, split = _group_and_split(row, prompts[0].text)
     pair = Pair(prompts[0], prompts[1], group=group, split=split, stratum=_string(row, "stratum", "all"))
     change = Change(_string(row, "site", otherwise.site), _string(row, "kind", otherwise.kind))
     return [patching_case(pair, _string(row, "role", "other"), block, *positions, change=change) for block in blocks]
@@ -129,14 +129,15 @@ def _patching_rows(
 def _ablation_row(row: dict[str, Any]) -> dict[str, Any]:
     prompt = _text(row, "prompt")
     span = checked_span(prompt, _span(row, "span"))
-    group, split = _group_and_split(row, [prompt, *span])
+    group, split = _group_and_split(row, prompt)
     kind, stratum = _string(row, "kind", "span"), _string(row, "stratum", "all")
     truth = _string(row, "truth", None)
     return ablation_case(prompt, span, group=group, split=split, kind=kind, stratum=stratum, truth=truth)
 
 
-def _group_and_split(row: dict[str, Any], content: list[Any]) -> tuple[str, str]:
-    group = _string(row, "group", records.content_id("line", content))
+def _group_and_split(row: dict[str, Any], prompt: str) -> tuple[str, str]:
+    """Lines about one `prompt` are in one group: split up, training would tell what the target answers in the test."""
+    group = _string(row, "group", records.content_id("line", prompt))
     if not group.strip():
         raise Unusable(NO_GROUP)
     split = _string(row, "split", split_of(group))

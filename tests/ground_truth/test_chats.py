@@ -16,6 +16,14 @@ def test_a_model_that_can_think_answers_at_once(tokenizer: PreTrainedTokenizerFa
     assert chat_prompt(with_template(tokenizer, template), user="Rome?") == "Rome?|<think>\n\n</think>\n\n"
 
 
+def test_a_prompt_is_the_same_on_every_day(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = (  # as Llama 3.2's
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today Date: {{ date_string }}|{{ messages[0]['content'] }}"
+    )
+    assert chat_prompt(with_template(tokenizer, template), user="Rome?") == "Today Date: 26 Jul 2024|Rome?"
+
+
 def test_where_there_is_no_system_turn_its_text_opens_the_users(tokenizer: PreTrainedTokenizerFast) -> None:
     template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"

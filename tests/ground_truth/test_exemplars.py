@@ -1,6 +1,7 @@
 """Stages from dictionaries to exemplars, on a random target and the world's texts, without Ray."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,13 @@ def test_an_sae_of_another_width_is_refused(config, tmp_path):
         DictionaryStage(config | {"sae": {"path": str(tmp_path / "narrow"), "revision": None}})(LAYERS.slice(0, 1))
 
 
+def test_an_sae_of_another_place_than_the_residual_stream_is_refused_even_unchecked(config, saes, tmp_path):
+    replace(SAE.load(f"{saes}/layer_0"), site="mlp").save(tmp_path / "mlp" / "layer_0")
+    config = config | {"sae": {"path": str(tmp_path / "mlp"), "revision": None}, "check": False}
+    with pytest.raises(BadInput, match="is of mlp: features are read in the residual stream"):
+        DictionaryStage(config)(LAYERS.slice(0, 1))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "NaN", "absent"])
 def test_a_damaged_sae_is_one_clear_error(config, saes, tmp_path, damage):
     folder = tmp_path / "damaged" / "layer_0"
@@ -202,6 +210,22 @@ def test_a_sample_of_features_is_the_same_each_time_and_keeps_their_exemplars(co
     whole = {row["case_id"]: row for row in rounded(merged(config, tmp_path / "whole").table)}
     for row in rounded(merged(config, tmp_path / "few", few).table):
         assert row == whole[row["case_id"]]
+
+
+def test_only_chosen_rows_of_a_relu_sae_are_moved_to_the_device_and_give_the_same_exemplars(
+    config, saes, tmp_path, monkeypatch
+):
+    for layer in (0, 1):  # as relu each feature stands for itself, unlike in a top-k SAE
+        sae = SAE.load(f"{saes}/layer_{layer}")
+        replace(sae, activation="relu", k=0, declared={}).save(tmp_path / "relu" / f"layer_{layer}")
+    config = config | {"sae": {"path": str(tmp_path / "relu"), "revision": None}, "check": False}
+    whole = {row["case_id"]: row for row in rounded(merged(config, tmp_path / "whole").table)}
+    few = DictionaryStage(config | {"per_layer": 5})(LAYERS).table
+    moved, to = [], SAE.to
+    monkeypatch.setattr(SAE, "to", lambda self, *where: moved.append(self.d_sae) or to(self, *where))
+    made = rounded(merged(config, tmp_path / "few", few).table)
+    assert moved == [5, 5]
+    assert len(made) > 5 and all(row == whole[row["case_id"]] for row in made)
 
 
 def test_only_described_features_are_taken_and_unknown_ids_counted(config, tmp_path):
@@ -237,6 +261,18 @@ def test_a_neurons_exemplars_are_where_it_is_active_and_its_vector_is_what_it_wr
     assert row["source"] == "neuron"
     vector = neuron_outputs(target.layout, 1)[row["feature_id"]]
     assert torch.equal(vector, mlp.down_proj.weight[:, row["feature_id"]])
+
+
+def test_windows_of_one_length_run_together_and_give_the_neurons_they_give_alone(target, windows):
+    corpus, passes = Windowed(target, windows), []
+    hook = target.layout.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    together = corpus.neurons(range(30), [1, 0])
+    hook.remove()
+    assert len(passes) <= len({len(ids) for ids, _ in together}) + 1 < 30
+    for number, (ids, values) in enumerate(together):
+        [(own_ids, own)] = corpus.neurons([number], [1, 0])
+        assert ids == own_ids
+        torch.testing.assert_close(values, own)
 
 
 def test_whole_vectors_keep_their_cases_and_groups(config, target, tmp_path):

@@ -47,11 +47,22 @@ def test_a_line_may_say_what_is_done_and_where(tokenizer: PreTrainedTokenizerFas
     assert len(set(rows["case_id"].to_pylist())) == 3
 
 
-def test_what_a_line_leaves_out_follows_from_its_content(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    file = written(tmp_path, [PATCH, PATCH | {"base_span": [10, 12], "source_span": [11, 13]}])
+def test_lines_about_one_prompt_are_one_group_and_so_in_one_split(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    others = (
+        {"base_span": [10, 12], "source_span": [11, 13]},
+        {"source_prompt": "Berlin lies in", "source_span": [7, 11]},
+        {"base_prompt": "Oslo lies in"},
+    )
+    file = written(tmp_path, [PATCH, *(PATCH | other for other in others)])
     rows = jsonl.patching_cases(file, tokenizer, blocks=[(0, 1)], n=ALL).table.to_pylist()
-    assert rows[0]["group"] != rows[1]["group"]
+    *same, other = sorted(rows, key=lambda row: row["base_prompt"], reverse=True)
+    assert len(same) == 3 and len({row["group"] for row in same}) == 1 and other["group"] != same[0]["group"]
     assert all(row["split"] == split_of(row["group"]) for row in rows)
+    removals = written(tmp_path, [REMOVAL, REMOVAL | {"span": [6, 9]}, REMOVAL | {"prompt": "Hint: C. Paris lies in"}])
+    groups = jsonl.ablation_cases(removals, n=ALL).table["group"].to_pylist()
+    assert len(groups) == 3 and len(set(groups)) == 2
     grouped = written(tmp_path, [line | {"group": "g"} for line in (PATCH, REMOVAL)])
     assert jsonl.ablation_cases(grouped, n=ALL).table["split"].to_pylist() == [split_of("g")]
 
