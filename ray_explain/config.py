@@ -210,6 +210,13 @@ class ExemplarsConfig(Section):
     near: Count = 10
 
 
+class UnlabelledConfig(Section):
+    """Vectors that nothing describes, to test explainers on."""
+
+    path: str | None = None  # folder of a released data set, {target} in it; taken from the target if left out
+    per_layer: Positive | None = None  # of each layer, drawn at random; all of a released data set's if left out
+
+
 class FeaturesConfig(Section):
     """Feature descriptions: directions of the target, what describes them, and what scores the descriptions.
 
@@ -233,6 +240,7 @@ class FeaturesConfig(Section):
     candidates: Positive = 1  # descriptions asked for, of describers that write them
     simulator: Annotated[SimulatorConfig | EndpointConfig, Field(discriminator="kind")] | None = None
     detector: Annotated[LocalConfig | EndpointConfig, Field(discriminator="kind")] | None = None
+    unlabelled: dict[Literal["activations", "differences"], UnlabelledConfig] = {}  # asked about in the test split too
     gold_from: Annotated[float, Field(ge=-1, le=1)] = -1.0  # descriptions that score less are kept, but not as gold
     d_sae: Positive = 384  # this and the next two: of SAEs that are trained
     k: Positive = 8
@@ -265,6 +273,19 @@ class FeaturesConfig(Section):
             raise ValueError(f"source {self.source!r} needs `per_layer`: how many vectors to take of each layer")
         if self.describer.kind == "neuronpedia" and not (self.source == "sae" and self.sae):
             raise ValueError("describer 'neuronpedia' describes published SAEs: give `sae`, and source 'sae'")
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_can_be_scored(self) -> "FeaturesConfig":
+        if self.unlabelled and not (self.simulator or self.detector):
+            raise ValueError(
+                "`unlabelled` vectors have no right description: give a `simulator` or `detector` that scores answers"
+            )
+        for kind, own in self.unlabelled.items():
+            if kind in (self.source, self.vectors):
+                raise ValueError(f"`unlabelled` names {kind!r}, which the features are themselves: leave it out")
+            if own.path is None and own.per_layer is None:
+                raise ValueError(f"`unlabelled.{kind}` needs `per_layer`: how many vectors to take of each layer")
         return self
 
 

@@ -168,7 +168,7 @@ def questions(d_model: int) -> pa.Schema:
             *_CASE,
             pa.field("task", pa.string(), nullable=False),
             pa.field("prompt", pa.string(), nullable=False),
-            pa.field("answer", pa.string(), nullable=False),
+            pa.field("answer", pa.string(), nullable=False),  # empty where nobody knows one
             pa.field("answers", pa.list_(pa.string()), nullable=False),  # every right answer, `answer` among them
             pa.field("vectors", vectors_type(d_model), nullable=False),
             pa.field("layers", pa.list_(pa.int32()), nullable=False),  # that the vectors belong to; empty without any

@@ -251,6 +251,16 @@ ASKED = {"kind": "endpoint", "model": "m"}
             {"source": "released", "path": "x", "describer": {"kind": "neuronpedia", "path": "x"}},
             "give one of kind endpoint or local that describes its exemplars anew",
         ),
+        ({"unlabelled": {"activations": {"per_layer": 4}}}, "have no right description: give a `simulator` or"),
+        (
+            {"describer": ASKED, "simulator": ASKED, "unlabelled": {"activations": {}}},
+            "`unlabelled.activations` needs `per_layer`",
+        ),
+        (
+            {"source": "released", "path": "x", "vectors": "differences", "simulator": ASKED}
+            | {"unlabelled": {"differences": {"path": "y"}}},
+            "`unlabelled` names 'differences', which the features are themselves",
+        ),
         ({"vectors": "differences"}, "`vectors` says what a released data set has: leave it out of source 'sae'"),
     ],
 )

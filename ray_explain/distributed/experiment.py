@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
-from ray_explain.config import Task
+from ray_explain.config import FeaturesConfig, Task
 from ray_explain.distributed.feature_plan import FeaturePlan, describes
 from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput, JobFailed
@@ -26,7 +26,7 @@ from ray_explain.evaluation.comparisons import comparisons
 from ray_explain.evaluation.controls import under_control
 from ray_explain.evaluation.grading import best_of, grade
 from ray_explain.evaluation.metrics import scores
-from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, simulated
+from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, labelled, simulated
 from ray_explain.explainer.examples import check_end
 from ray_explain.ground_truth import cases
 from ray_explain.ground_truth.balance import balanced
@@ -269,9 +269,10 @@ def make_ground_truth(session: Session) -> None:
         if not _is_asked(plan, task):
             session.say(f"{task} of {target}: no questions, `ground_truth.wording` has no words for this kind of patch")
             continue
-        if task == "features" and plan.groups_features == "feature":
-            _stream_questions(session, target)
-        session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
+        if task == "features":
+            session.make_parts(plan.questions(task, target), partial(_features_questions, session, target))
+        else:
+            session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
 
 
 def export_ground_truth(session: Session) -> None:
@@ -355,24 +356,25 @@ def _released(plan: Plan, task: Task, target: str) -> Iterator[Result]:
         BadInput: none of the target is in the folder.
         JobFailed: too much of it cannot be used.
     """
-    if task == "features":
-        yield from released_features(plan, target, _feature_layers(plan, target))
-        return
     section = getattr(plan.experiment.ground_truth, task)
+    if task == "features":
+        yield from released_features(plan, target, section, _feature_layers(plan, target))
+        return
     folder, width = plan.released_folder(task, target), d_model(plan, target)
     parts = read_folder(folder, task, _tokenizer(plan, target), d_model=width, n=section.cases.model_dump())
     yield from _checked_rows(plan, task, folder, parts)
 
 
-def released_features(plan: Plan, target: str, layers: Sequence[int], *, unlabelled: bool = False) -> Iterator[Result]:
-    """The features of a released data set with their labels; those without any only if `unlabelled`.
+def released_features(
+    plan: Plan, target: str, section: FeaturesConfig, layers: Sequence[int], *, unlabelled: bool = False
+) -> Iterator[Result]:
+    """The features of a section's released data set with their labels; those without any only if `unlabelled`.
 
     Raises:
         BadInput, JobFailed: as `_released`.
     """
-    section = plan.experiment.ground_truth.features
-    assert section is not None
-    folder = plan.released_folder("features", target)
+    assert section.path is not None
+    folder = section.path.replace("{target}", target)
     parts = read_feature_folder(
         folder,
         layers,
@@ -498,11 +500,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     if balance is not None:
         effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
         counts = {"cases before balancing": before, "cases after balancing": after}
-    if task == "features":
-        features, descriptions = split_features(effects)
-        features = grouped_by_direction(features, seed=seed)
-        made = features_questions(features, descriptions, wording=wording, seed=seed)
-    elif task == "patching":
+    if task == "patching":
         tokenizer = _tokenizer(plan, target)
         made = patching_questions(effects, partial(words_of_tokens, tokenizer), wording=wording, seed=seed)
     else:
@@ -511,25 +509,34 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     return made._replace(measured=counts)
 
 
-def _stream_questions(session: Session, target: str) -> None:
-    """Questions about features part by part, so that no more than a part of all vectors is in memory.
+def _features_questions(session: Session, target: str) -> Iterator[Result]:
+    """Questions about features part by part, so that no more than a part of all vectors is in memory; those that
+    nothing describes come last.
 
     Raises:
         BadInput: as `_questions`.
     """
-    plan, splits = session.plan, set[str]()
+    plan, splits, dropped = session.plan, set[str](), list[tuple[str, str]]()
     wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
+    unlabelled = describes(plan.experiment.ground_truth.features)  # else there is nothing to score their answers with
+    for features, descriptions in _asked_features(session, target):
+        made = features_questions(features, descriptions, wording=wording, seed=seed, unlabelled=unlabelled)
+        splits.update(made.table.column("split").to_pylist())
+        dropped += made.dropped
+        yield made
+    _check_found(plan, f"features of {target}", splits, dropped)
 
-    def parts() -> Iterator[Result]:
-        dropped = []
-        for effects in session.parts(plan.effects("features", target)):
-            made = features_questions(*split_features(effects), wording=wording, seed=seed)
-            splits.update(made.table.column("split").to_pylist())
-            dropped += made.dropped
-            yield made
-        _check_found(plan, f"features of {target}", splits, dropped)
 
-    session.make_parts(plan.questions("features", target), parts)
+def _asked_features(session: Session, target: str) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Features and descriptions, part by part; all at once where splits are to keep directions together."""
+    plan, effects = session.plan, session.plan.effects("features", target)
+    if plan.groups_features == "feature":
+        yield from map(split_features, session.parts(effects))
+    else:
+        features, descriptions = split_features(session.table(effects))
+        yield grouped_by_direction(features, seed=plan.experiment.seed), descriptions
+    for own in plan.unlabelled("features", target):
+        yield from map(split_features, session.parts(own.effects()))
 
 
 def _check_splits(plan: Plan, what: str, made: Result) -> None:
@@ -764,7 +771,8 @@ def _make_scores(session: Session) -> None:
 
 
 def _marked(graded: pa.Table) -> dict[str, int]:
-    judged = graded.filter(pc.equal(graded["task"], "features"))["judged"]
+    """Of answers to questions that have a right one: a judge has nothing to hold others against."""
+    judged = graded.filter(pc.and_(pc.equal(graded["task"], "features"), graded["exact"].is_valid()))["judged"]
     return {"answers": len(judged), "unscored": judged.null_count}
 
 
@@ -777,20 +785,20 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     described = task == "features" and describes(plan.experiment.ground_truth.features)
     descriptions = _descriptions(session, target, held_out) if task == "features" and not described else None
     marks = _marks(session) if task == "features" else []
-    if described and FeaturePlan(plan, target).scores_descriptions:
-        gold = gold_answers(held_out)
-        scored = _scored_answers(session, target, held_out, [gold, *(answers for _, _, answers in given)])
-        given.append((0, 0.0, gold))
-        marks.append(partial(simulated, scored=scored))
     alike: dict[tuple[int, float], list[pa.Table]] = {}
     for seed, fraction, answers in given:
         alike.setdefault((seed, fraction), []).append(answers)
+    sets = [(held_out, key, pa.concat_tables(tables)) for key, tables in alike.items()]
+    if described and FeaturePlan(plan, target).scores_descriptions:
+        known = labelled(held_out)
+        sets.append((known, (0, 0.0), gold_answers(known)))
+        scored = _scored_answers(session, target, held_out, [said for _, _, said in sets])
+        marks.append(partial(simulated, scored=scored))
     parts = []
-    for (seed, fraction), tables in alike.items():
-        said = pa.concat_tables(tables)
-        part = grade(held_out, said, descriptions, target=target, seed=seed, fraction=fraction)
+    for questions, (seed, fraction), said in sets:
+        part = grade(questions, said, descriptions, target=target, seed=seed, fraction=fraction)
         for mark in marks:
-            part = mark(part, held_out, said)
+            part = mark(part, questions, said)
         parts.append(part)
     graded = pa.concat_tables(parts)
     if task != "features" or not plan.experiment.evaluate.selfie:
@@ -823,8 +831,11 @@ def _scored_answers(session: Session, target: str, questions: pa.Table, answers:
     parents += [
         plan.untrained_answers(one) for one in plan.untrained() if (one.target, one.task) == (target, "features")
     ]
-    described = session.table(FeaturePlan(plan, target).descriptions())
-    return score_answers(session, target, parents, answered(described, questions, answers))
+    own = FeaturePlan(plan, target)
+    return pa.concat_tables(
+        score_answers(session, one, parents, answered(session.table(one.descriptions()), questions, answers))
+        for one in [own, *own.unlabelled]
+    )
 
 
 def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa.Table]]:

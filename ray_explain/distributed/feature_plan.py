@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
-from ray_explain.config import FeaturesConfig, NeuronpediaConfig, Section
+from ray_explain.config import FeaturesConfig, NeuronpediaConfig, Section, WorldDescriber
 from ray_explain.errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,12 +22,21 @@ _EDGE_BYTES = 2**16
 
 class FeaturePlan:
     """For one target: windows of the corpus -> features -> exemplars -> descriptions -> effects. Of a released data set
-    vectors and exemplars are read: no corpus is."""
+    vectors and exemplars are read: no corpus is.
 
-    def __init__(self, plan: "Plan", target: str) -> None:
+    Of `unlabelled` vectors of the experiment, `activations` or `differences`: the same way, and no descriptions on it.
+    """
+
+    def __init__(self, plan: "Plan", target: str, unlabelled: str | None = None) -> None:
         section = plan.experiment.ground_truth.features
         assert section is not None
-        self.plan, self.target, self.section = plan, target, section
+        self.plan, self.target, self.is_unlabelled = plan, target, unlabelled is not None
+        self.section = section if unlabelled is None else _of_vectors(section, unlabelled)
+
+    @property
+    def unlabelled(self) -> list["FeaturePlan"]:
+        """Those of the vectors that nothing describes."""
+        return [FeaturePlan(self.plan, self.target, kind) for kind in self.section.unlabelled]
 
     def windows(self) -> Artifact:
         """The corpus in tokens of the target."""
@@ -56,10 +65,16 @@ class FeaturePlan:
             "world": self.plan.experiment.world.model_dump(),
             "seed": self.plan.experiment.seed,
         }
-        return self._artifact("features_places", config, self.windows())
+        return self._artifact("features_places", config | self._split, self.windows())
 
     def vectors(self) -> Artifact | None:
         """The vectors taken there; or all features of a released data set, with its labels."""
+        if self.is_released and self.is_unlabelled:
+            config = self.section.model_dump(include={"vectors", "layers", "per_layer"}) | {
+                "content": identity(self.released_folder),
+                "seed": self.plan.experiment.seed,
+            }
+            return self._artifact("features_vectors", config | self._split, self.plan.model(self.target))
         if self.is_released:
             wanted = {"unlabelled": not self.takes_labels}
             return self._artifact("features_vectors", wanted, self.plan.cases("features", self.target))
@@ -78,7 +93,7 @@ class FeaturePlan:
         elif section.source == "sae":
             config |= section.model_dump(include={"d_sae", "k", "steps"})
         parents = (self.plan.cases("features", self.target), self.windows(), self.labels(), self.vectors())
-        return self._artifact("features", config, *parents)
+        return self._artifact("features", config | self._split, *parents)
 
     def shards(self) -> Artifact:
         """The parts of the corpus that are searched one by one."""
@@ -97,18 +112,15 @@ class FeaturePlan:
 
     def descriptions(self) -> Artifact:
         """What describers say of them."""
-        config = {"describer": _what(self.section.describer), "candidates": self.section.candidates}
+        config: dict[str, Any] = {"describer": _what(self.section.describer), "candidates": self.section.candidates}
+        if self.takes_labels and self.section.vectors:
+            config["without a label"] = "kept in the test split"
         return self._artifact("features_descriptions", config, self.exemplars(), self.labels())
 
     def effects(self) -> Artifact:
         """The features' vectors with scored descriptions."""
-        section = self.section
-        config = {
-            "simulator": _what(section.simulator),
-            "detector": _what(section.detector),
-            "gold_from": section.gold_from,
-        }
-        return self._artifact("features_effects", config, self.descriptions())
+        judges = {} if self.is_unlabelled else self._judges
+        return self._artifact("features_effects", judges | {"gold_from": self.section.gold_from}, self.descriptions())
 
     @property
     def is_released(self) -> bool:
@@ -117,8 +129,23 @@ class FeaturePlan:
 
     @property
     def takes_labels(self) -> bool:
-        """Whether the descriptions are the labels of a released data set."""
-        return self.is_released and self.section.describer.kind == "world"
+        """Whether nothing describes anew: descriptions are the labels of a released data set, or there are none."""
+        return (self.is_released or self.is_unlabelled) and self.section.describer.kind == "world"
+
+    @property
+    def released_folder(self) -> str:
+        """Where the released data set of the target lies."""
+        assert self.section.path is not None
+        return self.section.path.replace("{target}", self.target)
+
+    @property
+    def _split(self) -> dict[str, str]:
+        """What sets vectors without labels, which are tested on alone, apart from those that a describer describes."""
+        return {"split": "test"} if self.is_unlabelled else {}
+
+    @property
+    def _judges(self) -> dict[str, Any]:
+        return {"simulator": _what(self.section.simulator), "detector": _what(self.section.detector)}
 
     @property
     def scores_descriptions(self) -> bool:
@@ -133,9 +160,7 @@ class FeaturePlan:
 
     def answer_scores(self, answers: Iterable[Artifact]) -> Artifact:
         """The same, scored as the effects' descriptions are."""
-        section = self.section
-        config = {"simulator": _what(section.simulator), "detector": _what(section.detector)}
-        return self._artifact("features_answer_scores", config, self.answered(answers))
+        return self._artifact("features_answer_scores", self._judges, self.answered(answers))
 
     def sae(self) -> dict[str, Any] | None:
         """Where published SAEs lie, as `dictionaries.dictionary` wants it."""
@@ -199,6 +224,14 @@ def _edges(path: str, size: int) -> str:
         file.seek(max(0, size - _EDGE_BYTES))
         digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def _of_vectors(section: FeaturesConfig, kind: str) -> FeaturesConfig:
+    """The section of `unlabelled` vectors of this kind, as if they were all that is asked about."""
+    own = section.unlabelled[kind]  # type: ignore[index]
+    origin = {"source": "released", "vectors": kind} if own.path else {"source": kind, "vectors": None}
+    changed: dict[str, Any] = {"sae": None, "describer": WorldDescriber(), "candidates": 1, "unlabelled": {}}
+    return section.model_copy(update=changed | origin | {"path": own.path, "per_layer": own.per_layer})
 
 
 def describes(section: FeaturesConfig | None) -> bool:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ray_explain import storage
+from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, finished
 from ray_explain.config import LocalConfig, SimulatorConfig
 from ray_explain.distributed.feature_plan import FeaturePlan
@@ -28,28 +28,30 @@ READ_AT_A_TIME = 256  # features of a released data set, with their windows
 
 
 def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> None:
-    """The effects of the task `features` for these targets, at these layers of each.
+    """The effects of the task `features` for these targets, at these layers of each; and those of the vectors that
+    nothing describes.
 
     Raises:
         BadInput: a corpus, an SAE, an export or a released data set cannot be used.
         JobFailed: too much was dropped, or a describer does not answer.
     """
-    steps = [_Steps(session, target, layers) for target, layers in layers_of.items()]
+    plans = {target: FeaturePlan(session.plan, target) for target in layers_of}
+    steps = [_Steps(session, one, layers_of[target]) for target, own in plans.items() for one in [own, *own.unlabelled]]
     if not session.missing([step.plan.effects() for step in steps]):
         return
-    if steps[0].plan.is_released:
-        session.say("Features: released exemplars, descriptions, scores")
-        for step in steps:
+    session.say("Features: exemplars, descriptions, scores")
+    for step in steps:
+        if step.plan.is_released:
             step.read_released()
-    else:
-        _search(session, steps)
+    _search(session, [step for step in steps if not step.plan.is_released])
+    for step in steps:
+        step.take_labels()
     _run(session, [job for step in steps for job in step.describe_jobs()])
-    _run(session, [step.score_job(step.plan.descriptions(), step.plan.effects()) for step in steps])
+    _run(session, [step.effects_job() for step in steps])
 
 
 def _search(session: "Session", steps: Sequence["_Steps"]) -> None:
     """The exemplars, found on a corpus."""
-    session.say("Features: corpus, exemplars, descriptions, scores")
     for step in steps:
         step.make_inputs()
     _run(session, [job for step in steps for job in step.vector_jobs()])
@@ -68,21 +70,20 @@ def corpus_of(session: "Session", target: str) -> Artifact:
     Raises:
         BadInput: the corpus cannot be read.
     """
-    steps = _Steps(session, target, [])
+    steps = _Steps(session, FeaturePlan(session.plan, target), [])
     steps.make_windows()
     return steps.plan.windows()
 
 
-def score_answers(session: "Session", target: str, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
+def score_answers(session: "Session", plan: FeaturePlan, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
     """`answered` (`simulations.answered`) with scores, as the effects' descriptions have them.
 
     Args:
         answers: What it was made from.
     """
-    steps = _Steps(session, target, [])
-    source, made = steps.plan.answered(answers), steps.plan.answer_scores(answers)
+    source, made = plan.answered(answers), plan.answer_scores(answers)
     session.make_table(source, lambda: answered)
-    _run(session, [steps.score_job(source, made)])
+    _run(session, [_Steps(session, plan, []).score_job(source, made)])
     return session.table(made)
 
 
@@ -104,12 +105,11 @@ def _run(session: "Session", jobs: Sequence[Any]) -> None:
 
 
 class _Steps:
-    """The steps for one target."""
+    """The steps for one target's features, or for some of its vectors that nothing describes."""
 
-    def __init__(self, session: "Session", target: str, layers: Sequence[int]) -> None:
-        self.session, self.target, self.layers = session, target, list(layers)
-        self.plan = FeaturePlan(session.plan, target)
-        self.section, self.place = self.plan.section, session.plan.target_place(target)
+    def __init__(self, session: "Session", plan: FeaturePlan, layers: Sequence[int]) -> None:
+        self.session, self.plan, self.target, self.layers = session, plan, plan.target, list(layers)
+        self.section, self.place = plan.section, session.plan.target_place(plan.target)
 
     def make_windows(self) -> None:
         """Raises: BadInput: the corpus cannot be read."""
@@ -126,8 +126,7 @@ class _Steps:
                 self.session.make_table(places, self._places)
 
     def read_released(self) -> None:
-        """Features and exemplars of a released data set and, if those are its labels, the descriptions: part by part,
-        on the driver's machine.
+        """Features and exemplars of a released data set: part by part, on the driver's machine.
 
         Raises:
             BadInput: they cannot be read.
@@ -140,18 +139,18 @@ class _Steps:
         with _told():
             make(plan.exemplars(), lambda: self._released_exemplars(vectors))
             self._check_exemplars()
-        if plan.takes_labels:
-            make(plan.descriptions(), lambda: self._released_descriptions(vectors))
+
+    def take_labels(self) -> None:
+        """The descriptions, where those are what came with the features."""
+        if self.plan.takes_labels:
+            self.session.make_parts(self.plan.descriptions(), self._labelled)
 
     def _check_exemplars(self) -> None:
         """Raises: ValueError: there are none."""
         made = finished(self.plan.exemplars(), self.session.plan.root)
         if made is not None and not made.rows:
             reasons = ", ".join(f"{count} dropped: {reason}" for reason, count in made.dropped.items())
-            raise ValueError(f"no feature has exemplars in {self._released_folder()} ({reasons})")
-
-    def _released_folder(self) -> str:
-        return self.session.plan.released_folder("features", self.target)
+            raise ValueError(f"no feature has exemplars in {self.plan.released_folder} ({reasons})")
 
     def vector_jobs(self) -> list[Any]:
         from ray_explain.ground_truth.activations import ActivationStage
@@ -194,7 +193,7 @@ class _Steps:
             self.session.say(f"Neuronpedia's export and {self.target}: {told}")
 
     def describe_jobs(self) -> list[Any]:
-        """None where released labels describe the features: those are read already."""
+        """None where nothing is described anew."""
         from ray_explain.ground_truth.describers import DescribeStage, ImportStage
 
         if self.plan.takes_labels:
@@ -206,14 +205,18 @@ class _Steps:
         }  # fmt: skip
         return [self._job(stage, config, self.plan.exemplars(), self.plan.descriptions(), expands=True)]
 
-    def score_job(self, source: Artifact, made: Artifact) -> Any:
+    def effects_job(self) -> Any:
+        """Without descriptions there is nothing to score: no model is loaded for it."""
+        return self.score_job(self.plan.descriptions(), self.plan.effects(), judged=not self.plan.is_unlabelled)
+
+    def score_job(self, source: Artifact, made: Artifact, *, judged: bool = True) -> Any:
         from ray_explain.distributed.experiment import d_model
         from ray_explain.ground_truth.description_scores import ScoreStage
 
         config = self._directions() | {
             "d_model": d_model(self.session.plan, self.target),
-            "simulator": self._model(self.section.simulator),
-            "detector": self._model(self.section.detector),
+            "simulator": self._model(self.section.simulator) if judged else None,
+            "detector": self._model(self.section.detector) if judged else None,
             "gold_from": self.section.gold_from,
             "seed": self.session.plan.experiment.seed,
         }
@@ -267,6 +270,7 @@ class _Steps:
             "seed": self.session.plan.experiment.seed,
             "labels": self._path(labels) if labels else None,
             "vectors": self._path(vectors) if vectors else None,
+            "split": "test" if self.plan.is_unlabelled else None,
         }
 
     def _model(self, section: Any) -> dict[str, Any] | None:
@@ -292,20 +296,28 @@ class _Steps:
     def _released_features(self) -> Iterator[Result]:
         from ray_explain.distributed.experiment import released_features
 
-        return released_features(self.session.plan, self.target, self.layers, unlabelled=not self.plan.takes_labels)
+        plan, bare = self.session.plan, self.plan.is_unlabelled
+        wanted = bare or not self.plan.takes_labels
+        parts = released_features(plan, self.target, self.section, self.layers, unlabelled=wanted)
+        tested = (part._replace(table=part.table.filter(pc.field("split") == "test")) for part in parts)
+        return tested if bare else parts
 
     def _released_exemplars(self, features: Artifact) -> Iterator[Result]:
         from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
 
         sizes = self.section.exemplars.model_dump(include={"top", "random"})
-        read = ReleasedExemplars(self._released_folder(), self._tokenizer(), **sizes, bare=self.plan.takes_labels)
+        bare = self.plan.takes_labels and not self.plan.is_unlabelled
+        read = ReleasedExemplars(self.plan.released_folder, self._tokenizer(), **sizes, bare=bare)
         return (read.of(part) for part in storage.read_batches(self._path(features), READ_AT_A_TIME))
 
-    def _released_descriptions(self, features: Artifact) -> Iterator[Result]:
+    def _labelled(self) -> Iterator[Result]:
         from ray_explain.ground_truth.describers import labelled
 
-        told = storage.read_table(self._path(features), ["case_id", "descriptions"])
-        _, descriptions = split_features(told)
+        descriptions, features = records.DESCRIPTIONS.empty_table(), self.plan.vectors()
+        assert features is not None
+        if not self.plan.is_unlabelled:
+            told = storage.read_table(self._path(features), ["case_id", "descriptions"])
+            _, descriptions = split_features(told)
         parts = storage.read_batches(self._path(self.plan.exemplars()), READ_AT_A_TIME)
         return (labelled(part, descriptions) for part in parts)
 
@@ -329,7 +341,7 @@ class _Steps:
             source,
             tokenizer,
             format="counterfact",
-            n={"train": n, "test": max(1, n // 3)},
+            n={"test": n} if self.plan.is_unlabelled else {"train": n, "test": max(1, n // 3)},
             blocks=[(layer, layer) for layer in self.layers],
             seed=seed,
         )

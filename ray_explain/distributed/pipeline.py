@@ -35,6 +35,8 @@ from ray_explain.report.data import ReportData, WorkedExample
 from ray_explain.report.examples import examples_of
 from ray_explain.report.page import write_report
 
+NO_LABEL = "not known: nobody described this vector"  # instead of the truth of a question
+
 __all__ = [
     "Plan",
     "Session",
@@ -149,7 +151,7 @@ def _target_facts(session: Session, target: str) -> dict[str, Any]:
     for task in plan.experiment.tasks:
         effects = session.table(plan.effects(task, target))
         if task == "features":
-            facts["features described"] = effects.num_rows
+            facts["features described"] = pc.sum(pc.greater(pc.list_value_length(effects["descriptions"]), 0)).as_py()
             continue
         facts[f"{task} changes the answer"] = pc.mean(effects.column("changed").cast(pa.float64())).as_py()
     return facts
@@ -192,7 +194,7 @@ def _examples(session: Session, graded: pa.Table, headlines: Mapping[Task, str])
                     target=target,
                     explainer=run.explainer,
                     question=question["prompt"],
-                    truth=question["answer"],
+                    truth=question["answer"] or NO_LABEL,
                     answer=answers["none"],
                     right=chosen.right,
                     score=chosen.score,

@@ -147,7 +147,12 @@ class Plan:
         }
         if task == "features" and self.groups_features == "feature":
             config["group"] = "feature"
-        return Artifact(kind=f"{task}_questions", label=target, config=config, parents=(self.effects(task, target),))
+        parents = (self.effects(task, target), *(own.effects() for own in self.unlabelled(task, target)))
+        return Artifact(kind=f"{task}_questions", label=target, config=config, parents=parents)
+
+    def unlabelled(self, task: Task, target: str) -> list[FeaturePlan]:
+        """Of the vectors that nothing describes and explainers are tested on."""
+        return FeaturePlan(self, target).unlabelled if task == "features" else []
 
     @property
     def groups_features(self) -> Literal["direction", "feature"]:

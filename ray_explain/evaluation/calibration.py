@@ -44,14 +44,14 @@ def calibrations(graded: pa.Table, trained: Sequence[str], *, seed: int, resampl
     """One for each task, target and `trained` explainer, asked without a control.
 
     The confidence in an answer is the probability of its tokens, all together. Answers without one (questions that
-    could not be asked) are left out. The intervals resample groups.
+    could not be asked), and those to questions without a right one, are left out. The intervals resample groups.
 
     A resample is further from calibration than what it is drawn from, so percentiles of the error would never hold 0,
     where a calibrated explainer is. Its interval begins where the error is smaller by as much as the bins of resamples,
     all together, move; so it holds the truth in 96 to 100 % of simulated studies.
     """
     asked = graded.filter((pc.field("control") == "none") & pc.is_in(pc.field("explainer"), pa.array(trained)))
-    asked = asked.filter(pc.is_valid(asked["logprob"]))
+    asked = asked.filter(pc.and_(pc.is_valid(asked["logprob"]), pc.is_valid(asked["exact"])))
     keys = ["task", "target", "explainer"]
     found = []
     for series in asked.group_by(keys).aggregate([]).sort_by([(key, "ascending") for key in keys]).to_pylist():

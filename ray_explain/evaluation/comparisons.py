@@ -311,6 +311,8 @@ def _compared(one: list[Measured], other: list[Measured], permutations: int, see
     )
     p_values = np.fmax(p_swap, spread.p_value) if len(one) > 1 else p_swap
     for i, part in enumerate(parts):
+        if not part.n:
+            continue
         yield {
             "metric": part.metric.name,
             "by": part.by,

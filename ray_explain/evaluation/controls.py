@@ -1,6 +1,7 @@
 """The same questions with other vectors: what an explainer still gets right, it does not get from the vector."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,8 @@ def under_control(questions: pa.Table, control: str, seed: int) -> pa.Table:
 
     Under "shuffled" each question gets the vectors of another one of the same layers and as many vectors, of another
     group where no group is more than half of them, and never its own or equal ones (where its layers have no others, it
-    gets those of any other question with as many); under "other_layer" those of a question of other layers; under
+    gets those of any other question with as many); under "other_layer" those of a question of other layers. Vectors of
+    a feature come from one of the same origin, if there is such: whole activations are longer than directions. Under
     "random" each vector becomes a random one of the same norm; under "no_vector" it becomes zero; under "none" it
     stays. A row's draw depends on `seed` and on the table.
 
@@ -50,11 +52,21 @@ def _random_like(own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (drawn * norms[:, None]).astype(np.float32)
 
 
-def _kinds(questions: pa.Table, vectors: list[np.ndarray]) -> dict[tuple[int, tuple[int, ...]], list[int]]:
-    """Rows by (how many vectors, of which layers)."""
-    kinds: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for row, (own, layers) in enumerate(zip(vectors, questions["layers"].to_pylist(), strict=True)):
-        kinds.setdefault((len(own), tuple(layers)), []).append(row)
+class _Kind(NamedTuple):
+    """What vectors have in common that can stand for each other."""
+
+    n_vectors: int
+    layers: tuple[int, ...]
+    origin: str  # of a feature: its source
+
+
+def _kinds(questions: pa.Table, vectors: list[np.ndarray]) -> dict[_Kind, list[int]]:
+    """Rows of each kind."""
+    kinds: dict[_Kind, list[int]] = {}
+    columns = questions.select(["layers", "task", "stratum"]).to_pylist()
+    for row, (own, one) in enumerate(zip(vectors, columns, strict=True)):
+        origin = one["stratum"] if one["task"] == "features" else ""
+        kinds.setdefault(_Kind(len(own), tuple(one["layers"]), origin), []).append(row)
     return kinds
 
 
@@ -67,18 +79,20 @@ def _shuffled(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.Gen
     """
     groups = questions["group"].to_numpy(zero_copy_only=False)
     kinds, donors = _kinds(questions, vectors), np.arange(len(groups))
-    for (n_vectors, _), rows in kinds.items():
-        if not n_vectors:
+    for kind, rows in kinds.items():
+        if not kind.n_vectors:
             continue
         names, group_of, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
         ring = np.array(rows)[np.lexsort([rng.random(len(rows)), rng.permutation(len(names))[group_of]])]
         donors[ring] = np.roll(ring, -min(sizes.max(), len(rows) - 1))
-        elsewhere = [row for (n, _), there in kinds.items() if n == n_vectors and there is not rows for row in there]
+        as_many = [other for other in kinds if other.n_vectors == kind.n_vectors and other != kind]
+        foreign = {row: other.origin != kind.origin for other in as_many for row in kinds[other]}
         for row in rows:
             if _alike(vectors[row], vectors[donors[row]]):
                 order = rng.permutation(rows)
                 order = order[np.argsort(groups[order] == groups[row], kind="stable")]
-                donors[row] = _first_unlike(row, [*order, *rng.permutation(elsewhere)], vectors)
+                elsewhere = sorted(map(int, rng.permutation(list(foreign))), key=foreign.__getitem__)
+                donors[row] = _first_unlike(row, [*order, *elsewhere], vectors)
     return donors.tolist()
 
 
@@ -101,14 +115,16 @@ def _other_layer(questions: pa.Table, vectors: list[np.ndarray], rng: np.random.
     """Which row each row gets its vectors from: any of other layers."""
     kinds = _kinds(questions, vectors)
     donors = np.arange(len(vectors))
-    for (n_vectors, layers), rows in kinds.items():
-        if not n_vectors:
+    for kind, rows in kinds.items():
+        if not kind.n_vectors:
             continue
-        others = [row for (n, other), there in kinds.items() if n == n_vectors and other != layers for row in there]
+        as_many = [other for other in kinds if other.n_vectors == kind.n_vectors and other.layers != kind.layers]
+        alike = [other for other in as_many if other.origin == kind.origin]
+        others = [row for other in alike or as_many for row in kinds[other]]
         if not others:
             raise BadInput(
-                f"control 'other_layer': no question has {n_vectors} vectors but of layers {list(layers)}; ask about "
-                "other layers too, or leave it out"
+                f"control 'other_layer': no question has {kind.n_vectors} vectors but of layers {list(kind.layers)}; "
+                "ask about other layers too, or leave it out"
             )
         donors[rows] = rng.choice(others, size=len(rows))
     return donors.tolist()

@@ -34,7 +34,7 @@ def sentence_encoder(model: str) -> Encoder:
 
 def compared(graded: pa.Table, questions: pa.Table, answers: pa.Table, encoder: Encoder) -> pa.Table:
     """`graded` with the cosine, -1 to 1, of each described answer and the nearest of the right descriptions; null for
-    answers of other tasks. An empty answer has 0. Each different text is encoded once.
+    answers of other tasks and where no right one is known. An empty answer has 0. Each different text is encoded once.
 
     Raises:
         ValueError: `graded` is not of these questions and answers.
@@ -47,7 +47,7 @@ def compared(graded: pa.Table, questions: pa.Table, answers: pa.Table, encoder: 
         raise ValueError(f"{len(strange)} graded answers are not among these answers (such as {strange[0]})")
     pairs = [
         (said[tuple(row[key] for key in keys)].strip(), right[row["question_id"]])
-        if row["task"] == "features"
+        if row["task"] == "features" and right[row["question_id"]]
         else None
         for row in rows
     ]

@@ -28,7 +28,7 @@ GRADED = pa.schema(
         pa.field("predicted_changed", pa.bool_()),  # what the answer says; null for features and what cannot be read
         pa.field("verdict_right", pa.bool_()),  # null for features
         pa.field("content", pa.bool_()),  # whether the content is right, whatever the verdict; null for features
-        pa.field("exact", pa.bool_(), nullable=False),
+        pa.field("exact", pa.bool_()),  # null where no right answer is known
         pa.field("parsed", pa.bool_(), nullable=False),
         pa.field("similarity", pa.float64()),  # words shared with the nearest right description; features only
         pa.field("correlation", pa.float64()),  # of the answered description with the activations; features only
@@ -59,7 +59,7 @@ def grade(
     if it is one of the right ones; its similarity is the best F1 of its words with those of a right one; its
     correlation is its score in `descriptions` (gold or not) for this feature. With `descriptions`, a text that is not
     among them has correlation 0 and counts as unread, and one that is there unscored has a null; without them every
-    correlation is null.
+    correlation is null. Where no right answer is known, exact match and similarity are null.
 
     Args:
         target: Name of the model that the questions are about.
@@ -162,14 +162,14 @@ def _effect_grade(question: dict[str, Any], parsed: Parsed, text: str) -> dict[s
 def _description_grade(
     parsed: Parsed, right: Iterable[str], known: Mapping[str, float | None] | None
 ) -> dict[str, Any]:
-    text, right = parsed.content or "", list(right)
+    text, right = parsed.content or "", list(right)  # none is right where nobody knows
     return {
         "predicted_changed": None,
         "verdict_right": None,
         "content": None,
-        "exact": text in right,
+        "exact": text in right if right else None,
         "parsed": bool(text) if known is None else text in known,
-        "similarity": max(word_f1(text, each) for each in right),
+        "similarity": max((word_f1(text, each) for each in right), default=None),
         "correlation": None if known is None else known.get(text, 0.0),
     }
 

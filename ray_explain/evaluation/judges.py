@@ -46,8 +46,8 @@ class Judge:
 
 
 def judged(graded: pa.Table, questions: pa.Table, answers: pa.Table, judge: Judge) -> pa.Table:
-    """`graded` with the judge's scores of descriptions, 0 to 1; null where one of the marks is missing, and for answers
-    of other tasks. An empty answer is 0.
+    """`graded` with the judge's scores of descriptions, 0 to 1; null where one of the marks is missing, for answers of
+    other tasks and where no right answer is known. An empty answer is 0.
 
     Raises:
         ValueError: `graded` is not of these questions and answers.
@@ -70,8 +70,8 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _pairs(task: str, text: str, right: Sequence[str]) -> list[tuple[str, str]] | None:
-    """What is to be judged of an answer; nothing of an empty one, None if it is no description."""
-    if task != "features":
+    """What is to be judged of an answer; nothing of an empty one, None if it is no description or none is right."""
+    if task != "features" or not right:
         return None
     return [(text.strip(), each) for each in right] if parse(text, task).content else []
 

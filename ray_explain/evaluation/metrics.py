@@ -138,6 +138,8 @@ def measured(graded: pa.Table) -> list[Metric]:
     return [metric for metric in METRICS if metric.counted(graded).any()]
 
 
+# What holds an answer against a right one; other metrics of features hold it against what the vector does.
+OF_LABELS = ("exact_match", "similarity", "correlation", "embedding", "judged")
 # What marks free descriptions, the most telling first.
 _OF_FREE_TEXT = ("simulated", "judged", "embedding")
 
@@ -211,9 +213,10 @@ def _natural(value: Any) -> tuple[float, str]:
 def scores(graded: pa.Table, *, by: Sequence[str] = BY, seed: int, resamples: int = 2000) -> pa.Table:
     """Every metric of every series of graded answers, with a 95 % interval: a table of records.SCORES.
 
-    A metric that no answer of the table has is left out. The intervals resample groups; `seed` draws the resamples
-    (the column `seed` is that of the training). A value is null where it is undefined, as F1 among changed cases only,
-    and so is an interval where one group is all there is, or all that a class of F1 occurs in.
+    A metric that no answer of the table has is left out, and so is one that none of a part has. The intervals resample
+    groups; `seed` draws the resamples (the column `seed` is that of the training). A value is null where it is
+    undefined, as F1 among changed cases only, and so is an interval where one group is all there is, or all that a
+    class of F1 occurs in.
 
     Raises:
         ValueError: there is no answer, or no such way to split them.
@@ -227,7 +230,8 @@ def scores(graded: pa.Table, *, by: Sequence[str] = BY, seed: int, resamples: in
         resampled = intervals.bootstrap(tallied.sums, tallied.values, resamples=resamples, seed=seed)
         lows, highs = _interval(tallied, values, resampled)
         for part, value, low, high in zip(tallied.parts, values, lows, highs, strict=True):
-            rows.append(series | _score(part, float(value), float(low), float(high)))
+            if part.n:
+                rows.append(series | _score(part, float(value), float(low), float(high)))
     return records.rows_table(rows, records.SCORES)
 
 

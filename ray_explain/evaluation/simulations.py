@@ -15,6 +15,11 @@ GOLD = "gold descriptions"
 """Name under which the right descriptions themselves are scored beside explainers: the ceiling."""
 
 
+def labelled(questions: pa.Table) -> pa.Table:
+    """The questions to which a right answer is known."""
+    return questions.filter(pc.greater(pc.list_value_length(questions["answers"]), 0))
+
+
 def gold_answers(questions: pa.Table) -> pa.Table:
     """records.ANSWERS: the right description as the answer to each question."""
     pairs = zip(questions["question_id"].to_pylist(), questions["answer"].to_pylist(), strict=True)

@@ -7,7 +7,8 @@ shown, so that the others can score what was said (`shown`, `held_out`).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
@@ -224,19 +225,31 @@ class ImportStage:
 
 def labelled(exemplars: pa.Table, descriptions: pa.Table) -> Result:
     """Exemplars with the descriptions (records.DESCRIPTIONS) that came with the features, as a describer would give
-    them; a feature without any is dropped."""
+    them. A feature without any is dropped, unless it is one of the test split on whose windows answers can be scored.
+    """
     told: dict[str, list[dict[str, str]]] = {}
     for row in descriptions.select(["case_id", "description", "origin"]).to_pylist():
         told.setdefault(row.pop("case_id"), []).append(row)
     features = exemplars.to_pylist()
-    return _described(features, [told.get(feature["case_id"], []) for feature in features])
+    own = [told.get(feature["case_id"], []) for feature in features]
+    return _described(features, own, [feature["split"] == "test" and _can_score(feature) for feature in features])
 
 
-def _described(features: Sequence[dict[str, Any]], told: Sequence[list[dict[str, str]]]) -> Result:
-    """The features with what is told of each; dropped are those of which nothing is."""
-    both = list(zip(features, told, strict=True))
-    rows = [feature | {"descriptions": own} for feature, own in both if own]
-    return Result(records.rows_table(rows, DESCRIBED), [(row["case_id"], UNDESCRIBED) for row, own in both if not own])
+def _can_score(feature: dict[str, Any]) -> bool:
+    return any(window["kind"] == "top" for window in held_out(feature["windows"]))
+
+
+def _described(
+    features: Sequence[dict[str, Any]], told: Sequence[list[dict[str, str]]], kept: Iterable[bool] = repeat(False)
+) -> Result:
+    """The features with what is told of each; dropped are those of which nothing is, unless they are `kept`."""
+    rows, dropped = [], []
+    for feature, own, bare in zip(features, told, kept):
+        if own or bare:
+            rows.append(feature | {"descriptions": own})
+        else:
+            dropped.append((feature["case_id"], UNDESCRIBED))
+    return Result(records.rows_table(rows, DESCRIBED), dropped)
 
 
 def marked(window: Mapping[str, Any]) -> str:

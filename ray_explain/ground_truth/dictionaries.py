@@ -140,7 +140,7 @@ class DictionaryStage:
     Config: that of `Target`, and `source`, `sae` (path and revision, or None), `folder`, `windows` (folder of the
     table and `n_windows`), `per_layer`, `d_sae`, `k`, `steps`, `check`, `seed`, `labels` (folder of a table
     `neuronpedia.LABELS`, to ask only about features described there, or None), `vectors` (folder of a table
-    records.features, for activations and differences, or None).
+    records.features, for activations and differences, or None), `split` (of all features; if None, groups are dealt).
     """
 
     schema_in: ClassVar[pa.Schema] = LAYERS
@@ -169,11 +169,14 @@ class DictionaryStage:
         measured = figures.declarable() if figures else {"l0": None, "fvu": None, "dead_fraction": None}
         rows = [
             {"case_id": case_id, "group": group, "layer": layer, "feature_id": number, **measured}
-            | {"split": split_of(group, salt=str(self._config["seed"])), "source": SOURCES[self._config["source"]]}
+            | {"split": self._split(group), "source": SOURCES[self._config["source"]]}
             for number, (case_id, group) in zip(chosen, ids, strict=True)
         ]
         unknown = [(f"layer {layer} feature {number}", UNKNOWN) for number in known if number >= d_sae]
         return Result(records.rows_table(rows, FEATURES), unknown, {f"layers of commit {commit}": 1} if commit else {})
+
+    def _split(self, group: str) -> str:
+        return self._config["split"] or split_of(group, salt=str(self._config["seed"]))
 
     def _ids(self, folder: Path, layer: int, chosen: Sequence[int]) -> list[tuple[str, str]]:
         """Of each chosen feature its case and its group: by content, wherever the files lie."""

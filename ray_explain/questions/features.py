@@ -13,20 +13,29 @@ from ray_explain.questions.wordings import Wording, drawing
 from ray_explain.stages import Result
 
 NO_GOLD = "no gold description"
+TESTED = "test"  # split of questions without a right answer
 
 
-def features_questions(features: pa.Table, descriptions: pa.Table, *, wording: str, seed: int) -> Result:
+def features_questions(
+    features: pa.Table, descriptions: pa.Table, *, wording: str, seed: int, unlabelled: bool = False
+) -> Result:
     """One question per feature that has a gold description; the others are dropped.
+
+    With `unlabelled` a feature of the test split that nothing describes is asked about too: its answer is empty, and
+    none is right. One whose descriptions are all no gold is dropped all the same.
 
     The answer is the gold description that a released data set chose, or else the one of the best score (an unscored
     one comes last, ties go by alphabet); all gold descriptions are right answers. The stratum of a question is the
     source of its feature.
     """
     draw, gold = drawing(wording, "features", seed), _gold(descriptions)
+    described = set(descriptions["case_id"].to_pylist())
     rows: list[dict[str, Any]] = []
     vectors, dropped = [], []
     for feature, own in zip(plain_columns(features), records.vectors_of(features["vectors"]), strict=True):
-        if texts := gold.get(feature["case_id"]):
+        texts = gold.get(feature["case_id"], [])
+        bare = unlabelled and feature["split"] == TESTED and feature["case_id"] not in described
+        if texts or bare:
             rows.append(_question(feature, texts, draw(feature["case_id"])))
             vectors.append(own)
         else:
@@ -58,7 +67,7 @@ def _question(feature: dict[str, Any], texts: list[str], wording: Wording) -> di
         **{name: feature[name] for name in ("case_id", "group", "split")},
         "task": "features",
         "prompt": wording.prompt(vectors=wording.vectors(1), layers=str(feature["layer"])),
-        "answer": texts[0],
+        "answer": texts[0] if texts else "",
         "answers": texts,
         "layers": [feature["layer"]],
         "role": "",

@@ -29,6 +29,7 @@ def caveats(data: ReportData, scores: Scores) -> list[Caveat]:
         _shared_basis,
         _not_ranked,
         _what_is_missing,
+        _without_labels,
         _what_intervals_hold,
         _unparsed,
         _what_self_means,
@@ -131,6 +132,26 @@ def _missing(task: str, target: str, data: ReportData) -> str:
 def _names(names: list[str]) -> str:
     ordered = sorted(names, key=numbers.natural)
     return f"{ordered[0]} is" if len(ordered) == 1 else f"{', '.join(ordered[:-1])} and {ordered[-1]} are"
+
+
+def _without_labels(data: ReportData, scores: Scores) -> Caveat | None:
+    told = [
+        f"{numbers.task_label(task)}, target {target}: "
+        + ", ".join(f"{numbers.by_label(by)} {numbers.count(n)}" for by, n in bare.items())
+        for task in data.tasks
+        for target in data.targets_of(task)
+        if (bare := scores.unlabelled(task, target))
+    ]
+    if not told:
+        return None
+    found = [metric for metric in ("simulated", "detection") if scores.has("features", metric)]
+    names = " and ".join(numbers.metric_label(metric) for metric in found)
+    return Caveat(
+        title="Some vectors have no label.",
+        text=f"Nobody described them, so answers about them are scored by {names} alone: {'; '.join(told)} "
+        f"questions. Over all questions, {names} count them in; other metrics, and the gold descriptions, are of the "
+        "labelled vectors alone. tables.md has each origin of vectors apart: compare with the gold descriptions there.",
+    )
 
 
 def _what_intervals_hold(data: ReportData, scores: Scores) -> Caveat:

@@ -174,6 +174,21 @@ class Scores:
         metric = self.headline(task)[0][0]
         return {column for column in self._columns[task] if column[0] == metric}
 
+    def strata(self, task: str) -> list[str]:
+        """The strata that anything of a task was scored on, as `stratum=...`."""
+        return sorted({by for _, by in self._columns[task] if by.startswith("stratum=")}, key=numbers.natural)
+
+    def unlabelled(self, task: str, target: str) -> dict[str, int]:
+        """Of each stratum, such as `stratum=activation`, how many questions no right answer is known to, where that is
+        so of some."""
+        asked, known = defaultdict[str, int](int), defaultdict[str, int](int)
+        for key, estimate in self.estimates.items():
+            if (key.task, key.target) == (task, target) and key.by.startswith("stratum="):
+                asked[key.by] = max(asked[key.by], estimate.n)
+                if key.metric == "exact_match":
+                    known[key.by] = max(known[key.by], estimate.n)
+        return {by: asked[by] - known[by] for by in sorted(asked, key=numbers.natural) if asked[by] > known[by]}
+
     def changed_rate(self, task: str, target: str) -> float | None:
         """Share of the scored questions in which the target's answer changed; None where that is not told."""
         for row in self.explainers(task, target) or self.rows(task, target):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from ray_explain.evaluation.metrics import OF_LABELS
 from ray_explain.report import curves, numbers
 from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData
@@ -19,6 +20,7 @@ def tables(data: ReportData, scores: Scores) -> str:
     for task in data.tasks:
         parts.append(f"## {numbers.task_label(task).capitalize()}")
         parts += [_scores(task, target, data, scores) for target in data.targets_of(task)]
+        parts += [_origins(task, target, scores) for target in data.targets_of(task)]
         parts += [_curve(task, data, scores)]
         parts += [_parts(task, kind, scores, data) for kind in scores.part_kinds(task)]
         parts += [_calibration(task, data)]
@@ -62,8 +64,11 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
     lines = []
     for row in rows:
         estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
-        whole = max(it.n for it in estimates)
-        texts = [_unscored(it, whole) if by == "all" else it.text for it, (_, by) in zip(estimates, columns)]
+        whole, labelled = max(it.n for it in estimates), scores.get(task, target, row, "exact_match").n
+        texts = [
+            _unscored(it, labelled if metric in OF_LABELS else whole, whole) if by == "all" else it.text
+            for it, (metric, by) in zip(estimates, columns)
+        ]
         differ = scores.seeds_differ(task, target) and row.kind in ("self", "cross")
         seeds = f", {numbers.seeds_label(scores.seeds(task, target, row))}" if differ else ""
         lines.append([_name(row) + seeds, *texts, numbers.count(whole)])
@@ -71,11 +76,29 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
     return f"### Target {escaped(target)}{f', {share}' if share else ''}\n\n" + table(head, lines)
 
 
-def _unscored(it: Estimate, whole: int) -> str:
-    """With its own n, where some of the answers have no such score."""
+def _unscored(it: Estimate, possible: int, whole: int) -> str:
+    """With its own n, where some of the `whole` answers have no such score; unscored are those of the `possible`."""
     if not it.seeds or it.n == whole:
         return it.text
-    return f"{it.text} (n {numbers.count(it.n)}, {numbers.count(whole - it.n)} unscored)"
+    unscored = f", {numbers.count(possible - it.n)} unscored" if it.n < possible else ""
+    return f"{it.text} (n {numbers.count(it.n)}{unscored})"
+
+
+def _origins(task: str, target: str, scores: Scores) -> str:
+    """What vectors without a label are scored by, apart for each origin; of baselines and gold descriptions too."""
+    bare = scores.unlabelled(task, target)
+    metrics = [metric for metric in scores.metrics(task) if metric not in OF_LABELS]
+    columns = [(metric, by) for metric in metrics for by in scores.strata(task) if scores.has(task, metric, by)]
+    if not bare or not columns:
+        return ""
+    lines = []
+    for row in scores.rows(task, target):
+        estimates = [scores.get(task, target, row, *column) for column in columns]
+        texts = [f"{it.text} (n {numbers.count(it.n)})" if it.seeds else numbers.UNDEFINED for it in estimates]
+        lines.append([_name(row), *texts])
+    told = ", ".join(f"{numbers.by_label(by)} {numbers.count(n)}" for by, n in bare.items())
+    title = f"### Target {escaped(target)}, by origin of the vector\n\nWithout labels: {escaped(told)}.\n\n"
+    return title + table(["explainer", *[escaped(numbers.score_label(*column)) for column in columns]], lines)
 
 
 def _parts(task: str, kind: str, scores: Scores, data: ReportData) -> str:

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 from ray_explain import records, storage
 from ray_explain.artifacts import finish, finished
 from ray_explain.config import Experiment
-from ray_explain.distributed.experiment import Session, export_ground_truth, make_ground_truth
+from ray_explain.distributed.experiment import Session, evaluate, export_ground_truth, make_asked, make_ground_truth
 from ray_explain.distributed.feature_plan import FeaturePlan
 from ray_explain.distributed.features import score_answers
 from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput
-from ray_explain.evaluation.simulations import answered, gold_answers
+from ray_explain.evaluation.simulations import GOLD, answered, gold_answers
 from ray_explain.ground_truth import released
 from ray_explain.ground_truth.exemplars import EXEMPLARS, token_texts
 from ray_explain.ground_truth.features import joined
@@ -121,6 +121,7 @@ def plan(folder: Path, target: Path, path: Path, **section: Any) -> Plan:
         "models": {"m": {"path": str(target)}},
         "targets": ["m"],
         "explainers": ["m"],
+        "evaluate": {"untrained": False, "shots": [], "selfie": [], "controls": ["shuffled"], "resamples": 200},
         "ground_truth": {"features": {"source": "released", "path": str(path), "exemplars": SIZES, **section}},
     }
     return Plan(Experiment.model_validate(config))
@@ -164,8 +165,9 @@ def test_answers_are_scored_on_the_released_exemplars(
     with Session(asked) as session:
         questions = session.table(asked.questions("features", "m"))
         held_out = questions.filter(pc.equal(questions["split"], "test"))
-        described = session.table(FeaturePlan(asked, "m").descriptions())
-        table = score_answers(session, "m", [], answered(described, held_out, [gold_answers(held_out)]))
+        own = FeaturePlan(asked, "m")
+        told = answered(session.table(own.descriptions()), held_out, [gold_answers(held_out)])
+        table = score_answers(session, own, [], told)
     told = [one for (one,) in table["descriptions"].to_pylist()]
     assert len(told) == 3 and all(one["origin"] == "answer" and one["score"] > 0.9 for one in told)
 
@@ -246,3 +248,86 @@ def test_released_features_without_exemplars_are_refused_where_those_are_needed(
     labels = plan(tmp_path, world_target, folder)
     assert len(effects_of(labels)) == 8, "labels alone need none"
     assert "vectors" not in labels.cases("features", "m").config
+
+
+def mixed(folder: Path, target: Path) -> None:
+    """A release with the labels of an SAE's features to train on, and vectors without any, and their exemplars, to test
+    on."""
+    release(folder, target)
+    release(folder.parent / "differences", target, "difference")
+    (folder / "explanations").mkdir()
+    for name in ("test_explanations.json", "test_layer_feature_idxs.json"):
+        (folder / name).unlink()
+    for name in ("test_vectors.npy", "test_indices.json"):
+        shutil.copy(folder.parent / "differences" / name, folder / name)
+
+
+def test_vectors_without_labels_are_asked_about_in_the_test_split_alone(
+    here: None, world_target: Path, model: dict[str, Any], tmp_path: Path
+) -> None:
+    mixed(tmp_path / "release", world_target)
+    asked = plan(tmp_path, world_target, tmp_path / "release", vectors="differences", simulator=model)
+    effects_of(asked)
+    questions = storage.read_table(asked.path(asked.questions("features", "m"))).to_pylist()
+    told = {split: [one for one in questions if one["split"] == split] for split in ("train", "test")}
+    assert len(told["train"]) == 5 and all(one["answer"] in one["answers"] for one in told["train"])
+    assert {one["stratum"] for one in told["train"]} == {"sae"}
+    assert len(told["test"]) == 3 and all((one["answer"], one["answers"]) == ("", []) for one in told["test"])
+    assert {one["stratum"] for one in told["test"]} == {"difference"}
+    labels = plan(tmp_path, world_target, tmp_path / "release", vectors="differences")
+    with pytest.raises(BadInput, match=r"split 'test' is empty \(3 dropped: no gold description\)"):
+        effects_of(labels)
+
+
+def test_explainers_are_tested_on_vectors_without_labels_by_the_simulator_alone(
+    here: None, world_target: Path, model: dict[str, Any], tmp_path: Path
+) -> None:
+    """Trained on the labels of a release, tested on the vectors of another one and on the target's own activations."""
+    words = release(tmp_path / "release", world_target)
+    release(tmp_path / "vectors", world_target, "difference")
+    others = {"differences": {"path": str(tmp_path / "vectors")}, "activations": {"per_layer": 3}}
+    corpus = {"windows": 40, "tokens": 16}
+    asked = plan(tmp_path, world_target, tmp_path / "release", simulator=model, corpus=corpus, unlabelled=others)
+    with Session(asked) as session:
+        make_ground_truth(session)
+        make_asked(session)
+        vectors = np.load(tmp_path / "vectors" / "test_vectors.npy").tolist()
+        rows = answer(session, asked, vectors, words[len(KEYS["train"]) :])
+        evaluate(session)
+        made = session.table(asked.questions("features", "m")).to_pylist()
+    sources = {split: Counter(one["stratum"] for one in made if one["split"] == split) for split in ("train", "test")}
+    n = sources["test"]["activation"]
+    assert sources == {"train": {"sae": 5}, "test": {"sae": 3, "difference": 3, "activation": n}} and 2 <= n <= 6
+    assert all((one["answers"] == []) == (one["stratum"] != "sae") for one in made)
+    own = {origin: [row["vectors"] for row in rows if row["stratum"] == origin] for origin in sources["test"]}
+    assert all(row["vectors"] in own[row["stratum"]] for row in rows), "shuffled vectors are of another origin"
+    table = storage.read_table(f"{asked.path(asked.scores())}/scores").to_pylist()
+    found = {(r["explainer"], r["metric"], r["by"]): r for r in table if r["control"] == "none"}
+    simulated = {by: found["m", "simulated", f"stratum={by}"] for by in own}
+    assert {by: one["n"] for by, one in simulated.items()} == {"sae": 3, "difference": 3, "activation": n}
+    assert min(simulated[by]["value"] for by in ("sae", "difference")) > 0.9
+    assert all(one["low"] <= one["value"] <= one["high"] for one in simulated.values())
+    assert {by for _, metric, by in found if metric == "exact_match" and "=" in by} == {
+        *("stratum=sae", "layer=0", "layer=1")
+    }, "what nobody described is neither right nor wrong"
+    assert found["m", "exact_match", "all"]["n"] == 3 and found["m", "simulated", "all"]["n"] == 6 + n
+    assert {by for who, metric, by in found if (who, metric) == (GOLD, "simulated")} >= {"all", "stratum=sae"}
+    assert (GOLD, "simulated", "stratum=difference") not in found
+
+
+def answer(session: Session, asked: Plan, vectors: list[list[float]], words: Sequence[str]) -> list[dict[str, Any]]:
+    """Answers of an explainer as if it was trained: the label, or for the i-th of `vectors` the i-th of `words`.
+    Returns the questions, under all controls."""
+    [run] = asked.runs()
+    finish(asked.explainer(run), asked.root)
+    answers = asked.answers(run, "features")
+    rows = session.table(answers.parents[-1]).to_pylist()
+    told = {tuple(vector): word for vector, word in zip(vectors, words, strict=True)}
+    facts = {"explainer": run.explainer, "logprob": -0.1, "n_tokens": 1}
+    said = [
+        {"question_id": row["question_id"], "control": row["control"], "text": row["answer"] or word} | facts
+        for row in rows
+        for word in [told.get(tuple(row["vectors"][0]), "nothing")]
+    ]
+    session.make_table(answers, lambda: records.rows_table(said, records.ANSWERS))
+    return rows

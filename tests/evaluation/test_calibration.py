@@ -74,3 +74,11 @@ def test_answers_without_a_confidence_and_baselines_are_left_out_and_nothing_is_
     alone = one(graded([0.5], [True]))
     assert alone.overconfidence[1:] == alone.error[1:] == (None, None) and alone.bins[0].low is None
     assert calibrations(table.slice(0, 0), ["a"], seed=0) == []
+
+
+def test_answers_that_nobody_can_call_right_or_wrong_are_left_out():
+    known = graded([0.9] * 40, [True] * 40)
+    other = graded([0.1] * 40, [True] * 40)
+    at = other.column_names.index("exact")
+    bare = other.set_column(at, other.schema.field("exact"), pa.nulls(40, pa.bool_()))
+    assert one(pa.concat_tables([known, bare])) == one(known)

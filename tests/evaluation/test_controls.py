@@ -119,3 +119,24 @@ def test_what_cannot_be_controlled_is_told(questions):
         under_control(same, "upside_down", seed=0)
     with pytest.raises(BadInput, match="none of the 1 questions holds a vector; leave it out"):
         under_control(questions({}, vectors=[np.empty((0, D), np.float32)]), "no_vector", seed=0)
+
+
+def test_a_features_vector_is_exchanged_for_one_of_its_own_origin(questions):
+    def table(task):
+        rows = [{"layers": [i % 2], "group": f"g{i}", "stratum": "sae" if i < 8 else "activation"} for i in range(16)]
+        return questions(*[row | {"task": task, "changed": None} for row in rows])
+
+    for control, same_layer in (("shuffled", True), ("other_layer", False)):
+        given = donors(under_control(table("features"), control, seed=0))
+        assert all((donor < 8) == (i < 8) and (donor % 2 == i % 2) is same_layer for i, donor in enumerate(given))
+        of_effects = donors(under_control(table("patching"), control, seed=0))
+        assert any((donor < 8) != (i < 8) for i, donor in enumerate(of_effects)), "relations are no origin"
+
+
+def test_a_vector_that_is_alone_of_its_origin_in_its_layer_is_exchanged_all_the_same(questions):
+    places = [(0, "sae"), (0, "sae"), (0, "activation"), (1, "activation"), (1, "sae"), (0, "difference")]
+    rows = [{"layers": [layer], "group": f"g{i}", "stratum": own} for i, (layer, own) in enumerate(places)]
+    table = questions(*[row | {"task": "features", "changed": None} for row in rows])
+    shuffled, elsewhere = (donors(under_control(table, name, seed=0)) for name in ("shuffled", "other_layer"))
+    assert shuffled[:4] == [1, 0, 3, 2] and shuffled[4] in (0, 1) and shuffled[5] != 5
+    assert elsewhere[2:4] == [3, 2] and elsewhere[5] in (3, 4)

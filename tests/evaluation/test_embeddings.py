@@ -86,3 +86,9 @@ def test_a_local_sentence_model_compares_answers(questions, answers, tmp_path):
     assert graded["embedding"].to_pylist() == pytest.approx([nearest, 1, 0], abs=1e-5)
     with pytest.raises(BadInput, match="no sentence model can be read there"):
         sentence_encoder(str(tmp_path / "nowhere"))
+
+
+def test_where_nothing_is_right_nothing_is_near(questions, answers):
+    asked = questions(feature(0, "stock"), feature(1, "") | {"answers": []})
+    said = answers(asked, ["stock", "stock"])
+    assert compared(grade(asked, said, target="a", seed=0), asked, said, bag)["embedding"].to_pylist() == [1, None]

@@ -86,3 +86,10 @@ def test_answers_that_were_not_graded_are_refused(judge, questions, answers):
     graded = grade(table, told, target="t", seed=0)
     with pytest.raises(ValueError, match="1 graded answers are not among these answers"):
         judged(graded, table, answers(table, ["x"], control="random"), judge)
+
+
+def test_where_nothing_is_right_the_judge_is_not_asked(endpoint, judge, questions, answers):
+    asked = questions({"task": "features", "answer": "", "answers": [], "changed": None})
+    said = answers(asked, ["goats"])
+    graded = judged(grade(asked, said, target="a", seed=0), asked, said, judge)
+    assert graded["judged"].to_pylist() == [None] and not endpoint.asked

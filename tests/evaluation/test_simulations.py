@@ -4,7 +4,7 @@ import pytest
 from ray_explain import records
 from ray_explain.evaluation.grading import grade
 from ray_explain.evaluation.metrics import scores
-from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, simulated
+from ray_explain.evaluation.simulations import GOLD, answered, gold_answers, labelled, simulated
 from ray_explain.ground_truth.describers import DESCRIBED
 
 
@@ -92,3 +92,17 @@ def test_an_answer_of_nothing_but_a_full_stop_is_empty(questions, answers):
     assert made["case_id"].to_pylist() == ["c1"]
     graded = simulated(grade(asked, said, target="a", seed=0), asked, said, scored(c1={"goats": (0.5, 0.8)}))
     assert (graded["simulated"].to_pylist(), graded["detection"].to_pylist()) == ([0, 0.5], [0.5, 0.8])
+
+
+def test_what_nobody_described_is_scored_by_the_simulator_and_is_neither_right_nor_wrong(questions, answers):
+    bare = feature(1, "") | {"answers": [], "stratum": "activation"}
+    asked = questions(feature(0, "cities") | {"stratum": "sae"}, bare)
+    gold, said = gold_answers(labelled(asked)), answers(asked, ["cities", "goats"])
+    assert gold["question_id"].to_pylist() == ["q0"]
+    told = scored(c0={"cities": (0.9, 1.0)}, c1={"goats": (0.7, 0.8)})
+    graded = simulated(grade(asked, said, target="a", seed=0), asked, said, told)
+    assert (graded["exact"].to_pylist(), graded["similarity"].to_pylist()) == ([True, None], [1, None])
+    found = {(row["metric"], row["by"]): row for row in scores(graded, by=("all", "stratum"), seed=0).to_pylist()}
+    assert found["exact_match", "all"]["n"] == 1 and found["simulated", "all"]["value"] == pytest.approx(0.8)
+    assert found["detection", "stratum=activation"]["value"] == pytest.approx(0.8)
+    assert {metric for metric, by in found if by == "stratum=activation"} == {"simulated", "detection"}

@@ -227,6 +227,16 @@ def test_descriptions_that_came_with_the_features_are_kept_in_their_order():
     assert made.dropped == [("f2", UNDESCRIBED)]
 
 
+def test_features_without_a_description_are_kept_where_answers_about_them_can_be_scored():
+    cases = [("test", feature(0, "dog")), ("train", feature(1, "dog")), ("test", feature(2, "dog") | {"windows": []})]
+    one = feature(3, "dog", n=1)
+    cases.append(("test", one))  # a describer would have seen its only window
+    own = table_of([row | {"split": split} for split, row in cases])
+    made = labelled(own, records.DESCRIPTIONS.empty_table())
+    assert (made.table["case_id"].to_pylist(), made.table["descriptions"].to_pylist()) == (["f0"], [[]])
+    assert made.dropped == [(case, UNDESCRIBED) for case in ("f1", "f2", "f3")]
+
+
 def test_without_simulator_and_detector_nothing_is_scored_and_all_is_gold(scoring):
     made = ScoreStage(scoring | {"simulator": None, "detector": None})(described([feature(0, "dog")], [["dog"]]))
     [told] = made.table["descriptions"][0].as_py()

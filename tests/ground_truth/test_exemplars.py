@@ -73,6 +73,7 @@ def config(world_target, windows, saes, tmp_path):
         "seed": 0,
         "labels": None,
         "vectors": None,
+        "split": None,
         "exemplars": SIZES,
         "positions": POSITIONS,
     }

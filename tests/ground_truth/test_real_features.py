@@ -32,7 +32,16 @@ def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
         "source": "sae",
         "sae": None,
         "folder": f"{folder}/dictionaries",
-        **{"per_layer": None, "d_sae": 128, "k": 6, "steps": 200, "seed": 0, "labels": None, "vectors": None},
+        **{
+            "per_layer": None,
+            "d_sae": 128,
+            "k": 6,
+            "steps": 200,
+            "seed": 0,
+            "labels": None,
+            "vectors": None,
+            "split": None,
+        },
         "exemplars": SIZES,
         "positions": POSITIONS,
     }

@@ -51,3 +51,13 @@ def test_features_without_gold_are_dropped_and_vectors_stay_with_the_others():
     assert dropped == [("e", NO_GOLD), ("f", NO_GOLD)]
     assert table["case_id"].to_pylist() == ["g"]
     assert records.vectors_of(table["vectors"])[0].tolist() == [[2.0] * D]
+
+
+def test_what_nothing_describes_is_asked_about_in_the_test_split_and_no_answer_is_right():
+    features, told = feature_table("e", "f", "g", "h"), descriptions(("f", "x", 0.5, False), ("g", "y", 0.5, True))
+    features = features.set_column(2, features.schema.field("split"), pa.array(["test", "test", "test", "train"]))
+    table, dropped, _ = features_questions(features, told, wording="brief", seed=0, unlabelled=True)
+    assert dropped == [("f", NO_GOLD), ("h", NO_GOLD)], "bad descriptions are not no descriptions"
+    assert table["case_id"].to_pylist() == ["e", "g"]
+    assert (table["answer"].to_pylist(), table["answers"].to_pylist()) == (["", "y"], [[], ["y"]])
+    assert table["prompt"][0].as_py() == "what does <vector> at layer 0 encode ?"

@@ -41,6 +41,21 @@ def test_where_a_gap_on_patching_comes_from_is_not_claimed(report) -> None:
     assert "cannot be told apart here" in told(report()) and "most of the gap" not in told(report())
 
 
+def test_figures_that_rest_on_vectors_without_labels_are_told(report, score_row) -> None:
+    assert "have no label" not in told(report())
+    text = told(report(scores=unlabelled(score_row), comparisons=[]))
+    assert (
+        "scored by simulator correlation alone: feature descriptions, target llama: stratum activation 8, "
+        "stratum sae 1 questions. Over all questions, simulator correlation count" in text
+    )
+
+
+def unlabelled(score_row):
+    rows = [score_row("features", "llama", "llama", "exact_match", 0.2, by=by, n=3) for by in ("all", "stratum=sae")]
+    sizes = {"all": 12, "stratum=sae": 4, "stratum=activation": 8}
+    return rows + [score_row("features", "llama", "llama", "simulated", 0.5, by=by, n=n) for by, n in sizes.items()]
+
+
 def test_targets_are_not_ranked_and_their_changed_rates_are_told(report) -> None:
     text = told(report()).replace("\u202f", " ")
     assert "activation patching: llama 34 %, qwen3 34 %" in text

@@ -67,3 +67,17 @@ def test_the_tables_hold_what_did_not_come_to_the_largest_share_and_other_seeds(
     text = tables(report(scores=rows, comparisons=[])).replace("\u202f", " ")
     assert "### Target llama, at 30 % of the training data" in text
     assert cells(text, "qwen3, seed 1")[0].startswith(".41") and cells(text, "llama (self), seeds 0, 1")
+
+
+def test_vectors_without_labels_have_a_table_by_origin_with_gold_and_baselines(report, score_row) -> None:
+    rows = [score_row("features", "llama", "llama", "exact_match", 0.2, by=by, n=3) for by in ("all", "stratum=sae")]
+    for name in ("llama", "gold descriptions"):
+        sizes = {"all": 12, "stratum=sae": 3, "stratum=activation": 9} if name == "llama" else {"stratum=sae": 3}
+        rows += [score_row("features", "llama", name, "simulated", 0.5, by=by, n=n) for by, n in sizes.items()]
+    text = tables(report(scores=rows, comparisons=[]))
+    table = text.split("by origin of the vector")[1].split("###")[0]
+    assert "Without labels: stratum activation 9." in table
+    assert [cell.split(" ", 1)[1][-6:] for cell in cells(table, "llama (self)")] == [" (n 9)", " (n 3)"]
+    assert cells(table, "the gold descriptions themselves: the ceiling")[0] == "–"
+    assert "(n 3)" in cells(text, "llama (self)")[1] and "unscored" not in text
+    assert "by origin" not in tables(report())
