@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -482,6 +483,11 @@ class Experiment(Section):
         for mixture in self.train.mixtures:
             if not mixture:
                 raise ValueError("`train.mixtures` holds an empty mixture: name at least one task in each")
+        if not {task for mixture in self.train.mixtures for task in mixture} & set(self.tasks):
+            raise ValueError(
+                f"`train.mixtures` names no task that has `ground_truth` (which are {', '.join(self.tasks)}): nothing "
+                "would be trained"
+            )
         for task in self.tasks:
             named = sum(mixture.count(task) for mixture in self.train.mixtures)
             if named > 1:  # two explainers of one name would answer the same questions
@@ -681,7 +687,16 @@ def _yaml(text: str, what: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a text, since it has no dot; people mean a number."""
+    """YAML 1.1 reads 1e-4 as a text, since it has no dot; people mean a number. YAML forbids a key that comes twice,
+    but PyYAML takes the last one and forgets what stood below the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set[str]()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -707,9 +722,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _told(fault: Any, section: type[BaseModel]) -> str:
     """One line: the key, the value, the rule, and for an unknown key the nearest valid one."""
-    where = ".".join(str(part) for part in fault["loc"])
+    where, valid = _place(section, fault["loc"])
     if fault["type"] == "extra_forbidden":
-        valid = _keys_at(section, fault["loc"][:-1])
         value = "" if _SECRET.search(where) else _shown(fault["input"])
         return f"`{where}`{value}: no such key{_nearest(str(fault['loc'][-1]), valid)}"
     message = fault["msg"].removeprefix("Value error, ")
@@ -725,18 +739,31 @@ def _shown(value: Any) -> str:
     return "" if isinstance(value, dict) or "://" in str(value) else f" = {value!r}"
 
 
-def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """The valid keys of the section below `section` that `loc` leads to."""
+def _place(section: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
+    """The key that `loc` leads to, as it is written in the file, and the valid keys beside it.
+
+    After a key that takes values of several kinds, pydantic puts a name of the kind, which is in no file.
+    """
+    parts, inside, is_kind = list[str](), [section], False
     for part in loc:
-        if part not in section.model_fields:  # a key of a mapping or an index of a list: already looked into
+        if is_kind:
+            inside = [one for one in inside if part in get_args(one.model_fields["kind"].annotation)]
+            is_kind = False
             continue
-        inner = [
-            found for found in _types_in(section.model_fields[str(part)].annotation) if issubclass(found, BaseModel)
-        ]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)
+        parts.append(str(part))
+        field = inside[0].model_fields.get(str(part)) if inside else None
+        if field is not None:  # else a key of a mapping or an index of a list: already looked into
+            inside = [found for found in _types_in(field.annotation) if issubclass(found, BaseModel)]
+            is_kind = _has_kinds(field.annotation)
+    return ".".join(parts), [key for one in inside[:1] for key in one.model_fields]
+
+
+def _has_kinds(annotation: Any) -> bool:
+    """Whether it is a union of several types, None aside."""
+    if get_origin(annotation) not in (Annotated, Union, UnionType):
+        return False
+    inner = [one for one in get_args(annotation) if isinstance(one, type) or get_origin(one)]
+    return len(inner) - inner.count(NoneType) > 1 or any(map(_has_kinds, inner))
 
 
 def _types_in(annotation: Any) -> list[type]:
