@@ -6,6 +6,7 @@ Imports nothing heavy, so that a mistake is told before torch or Ray are loaded.
 import difflib
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
@@ -24,6 +25,7 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 Kind = Literal["replace", "add", "zero", "mean"]
 Control = Literal["shuffled", "no_vector", "other_layer", "random"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a path
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # path, s3:// path or hub id
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +87,7 @@ class PretrainConfig(Section):
 class ModelConfig(Section):
     """A language model: a folder or hub id in `path`, or one to `pretrain`."""
 
-    path: str | None = None
+    path: Place | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     pretrain: PretrainConfig | None = None
@@ -123,7 +125,7 @@ class PatchingConfig(Section):
     """Activation patching: cases, and the blocks of layers that are patched."""
 
     source: Literal["world", "counterfact", "jsonl", "released"] = "world"
-    path: str | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
+    path: Place | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
@@ -136,7 +138,7 @@ class AblationConfig(Section):
     """Input ablation: prompts with a span, mostly a hint, that is removed."""
 
     source: Literal["world", "mmlu", "jsonl", "released"] = "world"
-    path: str | None = None  # as in `patching`
+    path: Place | None = None  # as in `patching`
     form: Literal["completion", "chat"] = "completion"  # of MMLU's prompts
     hint: Literal["random", "right", "sentence"] = "random"  # in MMLU's prompts
     cases: Splits
@@ -161,7 +163,7 @@ class LocalConfig(Section):
     """A language model that the actors load: a folder or hub id."""
 
     kind: Literal["local"]
-    path: str
+    path: Place
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Positive = 16
@@ -171,7 +173,7 @@ class NeuronpediaConfig(Section):
     """Descriptions that others made: a folder of one of Neuronpedia's bulk exports."""
 
     kind: Literal["neuronpedia"]
-    path: str | dict[Name, str]  # of all targets, or of each
+    path: Place | dict[Name, Place]  # of all targets, or of each
 
 
 class WorldDescriber(Section):
@@ -189,7 +191,7 @@ class SimulatorConfig(LocalConfig):
 class CorpusConfig(Section):
     """The text that features are looked at on."""
 
-    path: str | None = None  # file or folder of Parquet, JSON lines or text; the synthetic world's texts if left out
+    path: Place | None = None  # file or folder of Parquet, JSON lines or text; the synthetic world's texts if left out
     field: str = "text"
     windows: Annotated[int, Field(ge=2)] = 16_384
     tokens: Annotated[int, Field(ge=2)] = 64  # of a window
@@ -198,7 +200,7 @@ class CorpusConfig(Section):
 class SAEConfig(Section):
     """Where a target's SAEs lie: a folder, s3:// path or hub id; one SAE, or one for each layer below it."""
 
-    path: str | dict[Name, str]  # of all targets, or of each
+    path: Place | dict[Name, Place]  # of all targets, or of each
     revision: str | None = None  # of a hub id
     check: bool = True  # refuse SAEs that do not fit the target's activations
 
@@ -219,14 +221,14 @@ class FeaturesConfig(Section):
     """
 
     source: Literal["sae", "neurons", "activations", "differences", "released"] = "sae"
-    path: str | None = None  # released: of the folder, {target} in it
+    path: Place | None = None  # released: of the folder, {target} in it
     vectors: Literal["activations", "differences"] | None = None  # released: what its vectors are, if it has some
     layers: list[Count] | Literal["all"] = "all"
     sae: SAEConfig | None = None  # trained on the corpus if left out
     per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
     group: Literal["direction", "feature"] = "direction"  # what splits keep together; direction compares all vectors
     corpus: CorpusConfig = CorpusConfig()
-    pairs: str | None = None  # for differences: a file of CounterFact pairs; the world's if left out
+    pairs: Place | None = None  # for differences: a file of CounterFact pairs; the world's if left out
     exemplars: ExemplarsConfig = ExemplarsConfig()
     describer: Annotated[
         WorldDescriber | EndpointConfig | LocalConfig | NeuronpediaConfig, Field(discriminator="kind")
@@ -369,7 +371,7 @@ class EvaluateConfig(Section):
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
     judge: EndpointConfig | None = None  # marks descriptions, beside exact match
-    embedding: str | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
+    embedding: Place | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 

@@ -146,6 +146,21 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content: str | None, word
         read_experiment(str(path))
 
 
+def test_a_tilde_is_ones_home_wherever_a_place_is_named(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    sections = [
+        "models.mine={path: ~/mine}",
+        "ground_truth.patching={source: jsonl, path: ~/own.jsonl, cases: {train: 8, test: 4}}",
+        "ground_truth.features={sae: {path: {llama: ~/saes, qwen3: google/saes}}, corpus: {path: ~/text}, "
+        "describer: {kind: local, path: ~/mine}}",
+    ]
+    read = read_experiment(config, sections)
+    truth = read.ground_truth
+    assert read.models["mine"].path == truth.features.describer.path == "/home/ann/mine"
+    assert truth.patching.path == "/home/ann/own.jsonl" and truth.features.corpus.path == "/home/ann/text"
+    assert truth.features.sae.path == {"llama": "/home/ann/saes", "qwen3": "google/saes"}
+
+
 def test_a_key_that_comes_twice_is_refused_with_its_line(config: str) -> None:
     """YAML's readers would take the last one, and what stood below the first would be lost unseen."""
     with pytest.raises(BadInput, match="'epochs' is given twice"):
