@@ -208,7 +208,8 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
                 seed=known.experiment.seed if known.experiment else 0,
             )
             if kind == "ablation":
-                return witness.ablations(receipts.ablation_of(arguments.prompt, arguments.hint))[0]
+                case = receipts.ablation_of(arguments.prompt, arguments.hint, _kind_of_spans(known.experiment))
+                return witness.ablations(case)[0]
             if kind == "features":
                 return _about_vector(arguments, known, witness, shape.num_hidden_layers, shape.hidden_size)
             block = _block(arguments.layer, shape.num_hidden_layers, known.target)
@@ -235,6 +236,12 @@ def _change(experiment: Experiment | None) -> Any:
 
     section = experiment.ground_truth.patching if experiment else None
     return REPLACE if section is None else Change(section.site, section.kind)
+
+
+def _kind_of_spans(experiment: Experiment | None) -> str:
+    """What the experiment's ablations take out: spans of one's own prompts are quoted in questions, hints are not."""
+    section = experiment.ground_truth.ablation if experiment else None
+    return "span" if section and section.source == "jsonl" else "hint"
 
 
 def _asking(known: Known, d_target: int) -> dict[str, Any]:

@@ -6,14 +6,16 @@ Imports nothing heavy, so that a mistake is told before torch or Ray are loaded.
 import difflib
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_explain.errors import BadInput
 from ray_explain.world.facts import World
@@ -23,6 +25,7 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 Kind = Literal["replace", "add", "zero", "mean"]
 Control = Literal["shuffled", "no_vector", "other_layer", "random"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a path
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # path, s3:// path or hub id
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -84,7 +87,7 @@ class PretrainConfig(Section):
 class ModelConfig(Section):
     """A language model: a folder or hub id in `path`, or one to `pretrain`."""
 
-    path: str | None = None
+    path: Place | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     pretrain: PretrainConfig | None = None
@@ -122,7 +125,7 @@ class PatchingConfig(Section):
     """Activation patching: cases, and the blocks of layers that are patched."""
 
     source: Literal["world", "counterfact", "jsonl", "released"] = "world"
-    path: str | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
+    path: Place | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
     blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
@@ -135,7 +138,7 @@ class AblationConfig(Section):
     """Input ablation: prompts with a span, mostly a hint, that is removed."""
 
     source: Literal["world", "mmlu", "jsonl", "released"] = "world"
-    path: str | None = None  # as in `patching`
+    path: Place | None = None  # as in `patching`
     form: Literal["completion", "chat"] = "completion"  # of MMLU's prompts
     hint: Literal["random", "right", "sentence"] = "random"  # in MMLU's prompts
     cases: Splits
@@ -160,7 +163,7 @@ class LocalConfig(Section):
     """A language model that the actors load: a folder or hub id."""
 
     kind: Literal["local"]
-    path: str
+    path: Place
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Positive = 16
@@ -170,7 +173,7 @@ class NeuronpediaConfig(Section):
     """Descriptions that others made: a folder of one of Neuronpedia's bulk exports."""
 
     kind: Literal["neuronpedia"]
-    path: str | dict[Name, str]  # of all targets, or of each
+    path: Place | dict[Name, Place]  # of all targets, or of each
 
 
 class WorldDescriber(Section):
@@ -188,7 +191,7 @@ class SimulatorConfig(LocalConfig):
 class CorpusConfig(Section):
     """The text that features are looked at on."""
 
-    path: str | None = None  # file or folder of Parquet, JSON lines or text; the synthetic world's texts if left out
+    path: Place | None = None  # file or folder of Parquet, JSON lines or text; the synthetic world's texts if left out
     field: str = "text"
     windows: Annotated[int, Field(ge=2)] = 16_384
     tokens: Annotated[int, Field(ge=2)] = 64  # of a window
@@ -197,7 +200,7 @@ class CorpusConfig(Section):
 class SAEConfig(Section):
     """Where a target's SAEs lie: a folder, s3:// path or hub id; one SAE, or one for each layer below it."""
 
-    path: str | dict[Name, str]  # of all targets, or of each
+    path: Place | dict[Name, Place]  # of all targets, or of each
     revision: str | None = None  # of a hub id
     check: bool = True  # refuse SAEs that do not fit the target's activations
 
@@ -225,14 +228,14 @@ class FeaturesConfig(Section):
     """
 
     source: Literal["sae", "neurons", "activations", "differences", "released"] = "sae"
-    path: str | None = None  # released: of the folder, {target} in it
+    path: Place | None = None  # released: of the folder, {target} in it
     vectors: Literal["activations", "differences"] | None = None  # released: what its vectors are, if it has some
     layers: list[Count] | Literal["all"] = "all"
     sae: SAEConfig | None = None  # trained on the corpus if left out
     per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
     group: Literal["direction", "feature"] = "direction"  # what splits keep together; direction compares all vectors
     corpus: CorpusConfig = CorpusConfig()
-    pairs: str | None = None  # for differences: a file of CounterFact pairs; the world's if left out
+    pairs: Place | None = None  # for differences: a file of CounterFact pairs; the world's if left out
     exemplars: ExemplarsConfig = ExemplarsConfig()
     describer: Annotated[
         WorldDescriber | EndpointConfig | LocalConfig | NeuronpediaConfig, Field(discriminator="kind")
@@ -389,7 +392,7 @@ class EvaluateConfig(Section):
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
     judge: EndpointConfig | None = None  # marks descriptions, beside exact match
-    embedding: str | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
+    embedding: Place | None = None  # folder or hub id of a sentence-transformers model that compares descriptions
     resamples: Annotated[int, Field(ge=100)] = 2000
 
 
@@ -503,6 +506,11 @@ class Experiment(Section):
         for mixture in self.train.mixtures:
             if not mixture:
                 raise ValueError("`train.mixtures` holds an empty mixture: name at least one task in each")
+        if not {task for mixture in self.train.mixtures for task in mixture} & set(self.tasks):
+            raise ValueError(
+                f"`train.mixtures` names no task that has `ground_truth` (which are {', '.join(self.tasks)}): nothing "
+                "would be trained"
+            )
         for task in self.tasks:
             named = sum(mixture.count(task) for mixture in self.train.mixtures)
             if named > 1:  # two explainers of one name would answer the same questions
@@ -702,7 +710,16 @@ def _yaml(text: str, what: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a text, since it has no dot; people mean a number."""
+    """YAML 1.1 reads 1e-4 as a text, since it has no dot; people mean a number. YAML forbids a key that comes twice,
+    but PyYAML takes the last one and forgets what stood below the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set[str]()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -728,9 +745,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _told(fault: Any, section: type[BaseModel]) -> str:
     """One line: the key, the value, the rule, and for an unknown key the nearest valid one."""
-    where = ".".join(str(part) for part in fault["loc"])
+    where, valid = _place(section, fault["loc"])
     if fault["type"] == "extra_forbidden":
-        valid = _keys_at(section, fault["loc"][:-1])
         value = "" if _SECRET.search(where) else _shown(fault["input"])
         return f"`{where}`{value}: no such key{_nearest(str(fault['loc'][-1]), valid)}"
     message = fault["msg"].removeprefix("Value error, ")
@@ -746,18 +762,31 @@ def _shown(value: Any) -> str:
     return "" if isinstance(value, dict) or "://" in str(value) else f" = {value!r}"
 
 
-def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """The valid keys of the section below `section` that `loc` leads to."""
+def _place(section: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
+    """The key that `loc` leads to, as it is written in the file, and the valid keys beside it.
+
+    After a key that takes values of several kinds, pydantic puts a name of the kind, which is in no file.
+    """
+    parts, inside, is_kind = list[str](), [section], False
     for part in loc:
-        if part not in section.model_fields:  # a key of a mapping or an index of a list: already looked into
+        if is_kind:
+            inside = [one for one in inside if part in get_args(one.model_fields["kind"].annotation)]
+            is_kind = False
             continue
-        inner = [
-            found for found in _types_in(section.model_fields[str(part)].annotation) if issubclass(found, BaseModel)
-        ]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)
+        parts.append(str(part))
+        field = inside[0].model_fields.get(str(part)) if inside else None
+        if field is not None:  # else a key of a mapping or an index of a list: already looked into
+            inside = [found for found in _types_in(field.annotation) if issubclass(found, BaseModel)]
+            is_kind = _has_kinds(field.annotation)
+    return ".".join(parts), [key for one in inside[:1] for key in one.model_fields]
+
+
+def _has_kinds(annotation: Any) -> bool:
+    """Whether it is a union of several types, None aside."""
+    if get_origin(annotation) not in (Annotated, Union, UnionType):
+        return False
+    inner = [one for one in get_args(annotation) if isinstance(one, type) or get_origin(one)]
+    return len(inner) - inner.count(NoneType) > 1 or any(map(_has_kinds, inner))
 
 
 def _types_in(annotation: Any) -> list[type]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_explain.errors import BadInput
 from ray_explain.interventions.hooks import Patch, capturing, replacing
 from ray_explain.interventions.layout import Layout, layout_of
 from ray_explain.interventions.patching import clean_logits
@@ -28,7 +29,7 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 _NUMBERS_READ = 64  # of each tensor, for a fingerprint; fewer than any embedding has, so that added rows do not count
 
 
-class ModelError(ValueError):
+class ModelError(BadInput):
     """The model cannot be loaded or fails its self-check; the message says what is missing."""
 
 
@@ -88,9 +89,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: it is one of {', '.join(DTYPES)}")
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        _check_folder(folder)
+    check_folder(path_or_id)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _named(path_or_id, revision):
         config = AutoConfig.from_pretrained(path_or_id, revision=revision, trust_remote_code=False)
@@ -181,7 +180,13 @@ def _first_rows(tensor: Any) -> Tensor:
     return tensor[: -(-_NUMBERS_READ // max(1, math.prod(shape[1:])))] if shape else tensor[...]
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(path_or_id: str) -> None:
+    """Raises: ModelError: a folder that is not there, or lacks its config, weights or tokenizer."""
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        if path_or_id.startswith(("/", ".")):  # else the id of a model on the hub, perhaps
+            raise ModelError(f"there is no folder {folder}")
+        return
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it is not a saved transformers model")
     if not any(folder.glob("*.safetensors")):
@@ -196,9 +201,9 @@ def _named(path_or_id: str, revision: str | None) -> Iterator[None]:
     """Says which model it was that transformers could not read."""
     try:
         yield
-    except (OSError, KeyError, ValueError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(f"{path_or_id}{at} is no folder or hub id that can be loaded: {error}") from error
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        at, reason = f" at revision {revision}" if revision else "", str(error).strip().partition("\n")[0]
+        raise ModelError(f"{path_or_id}{at} is no folder or hub id that can be loaded: {reason}") from error
 
 
 def _check_equal(what: str, one: Tensor, other: Tensor) -> None:

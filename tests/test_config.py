@@ -68,6 +68,17 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("ground_truth.patching.cases.test=0", ["cases.test", "0", "greater than or equal to 1"]),
         ("train.mixtures=[[patchin]]", ["'patchin'", "'patching'"]),
         ("train.mixtures=[[]]", ["empty mixture"]),
+        ("train.mixtures=[[ablation]]", ["train.mixtures", "features, patching", "nothing would be trained"]),
+        ("ground_truth.patching.blocks=0", ["`ground_truth.patching.blocks` = 0"]),
+        ("ground_truth.features.layers=[1, x]", ["`ground_truth.features.layers.1` = 'x'"]),
+        (
+            "ground_truth.features.describer={kind: local, pth: x}",
+            ["`ground_truth.features.describer.pth`", "the nearest is `path`"],
+        ),
+        (
+            "ground_truth.features.simulator={kind: endpoint, modle: x}",
+            ["`ground_truth.features.simulator.modle`", "the nearest is `model`"],
+        ),
         ("train.mixtures=[[patching],[patching, ablation]]", ["train.mixtures", "'patching' 2 times", "of their own"]),
         ("train.mixtures=[[patching],[features, features]]", ["train.mixtures", "'features' 2 times"]),
         ("train.weights={ablation: 2}", ["train.weights", "'ablation'", "no explainer", "`train.mixtures`"]),
@@ -133,6 +144,30 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content: str | None, word
         path.write_text(content)
     with pytest.raises(BadInput, match=word):
         read_experiment(str(path))
+
+
+def test_a_tilde_is_ones_home_wherever_a_place_is_named(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    sections = [
+        "models.mine={path: ~/mine}",
+        "ground_truth.patching={source: jsonl, path: ~/own.jsonl, cases: {train: 8, test: 4}}",
+        "ground_truth.features={sae: {path: {llama: ~/saes, qwen3: google/saes}}, corpus: {path: ~/text}, "
+        "describer: {kind: local, path: ~/mine}}",
+    ]
+    read = read_experiment(config, sections)
+    truth = read.ground_truth
+    assert read.models["mine"].path == truth.features.describer.path == "/home/ann/mine"
+    assert truth.patching.path == "/home/ann/own.jsonl" and truth.features.corpus.path == "/home/ann/text"
+    assert truth.features.sae.path == {"llama": "/home/ann/saes", "qwen3": "google/saes"}
+
+
+def test_a_key_that_comes_twice_is_refused_with_its_line(config: str) -> None:
+    """YAML's readers would take the last one, and what stood below the first would be lost unseen."""
+    with pytest.raises(BadInput, match="'epochs' is given twice"):
+        read_experiment(config, ["train={epochs: 3, epochs: 4}"])
+    Path(config).write_text(Path(config).read_text() + "train: {epochs: 3}\nseed: 1\ntrain: {batch_size: 8}\n")
+    with pytest.raises(BadInput, match=r"the key 'train' is given twice.*line \d+"):
+        read_experiment(config)
 
 
 def test_the_shipped_configs_are_valid() -> None:

@@ -83,6 +83,30 @@ def test_a_target_that_is_nowhere_is_bad_input(tmp_path: Path, capsys: pytest.Ca
     assert "`models.target.path`" in capsys.readouterr().err
 
 
+def test_a_target_without_a_tokenizer_is_bad_input(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in shutil.copytree(world_target, tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    assert ground_truth.main(["--config", write_config(tmp_path, tmp_path / "model")]) == 2
+    told = capsys.readouterr().err
+    assert "`models.target.path`" in told and "has no tokenizer: save it there" in told
+
+
+@pytest.mark.parametrize("key", ["describer", "simulator", "detector"])
+def test_a_model_that_is_to_describe_features_is_looked_for_before_anything_is_made(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    kind = "simulator" if key == "simulator" else "local"
+    local = {"kind": "local", "path": str(world_target)}
+    features = {"describer": local, key: {"kind": kind, "path": str(tmp_path / "nowhere")}}
+    config = write_config(tmp_path, world_target, ground_truth={"features": features})
+    assert ground_truth.main(["--config", config]) == 2
+    told = capsys.readouterr().err
+    assert f"`ground_truth.features.{key}.path`" in told and "there is no folder" in told
+    assert not list((tmp_path / "run").glob("*/*/manifest.json"))
+
+
 def test_a_layer_that_the_model_does_not_have_is_bad_input(
     tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

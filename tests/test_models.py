@@ -8,6 +8,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ray_explain import models as loading
+from ray_explain.errors import BadInput
 from ray_explain.models import ModelError, files_fingerprint, load_model, self_check, weights_fingerprint
 
 
@@ -96,8 +97,17 @@ def test_a_folder_that_lacks_a_part_says_which(folder, missing, message):
 
 
 def test_what_is_neither_folder_nor_hub_id_is_an_error(tmp_path):
-    with pytest.raises(ModelError, match="nothing/at/all is no folder or hub id"):
+    with pytest.raises(ModelError, match=r"there is no folder .*nothing/at/all"):
         load_model(str(tmp_path / "nothing/at/all"))
+    with pytest.raises(ModelError, match="no-such-owner/no-such-model is no folder or hub id"):
+        load_model("no-such-owner/no-such-model")
+
+
+def test_weights_that_are_cut_off_are_bad_input_in_one_line(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=r"target is no folder or hub id that can be loaded: [^\n]*incomplete[^\n]*$"):
+        load_model(str(folder))
 
 
 def test_code_from_the_model_is_not_run(folder):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
-from ray_explain.config import FeaturesConfig, Task
+from ray_explain.config import FeaturesConfig, LocalConfig, Task
 from ray_explain.distributed.feature_plan import FeaturePlan, describes
 from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput, JobFailed
@@ -38,6 +37,7 @@ from ray_explain.ground_truth.positions import words_of_tokens
 from ray_explain.ground_truth.released_exemplars import write_exemplars
 from ray_explain.ground_truth.released_files import read_feature_folder, read_folder, write_folder
 from ray_explain.ground_truth.splits import training_rows
+from ray_explain.models import check_folder
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
@@ -186,9 +186,21 @@ def _check_explainers(session: Session) -> None:
     for name in sorted(missing):
         if plan.experiment.models[name].pretrain is None:
             try:
-                check_end(_tokenizer(plan, name))
+                check_end(tokenizer_of(plan, name))
             except BadInput as error:
                 raise BadInput(f"`models.{name}`: {error}") from error
+
+
+def _check_describers(session: Session) -> None:
+    """Raises: BadInput: a model that is still to describe features, or to score descriptions, cannot be read. The
+    actors would find out after the corpus has been searched."""
+    plan = session.plan
+    for key in ("describer", "simulator", "detector"):
+        section = getattr(plan.experiment.ground_truth.features, key, None)
+        if isinstance(section, LocalConfig) and session.missing(
+            [plan.effects("features", target) for target in plan.experiment.targets]
+        ):
+            _config_at(f"ground_truth.features.{key}.path", section.path, section.revision)
 
 
 def n_layers(plan: Plan, name: str) -> int:
@@ -218,21 +230,36 @@ def model_config(plan: Plan, name: str) -> Any:
         BadInput: there is no model.
     """
     place = plan.model_place(name)
-    folder = Path(place["model"])
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise BadInput(f"`models.{name}.path` = {place['model']!r}: the folder has no *.safetensors weights")
+    return _config_at(f"models.{name}.path", place["model"], place["revision"])
+
+
+def _config_at(key: str, place: str, revision: str | None) -> Any:
+    """Raises: BadInput: there is no model."""
     try:
-        with storage.local_folder(place["model"], weights=False) as local:
-            return AutoConfig.from_pretrained(local, revision=place["revision"], trust_remote_code=False)
+        check_folder(place)
+        with storage.local_folder(place, weights=False) as local:
+            return AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"`models.{name}.path` = {place['model']!r}: no model can be read there: {reason}") from error
+        raise _unreadable(key, place, "model", error) from error
 
 
-def _tokenizer(plan: Plan, name: str) -> PreTrainedTokenizerBase:
+def _unreadable(key: str, place: str, what: str, error: Exception) -> BadInput:
+    reason = str(error).strip().partition("\n")[0]
+    return BadInput(f"`{key}` = {place!r}: no {what} can be read there: {reason}")
+
+
+def tokenizer_of(plan: Plan, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model of the experiment.
+
+    Raises:
+        BadInput: there is none.
+    """
     place = plan.model_place(name)
-    with storage.local_folder(place["model"], weights=False) as folder:
-        return AutoTokenizer.from_pretrained(folder, revision=place["revision"], trust_remote_code=False)
+    try:
+        with storage.local_folder(place["model"], weights=False) as folder:
+            return AutoTokenizer.from_pretrained(folder, revision=place["revision"], trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable(f"models.{name}.path", place["model"], "tokenizer", error) from error
 
 
 # -- ground truth -----------------------------------------------------------------------------------------------------
@@ -242,12 +269,14 @@ def make_ground_truth(session: Session) -> None:
     """What the targets really do, and the questions about it.
 
     Raises:
-        BadInput: as `make_models`; or a model that is to be an explainer could not end its answers.
+        BadInput: as `make_models`; a model that is to be an explainer could not end its answers; or one that is to
+            describe features cannot be read.
     """
     plan = session.plan
     session.start_early(plan.effects(task, target) for target, task in plan.target_tasks())
     make_models(session)
     _check_explainers(session)
+    _check_describers(session)
     released = [(target, task) for target, task in plan.target_tasks() if _is_taken_over(plan, task)]
     for target, task in released:
         session.make_parts(plan.effects(task, target), partial(_released, plan, task, target))
@@ -301,7 +330,7 @@ def _export(session: Session, target: str, task: Task, folder: str) -> dict[str,
         ValueError: the effects have no place in the released schema.
     """
     plan, effects = session.plan, session.table(session.plan.effects(task, target))
-    section, tokenizer = getattr(plan.experiment.ground_truth, task), _tokenizer(plan, target)
+    section, tokenizer = getattr(plan.experiment.ground_truth, task), tokenizer_of(plan, target)
     mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
     has_exemplars = task == "features" and describes(section)
     told = write_folder(effects, task, folder, tokenizer, mmlu=mmlu, listed=has_exemplars)
@@ -319,7 +348,7 @@ def _export_exemplars(session: Session, target: str, effects: pa.Table, folder: 
         "seed": plan.experiment.seed,
     }
     exemplars = session.table(FeaturePlan(plan, target).exemplars())
-    n, left_out = write_exemplars(exemplars, effects, folder, _tokenizer(plan, target), about=about)
+    n, left_out = write_exemplars(exemplars, effects, folder, tokenizer_of(plan, target), about=about)
     lost = "".join(f", {count:,} left out: {reason}" for reason, count in left_out.items())
     session.say(f"features of {target}: {n:,} windows of exemplars{lost}")
 
@@ -361,7 +390,7 @@ def _released(plan: Plan, task: Task, target: str) -> Iterator[Result]:
         yield from released_features(plan, target, section, _feature_layers(plan, target))
         return
     folder, width = plan.released_folder(task, target), d_model(plan, target)
-    parts = read_folder(folder, task, _tokenizer(plan, target), d_model=width, n=section.cases.model_dump())
+    parts = read_folder(folder, task, tokenizer_of(plan, target), d_model=width, n=section.cases.model_dump())
     yield from _checked_rows(plan, task, folder, parts)
 
 
@@ -438,7 +467,7 @@ def _patching_cases(plan: Plan, target: str) -> Result:
     blocks = layer_blocks(n_layers(plan, target), section.blocks) if isinstance(section.blocks, int) else section.blocks
     return cases.patching_cases(
         _source(plan, section.path),
-        _tokenizer(plan, target),
+        tokenizer_of(plan, target),
         format="counterfact" if section.source == "counterfact" else "jsonl",
         form=section.form,
         n=section.cases.model_dump(),
@@ -453,7 +482,7 @@ def _ablation_cases(plan: Plan, target: str) -> Result:
     assert section is not None
     return cases.ablation_cases(
         _source(plan, section.path),
-        _tokenizer(plan, target),
+        tokenizer_of(plan, target),
         format="mmlu" if section.source == "mmlu" else "jsonl",
         form=section.form,
         hint=section.hint,
@@ -501,7 +530,7 @@ def _questions(session: Session, task: Task, target: str) -> Result:
         effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
         counts = {"cases before balancing": before, "cases after balancing": after}
     if task == "patching":
-        tokenizer = _tokenizer(plan, target)
+        tokenizer = tokenizer_of(plan, target)
         made = patching_questions(effects, partial(words_of_tokens, tokenizer), wording=wording, seed=seed)
     else:
         made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)

@@ -200,7 +200,7 @@ def identity(path: str | None) -> Any:
     """
     if path is None or storage.is_remote(path):
         return path
-    place = Path(path).expanduser()
+    place = Path(path)
     if "{layer}" in path:
         fixed = list(itertools.takewhile(lambda part: "{layer}" not in part, place.parts))
         found = Path(*fixed).glob(str(place.relative_to(Path(*fixed))).replace("{layer}", "*"))

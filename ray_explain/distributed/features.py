@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, finished
@@ -279,8 +279,9 @@ class _Steps:
         return section.model_dump() | {"cache": f"{self.session.plan.root}/endpoint_replies"}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        with storage.local_folder(self.place["model"], weights=False) as folder:
-            return AutoTokenizer.from_pretrained(folder, revision=self.place["revision"], trust_remote_code=False)
+        from ray_explain.distributed.experiment import tokenizer_of
+
+        return tokenizer_of(self.session.plan, self.target)
 
     def _windows(self) -> pa.Table | Result:
         corpus = self.section.corpus

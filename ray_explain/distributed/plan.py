@@ -147,6 +147,9 @@ class Plan:
         }
         if task == "features" and self.groups_features == "feature":
             config["group"] = "feature"
+        ablation = self.experiment.ground_truth.ablation
+        if task == "ablation" and ablation is not None and ablation.source == "jsonl":
+            config["spans"] = "quoted"
         parents = (self.effects(task, target), *(own.effects() for own in self.unlabelled(task, target)))
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=parents)
 

@@ -284,8 +284,8 @@ def _listed(tokens: PromptTokens, text: str) -> str:
     return ", ".join(f"{at} {text[a:b].strip() or 'begin'!r}" for at, (a, b) in enumerate(tokens.offsets))
 
 
-def ablation_of(prompt: str, span: str) -> pa.Table:
-    """The case (records.ABLATION_CASES, one row) that takes `span`, and the space after it, out of `prompt`.
+def ablation_of(prompt: str, span: str, kind: str = "hint") -> pa.Table:
+    """The case (records.ABLATION_CASES, one row) that takes `span` and the space after it out of `prompt`.
 
     Raises:
         ValueError: the span is not there exactly once, or is the whole prompt.
@@ -301,7 +301,7 @@ def ablation_of(prompt: str, span: str) -> pa.Table:
         "prompt": prompt,
         "span_start": start,
         "span_end": end + spaces,
-        "kind": "hint",
+        "kind": kind,
         "truth": None,
     }
     return records.rows_table([case], records.ABLATION_CASES)

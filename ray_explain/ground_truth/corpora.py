@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from ray_explain.ground_truth.jsonl import json_object
 from ray_explain.ground_truth.positions import Unusable
 from ray_explain.stages import Result
 
-NO_TEXT = "a line or row without the text field"
+NO_TEXT = "a line or row without the text field (`corpus.field`)"
 SHORTEST = 8  # tokens of a text's last window; what is shorter says too little
 _TEXTS_AT_A_TIME = 256
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz")
@@ -46,7 +47,11 @@ def windows(path: str, field: str, tokenizer: PreTrainedTokenizerBase, *, n: int
     dropped: list[tuple[str, str]] = []
     made = windows_of_texts(texts(path, field, dropped), tokenizer, n=n, tokens=tokens)
     if made.num_rows < 2:
-        raise ValueError(f"the corpus {path} gives {made.num_rows} windows of {SHORTEST} to {tokens} tokens: give more")
+        least = f"the corpus {path} gives {made.num_rows} windows of {SHORTEST} to {tokens} tokens"
+        if dropped:
+            place, reason = dropped[0]
+            raise ValueError(f"{least}; {len(dropped)} lines or rows gave none, the first: {place}: {reason}")
+        raise ValueError(f"{least}: give more")
     return Result(made, dropped)
 
 
@@ -113,7 +118,9 @@ def _files(path: str) -> list[str]:
         if not storage.exists(path):
             raise ValueError(f"there is no corpus at {path}")
         return [path]
-    found = [f"{path}/{name}" for name in storage.list_files(path) if name.endswith(_SUFFIXES)]
+    is_file = not storage.is_remote(path) and Path(path).is_file()
+    names = [] if is_file else storage.list_files(path)
+    found = [f"{path}/{name}" for name in names if name.endswith(_SUFFIXES)]
     if not found:
         raise ValueError(f"no corpus at {path}: it is a file, or a folder of files, ending in {', '.join(_SUFFIXES)}")
     return found

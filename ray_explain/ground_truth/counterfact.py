@@ -25,7 +25,7 @@ Form = Literal["completion", "choice", "chat"]
 
 N_OPTIONS = 5
 CHOICE = "{statement}\n\nRespond with one of {options} or unknown and nothing else"
-NOT_A_FACT = "no CounterFact record"
+NOT_A_FACT = "no CounterFact record (`template` with a {} in it, `subject`, `target_true`, `target_new`)"
 NO_PARTNER = "no other subject of this relation and split has another answer"
 TOO_FEW_ANSWERS = "too few answers of this relation for the options"
 NOT_SHOWN = "the chat template changes the words of the statement"
@@ -76,7 +76,7 @@ def read_counterfact(path: str | Path) -> tuple[list[Fact], list[tuple[str, str]
 def _original(path: str | Path) -> Lines:
     forms = "a .json file holds one list of records, as the original does; JSON lines, a record a line, end in .jsonl"
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no CounterFact file ({error}): {forms}") from error
     if not isinstance(rows, list):

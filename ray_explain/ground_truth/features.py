@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ray_explain import records
+from ray_explain.errors import BadInput
 from ray_explain.features.sae import SAE
 from ray_explain.ground_truth.dictionaries import LAYERS, trained
 from ray_explain.ground_truth.outcomes import NOT_FINITE
@@ -35,7 +36,10 @@ from ray_explain.world.facts import World
 NEVER_ACTIVE = "the feature is never active"
 NO_CONCEPT = "no concept correlates with the feature"
 ORIGIN = "world"
-_WRONG_TARGET = "features of the world need a target with the world's tokenizer"
+_WRONG_TARGET = (
+    "features of the world need a target with the world's tokenizer; for others, give `ground_truth.features` a "
+    "`describer` and a `corpus`"
+)
 
 _DESCRIPTIONS = pa.list_(
     pa.struct([records.DESCRIPTIONS.field(name) for name in ("description", "origin", "score", "gold")])
@@ -182,12 +186,12 @@ def _words(document: Document, tokens_of: Callable[[str], PromptTokens]) -> tupl
     """The tokens of a document: a begin-of-text token, and one for each of its words.
 
     Raises:
-        ValueError: the target reads other tokens.
+        BadInput: the target reads other tokens.
     """
     try:
         ids = tokens_of(document.text).ids
     except Unusable as reason:
-        raise ValueError(f"{document.text!r} cannot be read, {reason}: {_WRONG_TARGET}") from reason
+        raise BadInput(f"{document.text!r} cannot be read, {reason}: {_WRONG_TARGET}") from reason
     if len(ids) != len(document.words) + 1:
-        raise ValueError(f"{document.text!r}, {len(document.words)} words, is {len(ids)} tokens: {_WRONG_TARGET}")
+        raise BadInput(f"{document.text!r}, {len(document.words)} words, is {len(ids)} tokens: {_WRONG_TARGET}")
     return ids

@@ -28,11 +28,12 @@ from ray_explain.ground_truth.splits import split_of
 from ray_explain.stages import READ, Result
 
 NOT_JSON = "not JSON"
+NOT_UTF8 = "no UTF-8 text, as in a packed file"
 NOT_AN_OBJECT = "no JSON object"
 TOO_DEEP = "brackets in brackets, thousands deep"
 LONG_NUMBER = "a number of thousands of digits"
-NO_TEXT = "a prompt is missing or no text"
-NO_SPAN = "a span is missing or not [start, end]"
+NO_TEXT = "a prompt (`base_prompt` and `source_prompt`, or `prompt`) is missing or no text"
+NO_SPAN = "a span (`base_span` and `source_span`, or `span`) is missing or not [start, end]"
 NO_SPLIT = "an unknown split"
 NO_GROUP = "an empty `group`"
 NO_STRING = "a field that is no text"
@@ -72,8 +73,10 @@ def json_object(line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8-sig"))
         if b"\\ud" in line.lower():  # where a surrogate is written, its other half may be missing
             json.dumps(row, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise Unusable(NOT_JSON) from error
+    except UnicodeDecodeError as error:
+        raise Unusable(NOT_UTF8) from error
     except UnicodeEncodeError as error:
         raise Unusable(HALF_CHARACTER) from error
     except RecursionError as error:

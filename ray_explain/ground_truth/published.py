@@ -37,8 +37,8 @@ def fetched(place: str, layer: int, revision: str | None = None) -> Path:
     place = place.replace("{layer}", str(layer))
     if storage.is_remote(place):
         return _fetched_from_storage(place, layer)
-    if Path(place).expanduser().exists() or place.startswith((".", "/", "~")):
-        return find_folder(Path(place).expanduser(), layer)
+    if Path(place).exists() or place.startswith((".", "/")):
+        return find_folder(place, layer)
     return _fetched_from_hub(place, layer, revision)
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ray_explain.errors import BadInput
+
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = get_args(Site)
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox")
@@ -27,7 +29,7 @@ PARTS: tuple[dict[Site, str], ...] = (
 block has both or neither."""
 
 
-class LayoutError(ValueError):
+class LayoutError(BadInput):
     """The model is not built like a decoder we know; the message names what was looked for."""
 
 

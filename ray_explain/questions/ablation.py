@@ -1,4 +1,4 @@
-"""Questions about ablations: would the answer change, and to what, if the hint were not in the prompt?"""
+"""Questions about ablations: would the answer change, and to what, without the hint, or a span, of the prompt?"""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ from ray_explain.stages import Result
 def ablation_questions(effects: pa.Table, *, d_model: int, wording: str, seed: int) -> Result:
     """One question per ablation effect (records.ABLATION_EFFECTS); it holds no vector.
 
-    `d_model` is that of the table it will share a file with. The role of a question is the kind of its span.
+    `d_model` is that of the table it will share a file with. The role of a question is the kind of its span. A span
+    that is no hint is quoted: nothing else says which one of the prompt's is meant.
     """
     draw = drawing(wording, "ablation", seed)
     rows = [_question(effect, draw(effect["case_id"])) for effect in plain_columns(effects)]
@@ -26,10 +27,17 @@ def _question(effect: dict[str, Any], wording: Wording) -> dict[str, Any]:
     return {
         **{name: effect[name] for name in ("case_id", "group", "split", "stratum", "changed")},
         "task": "ablation",
-        "prompt": wording.prompt(prompt=effect["prompt"]),
+        "prompt": _prompt(effect, wording),
         "answer": answer,
         "answers": [answer],
         "layers": [],
         "role": effect["kind"],
         "wording": wording.id,
     }
+
+
+def _prompt(effect: dict[str, Any], wording: Wording) -> str:
+    prompt = effect["prompt"]
+    if effect["kind"] == "hint":
+        return wording.prompt(prompt=prompt)
+    return wording.quoting.prompt(prompt=prompt, span=prompt[effect["span_start"] : effect["span_end"]].strip())

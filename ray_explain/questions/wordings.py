@@ -6,7 +6,7 @@ turn they are. "brief" is for small models with one token per word: single space
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_explain import records
 
@@ -72,6 +72,11 @@ class Wording:
     def prompt(self, **fields: str) -> str:
         """The template with its fields filled in."""
         return self.template.format(**fields)
+
+    @property
+    def quoting(self) -> "Wording":
+        """The same words about a span that they quote, the field `span`, instead of "the hint"."""
+        return replace(self, template=self.template.replace("the hint", "<<<{span}>>>"))
 
     def vectors(self, n: int) -> str:
         """The marks for `n` vectors."""

@@ -61,6 +61,12 @@ def test_a_wrong_field_or_no_file_is_told(tmp_path, tokenizer):
     pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"no column 'text'; it has \['body'\]: set `corpus.field`"):
         windows(str(tmp_path / "a.parquet"), "text", tokenizer, n=5, tokens=8)
+    (tmp_path / "a.jsonl").write_text('{"body": "one two"}\n' * 3)
+    with pytest.raises(ValueError, match=r"3 lines or rows gave none, the first: .*a.jsonl line 1: .*corpus.field"):
+        windows(str(tmp_path / "a.jsonl"), "text", tokenizer, n=5, tokens=8)
+    (tmp_path / "a.csv").write_text("text\none two\n")
+    with pytest.raises(ValueError, match=r"no corpus at .*a.csv: it is a file, or a folder of files, ending in"):
+        windows(str(tmp_path / "a.csv"), "text", tokenizer, n=5, tokens=8)
     with pytest.raises(ValueError, match="no corpus at"):
         windows(str(tmp_path / "nothing.jsonl"), "text", tokenizer, n=5, tokens=8)
     with pytest.raises(ValueError, match=r"ending in \.parquet, \.jsonl"):

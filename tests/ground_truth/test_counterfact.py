@@ -90,6 +90,12 @@ def test_records_that_are_no_facts_are_dropped_by_their_place(tmp_path: Path) ->
     assert read_counterfact(whole)[1] == [("record 1", counterfact.NOT_A_FACT)]
 
 
+def test_a_byte_order_mark_before_the_records_says_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps([original(LINES[0])]).encode())
+    assert [fact.subject for fact in read_counterfact(file)[0]] == [LINES[0]["subject"]]
+
+
 @pytest.mark.parametrize("content", ["lines", "[" * 100_000, "[" + "9" * 5000 + "]", ""])
 def test_a_json_file_that_is_no_list_of_records_is_told_with_its_path_and_the_two_forms(
     tmp_path: Path, content: str

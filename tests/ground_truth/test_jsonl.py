@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,13 @@ def test_bytes_that_are_no_text_are_a_bad_line(tmp_path: Path) -> None:
     file = tmp_path / "bytes.jsonl"
     file.write_bytes(json.dumps(REMOVAL).encode() + b'\n{"prompt": "\xff\xfe"}\n')
     made = jsonl.ablation_cases(file, n=ALL)
-    assert made.dropped == [("line 2", jsonl.NOT_JSON)]
+    assert made.dropped == [("line 2", jsonl.NOT_UTF8)]
+
+
+def test_a_packed_file_is_told_from_broken_json(tmp_path: Path) -> None:
+    file = tmp_path / "packed.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps(REMOVAL).encode()))
+    assert ("line 1", jsonl.NOT_UTF8) in jsonl.ablation_cases(file, n=ALL).dropped
 
 
 HALF = json.dumps(REMOVAL | {"prompt": "Hint: \ud800. Paris lies in"})
@@ -132,7 +139,7 @@ HALF = json.dumps(REMOVAL | {"prompt": "Hint: \ud800. Paris lies in"})
         ('{"prompt":' + "[" * 100_000 + "]" * 100_000 + "}", jsonl.TOO_DEEP),
         ('{"prompt": "abc def", "span": [0, ' + "9" * 5000 + "]}", jsonl.LONG_NUMBER),
         ('{"prompt": "abc def", "span": [0, ' + "9" * 30 + "]}", positions.OUTSIDE),
-        (b'{"prompt": "Hint: \xed\xa0\x80", "span": [0, 4]}', jsonl.NOT_JSON),  # a surrogate written as UTF-8
+        (b'{"prompt": "Hint: \xed\xa0\x80", "span": [0, 4]}', jsonl.NOT_UTF8),  # a surrogate written as UTF-8
     ],
 )
 def test_json_that_python_or_a_tokenizer_cannot_take_is_a_bad_line(

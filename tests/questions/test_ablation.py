@@ -1,3 +1,5 @@
+import pytest
+
 from ray_explain import records
 from ray_explain.questions.ablation import ablation_questions
 
@@ -29,6 +31,14 @@ def test_the_papers_question_ends_in_its_sentence_and_answers_with_the_answer_wi
     (row,) = ask("paper").to_pylist()
     assert row["prompt"] == ROW["prompt"] + "\n\nIf the hint were removed how would the assistant answer change?"
     assert row["answer"] == "The most likely output would change to <<<Answer: C>>>."
+
+
+@pytest.mark.parametrize("wording", ["paper", "paper_chat", "paper_qwen", "brief"])
+def test_a_span_that_is_no_hint_is_quoted_so_that_two_of_a_prompt_are_two_questions(wording):
+    asked = [ask(wording, kind="span", span_start=s, span_end=e).to_pylist()[0] for s, e in [(0, 7), (13, 25)]]
+    first, second = (row["prompt"].removeprefix(ROW["prompt"]).strip() for row in asked)
+    assert first.lower().startswith("if <<<quiz :>>> were removed how would the")
+    assert second.lower().startswith("if <<<hint : rome>>> were removed how would the")
 
 
 def test_an_unchanged_answer_is_the_one_with_the_hint():
