@@ -68,8 +68,9 @@ def comparisons(
     answered the same questions. Seeds of training are paired where both sides have them and their mean is compared; a
     baseline without seeds stands against every seed of the other. Intervals hold the draw of the groups, and that of
     the seeds where there are several (`intervals.spread_over_seeds`). p-values are those of `intervals.swap_test`, or
-    with several seeds of the t test over them where that is larger; `p_holm` corrects over the matrix: all comparisons
-    of one task, fraction, contrast and metric on the same kind of part.
+    with several seeds of the t test over them where that is larger; below 1 / (permutations + 1), which swaps cannot
+    tell, they are those of the t test. `p_holm` corrects over the matrix: all comparisons of one task, fraction,
+    contrast and metric on the same kind of part.
 
     Both sides know the same fraction of the training data; what knows none (fraction 0) stands against every fraction.
     A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
@@ -309,6 +310,8 @@ def _compared(one: list[Measured], other: list[Measured], permutations: int, see
         permutations=permutations,
         seed=seed,
     )
+    # of so many swaps none came near: how much smaller p is, which decides in a large family, a t test says
+    p_swap = np.where(p_swap < 1.5 / (permutations + 1), np.fmin(p_swap, spread.p_value), p_swap)
     p_values = np.fmax(p_swap, spread.p_value) if len(one) > 1 else p_swap
     for i, part in enumerate(parts):
         if not part.n:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 CONFIDENCE = 0.95
+_FEW = 8  # groups whose percentiles do not reach as far as Student's t
 _CHUNK = 2**22  # group counts made at a time, to bound memory
 _LEVELS = 101  # of one t that the other is averaged over
 _HALVINGS = 14  # of the range of a quantile
@@ -45,7 +46,9 @@ def percentile_interval(
 ) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
     """95 % intervals: percentiles of the resamples, taken further out for few groups (Hesterberg 2015, section 5.3).
 
-    NaN where a part has fewer than two groups or no resample in which it is defined.
+    No resample lies beyond the most extreme groups, so that the percentiles of a mean over 2, 3, 4 or 5 groups hold the
+    truth in 51, 76, 88 or 91 of 100 studies: of a few groups the interval is at least Student's. It may lie outside of
+    what the values can be. NaN where a part has fewer than two groups or no resample in which it is defined.
     """
     bounds = np.full((2, resampled.shape[1]), np.nan)
     for part, groups in enumerate(n_groups):
@@ -53,6 +56,10 @@ def percentile_interval(
         if groups >= 2 and len(known):
             tail = stats.norm.cdf(math.sqrt(groups / (groups - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, groups - 1))
             bounds[:, part] = np.quantile(known, [tail, 1 - tail])
+            if groups <= _FEW:
+                half = _t(groups - 1) * math.sqrt(known.var() * groups / (groups - 1))
+                wide = known.mean() - half, known.mean() + half
+                bounds[:, part] = min(bounds[0, part], wide[0]), max(bounds[1, part], wide[1])
     return bounds[0], bounds[1]
 
 
@@ -91,7 +98,7 @@ def alike_interval(
     n_groups: Int[np.ndarray, " parts"],
     reach: Float[np.ndarray, "2 parts"],
 ) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
-    """The interval from `low` to `high`; or, where all groups say `value` alone, what they allow.
+    """The interval from `low` to `high` as far as the `reach`; or, where all groups say `value` alone, what they allow.
 
     The bootstrap, which only ever sees what was seen, would claim to be certain there. A share of `alike_bound` of all
     groups may be otherwise, and those by as much as the `reach` (least and largest value there is) lets them.
@@ -101,8 +108,8 @@ def alike_interval(
     alike = (n_groups >= 2) & known.any(axis=0) & (ends[1].max(axis=1) - ends[0].min(axis=1) < 1e-12)
     others = alike_bound(np.maximum(n_groups, 1))
     return (
-        np.where(alike, value - others * (value - reach[0]), low),
-        np.where(alike, value + others * (reach[1] - value), high),
+        np.where(alike, value - others * (value - reach[0]), np.maximum(low, reach[0])),
+        np.where(alike, value + others * (reach[1] - value), np.minimum(high, reach[1])),
     )
 
 
@@ -153,8 +160,8 @@ def spread_over_seeds(
     p_value = np.fmax(np.fmax(p_value, _two_sided(np.abs(difference), variance, freedom)), _least_p(n_groups))
     return Spread(
         difference,
-        np.maximum(low - widen, np.minimum(reach[0], low)),
-        np.minimum(high + widen, np.maximum(reach[1], high)),
+        np.maximum(low - widen, reach[0]),
+        np.minimum(high + widen, reach[1]),
         p_value,
         np.maximum(between - by_chance, 0),
     )
@@ -209,7 +216,7 @@ def _nanvar(values: np.ndarray) -> np.ndarray:
         return (np.where(known, values - mean, 0) ** 2).sum(axis=0) / count
 
 
-def _t(freedom: np.ndarray) -> np.ndarray:
+def _t(freedom: int | np.ndarray) -> Any:
     return stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
 
 

@@ -207,7 +207,7 @@ def _masks(graded: pa.Table, by: Sequence[str]) -> list[tuple[str, Bool[np.ndarr
 def _natural(value: Any) -> tuple[float, str]:
     """Layers in their order: "10-11" after "2"."""
     head = str(value).split("-")[0]
-    return (float(head) if head.isdigit() else math.inf, str(value))
+    return (float(head) if head.isdecimal() else math.inf, str(value))
 
 
 def scores(graded: pa.Table, *, by: Sequence[str] = BY, seed: int, resamples: int = 2000) -> pa.Table:

@@ -141,7 +141,7 @@ def calibration_text(task: str, target: str, data: ReportData) -> list[str]:
             continue
         who, (value, low, high) = row_of(data, task, target, it.explainer).label, it.overconfidence
         if low is None or high is None:
-            how = "too few groups to say whether it is"
+            how = "too few groups to say whether it is over- or underconfident"
         elif low <= 0 <= high:
             how = "not shown to be over- or underconfident"
         else:

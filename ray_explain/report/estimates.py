@@ -31,7 +31,7 @@ class Estimate:
         if self.value is None:
             return "no such question" if not self.n else f"undefined on these {numbers.plural(self.n, 'question')}"
         if self.low is None or self.high is None:
-            return f"too little to resample for an interval ({numbers.plural(self.n, 'question')})"
+            return f"too few groups to resample for an interval ({numbers.plural(self.n, 'question')})"
         return ""
 
     @property

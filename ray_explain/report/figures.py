@@ -138,7 +138,8 @@ class Panel:
     columns: Sequence[tuple[str, str]]  # (metric, what part of the questions)
     axes: Sequence[Axis]
     rows: Sequence[tuple[Row, Sequence[Estimate]]]
-    unparsed: Sequence[int]  # of each row, over all questions
+    unparsed: Sequence[int]  # of each row, over all questions and seeds
+    answers: Sequence[int]  # of each row, the same
     seeds: Sequence[tuple[int, ...]]  # of each row, over which its values are means
     seeds_differ: bool  # whether those of its explainers do
 
@@ -166,6 +167,7 @@ def panels(task: str, data: ReportData, scores: Scores) -> list[Panel]:
             axes=axes,
             rows=rows,
             unparsed=[max((it.unparsed for it in estimates), default=0) for _, estimates in rows],
+            answers=[max((it.n * len(it.seeds) for it in estimates), default=0) for _, estimates in rows],
             seeds=[max((it.seeds for it in estimates), key=len) for _, estimates in rows],
             seeds_differ=scores.seeds_differ(task, target),
         )

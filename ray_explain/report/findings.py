@@ -45,11 +45,16 @@ def verdict_of(row: dict[str, Any]) -> Verdict:
 
 
 def verdict_of_all(rows: Iterable[dict[str, Any]]) -> Verdict:
-    """Of several differences: their common verdict, or mixed, as weak ones of opposite signs are."""
+    """Of several differences: their common verdict, or mixed where any of them, be it a weak one, speaks for the claim.
+
+    Where none does, that some speak against it is no evidence for it.
+    """
     found = {(verdict := verdict_of(row), verdict == "weak" and row["difference"] > 0) for row in rows}
     if not found:
         return "unknown"
-    return found.pop()[0] if len(found) == 1 else "mixed"
+    if len(found) == 1:
+        return found.pop()[0]
+    return "mixed" if found & {("shown", False), ("weak", True)} else "not shown"
 
 
 def difference_text(row: dict[str, Any], *, p_value: bool = True) -> str:
@@ -125,7 +130,7 @@ class Findings:
         better = f"{target} explains itself better than {other} explains it on {task}"
         worse = f"{other} explains {target} better than {target} explains itself on {task}"
         head = _head(verdict, better, worse, rows)
-        return Finding(verdict=verdict, text=f"{head}: {_details(rows, verdict)}.", differences=rows)
+        return Finding(verdict=verdict, text=f"{head}: {_details(rows)}.", differences=rows)
 
     def _vector_use(self, rows: list[dict[str, Any]]) -> Finding:
         deciding = _deciding(rows)
@@ -141,10 +146,11 @@ class Findings:
         each = f"each of {len(rows)} baselines" if len(rows) > 1 else numbers.baseline_label(rows[0]["against"])
         some = each.replace("each of", "any of") if verdict == "not shown" else each
         head = _head(verdict, f"{who} is above {some} on {task}", f"{who} is below {each} on {task}", rows)
-        if verdict == "mixed":
-            lower = sum(verdict_of(row) == "opposite" for row in rows)
-            where = f"below {lower} of {len(rows)} baselines" if lower else f"not shown to be above {each}"
-            head = f"{who} is {where} on {task}"
+        lower = sum(verdict_of(row) == "opposite" for row in rows)
+        if lower and verdict != "opposite":
+            head = f"{who} is below {lower} of {len(rows)} baselines on {task}"
+        elif verdict == "mixed":
+            head = f"{who} is not shown to be above {each} on {task}"
         text = f"{head}: {_best_of(rows) if verdict == 'shown' else _over(rows)}."
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
@@ -165,11 +171,12 @@ class Findings:
             if won
             else f"no firm evidence that a model explains itself better than another explains it (in {pairs})",
             "weak": f"what differs between self and others does not survive correction (in {pairs}).",
-            "not shown": f"{no_evidence} (in {pairs}).",
+            "not shown": f"{no_evidence} (in {pairs})",
             "opposite": f"others explain the targets better than these explain themselves, in {pairs}.",
-            "unknown": "nothing can be said on privileged access; no comparison of self and others is defined.",
+            "unknown": "nothing can be said on privileged access; "
+            + ("no comparison of self and others has an interval." if rows else "self and others were not compared."),
         }[verdict]
-        if verdict == "mixed":
+        if verdict in ("mixed", "not shown"):
             text += f"; in {lost} the other model is better." if lost else "."
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
@@ -186,7 +193,8 @@ class Findings:
             "does not survive correction.",
             "not shown": f"no evidence that {who} use the vector; {enough} may be enough.",
             "opposite": f"{who} answer better {without}.",
-            "unknown": "nothing can be said on the use of the vector; no comparison with a control is defined.",
+            "unknown": "nothing can be said on the use of the vector; "
+            + ("no comparison with a control has an interval." if rows else "no explainer was asked under a control."),
         }[verdict]
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
@@ -237,8 +245,8 @@ def _advantage(row: dict[str, Any]) -> Finding:
     return Finding(verdict=verdict, text=f"{head}: {difference_text(row)}.", differences=[row])
 
 
-def _details(rows: Sequence[dict[str, Any]], verdict: Verdict) -> str:
-    if verdict != "mixed":
+def _details(rows: Sequence[dict[str, Any]]) -> str:
+    if len({verdict_of(row) for row in rows}) == 1:
         return _list([difference_text(row) for row in rows])
     return "; ".join(f"{difference_text(row)}, {verdict_of(row)}" for row in rows)
 

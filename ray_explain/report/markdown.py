@@ -146,7 +146,7 @@ def _comparisons(data: ReportData) -> str:
             numbers.by_label(row["by"]),
             f"{100 * row['fraction']:.3g}%",
             *[numbers.signed(row[key], 3) for key in ("difference", "low", "high")],
-            *[numbers.decimal(row[key], 4) for key in ("p_value", "p_holm")],
+            *[numbers.p_decimals(row[key]) for key in ("p_value", "p_holm")],
             *[numbers.count(row[key]) for key in ("n", "n_groups", "seeds")],
         ]
         for row in data.comparison_rows

@@ -115,7 +115,7 @@ def plain(name: str) -> str:
 
 def natural(text: str) -> list[tuple[int, float, str]]:
     """Sort key by which `layer 10` comes after `layer 9`."""
-    return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", text) if part]
+    return [(0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
@@ -155,6 +155,11 @@ def p_text(p_value: float | None) -> str:
     if p_value is None:
         return ""
     return "p < .001" if p_value < 0.001 else f"p = {decimal(p_value, 3 if p_value < 0.1 else 2)}"
+
+
+def p_decimals(p_value: float | None) -> str:
+    """`.0342`, `< .0001`; `–` where there is none."""
+    return "< .0001" if p_value is not None and p_value < 0.0001 else decimal(p_value, 4)
 
 
 def count(number: int) -> str:

@@ -75,7 +75,7 @@ def _environment() -> jinja2.Environment:
     names = (
         *("decimal", "signed", "interval", "count", "plural", "duration", "anything", "plain", "metric_meaning"),
         *("task_question", "task_label", "metric_label", "by_label", "control_label", "baseline_label"),
-        *("seeds_label", "share_label"),
+        *("seeds_label", "share_label", "p_decimals"),
     )
     made.filters.update({name: getattr(numbers, name) for name in names})
     made.filters.update({"question_text": _question_text, "answer_text": _answer_text})
@@ -117,7 +117,8 @@ def _groups(found: Findings) -> list[_Group]:
         ),
         (
             "Is the vector used?",
-            "Score as asked minus score with the vector taken away. Right of the line: the right vector helps.",
+            "Score as asked minus score with the vector taken away. Right of the line: the right vector helps. No "
+            "vector and a random one are like nothing in training, and may merely confuse; shuffled ones look real.",
             found.vector_use(),
         ),
         (

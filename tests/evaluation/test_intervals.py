@@ -88,6 +88,19 @@ def test_few_groups_widen_an_interval_as_students_t_does():
     assert (high - low)[0] > 1.2 * (narrow.high - narrow.low)
 
 
+@pytest.mark.parametrize("groups", [2, 3, 4, 6])
+def test_intervals_over_a_few_groups_hold_the_truth_in_95_percent_of_studies_too(groups):
+    studies, truth = 2000, 0.1
+    differences = np.random.default_rng(4).normal(truth, 0.1, (groups, studies))
+    resampled = intervals.bootstrap(differences, lambda sums: sums / groups, resamples=400, seed=0)
+    reach = np.tile([[-1.0], [1.0]], studies)
+    found = intervals.spread_over_seeds(
+        differences.mean(axis=0)[None], resampled[:, None], np.full(studies, groups), reach
+    )
+    assert 0.93 < np.mean((found.low <= truth) & (truth <= found.high)) < 0.97
+    assert (found.low >= -1).all() and (found.high <= 1).all()
+
+
 def test_intervals_of_a_mean_are_scipys():
     values = np.random.default_rng(0).exponential(size=400)
     sums = np.stack([values, np.ones(400)], axis=1)

@@ -145,6 +145,13 @@ def test_layers_stand_in_their_order(questions, answers):
     assert parts == ["layer=0", "layer=2", "layer=10"]
 
 
+def test_a_stratum_may_be_called_by_a_digit_that_is_no_number(questions, answers):
+    table = questions({"stratum": "²"}, {"stratum": "2"})
+    graded = grade(table, answers(table, ["x"] * 2), target="t", seed=0)
+    parts = [part.by for part in tally(graded, ["stratum"], METRICS).parts if part.metric.name == "exact_match"]
+    assert parts == ["stratum=2", "stratum=²"]
+
+
 def test_an_unknown_part_or_an_empty_table_is_refused(questions, answers):
     table = questions({})
     graded = grade(table, answers(table, ["?"]), target="t", seed=0)

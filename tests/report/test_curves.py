@@ -73,7 +73,7 @@ def test_calibration_is_drawn_at_the_mean_confidence_self_first(report):
         ((0.1, 0.05, 0.15), "llama: overconfident; mean confidence minus accuracy +.10"),
         ((-0.1, -0.15, -0.05), "llama: underconfident"),
         ((0.1, -0.05, 0.25), "llama: not shown to be over- or underconfident"),
-        ((0.1, None, None), "llama: too few groups to say whether it is"),
+        ((0.1, None, None), "llama: too few groups to say whether it is over- or underconfident; mean"),
     ],
 )
 def test_confidence_is_judged_by_its_interval(report, over, said):

@@ -28,7 +28,7 @@ def test_a_seed_without_a_value_leaves_the_mean_undefined(score_row) -> None:
     [
         ({"value": None, "n": 0}, "no such question"),
         ({"value": None, "n": 7}, "undefined on these 7 questions"),
-        ({"low": None}, "too little to resample for an interval (500 questions)"),
+        ({"low": None}, "too few groups to resample for an interval (500 questions)"),
         ({}, ""),
     ],
 )

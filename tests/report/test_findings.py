@@ -10,6 +10,7 @@ NOTHING = {"difference": 0.01, "low": -0.03, "high": 0.05, "p_value": 0.6, "p_ho
 WORSE = {"difference": -0.1, "low": -0.14, "high": -0.06, "p_value": 0.0002, "p_holm": 0.0004}
 WEAK = {"difference": 0.05, "low": 0.01, "high": 0.09, "p_value": 0.03, "p_holm": 0.12}
 WEAKLY_WORSE = {"difference": -0.05, "low": -0.09, "high": -0.01, "p_value": 0.03, "p_holm": 0.12}
+NO_INTERVAL = {"difference": 0.3, "low": None, "high": None, "p_value": None, "p_holm": None}
 UNDEFINED = {"difference": None, "low": None, "high": None, "p_value": None, "p_holm": None}
 
 
@@ -96,6 +97,20 @@ def test_weak_evidence_for_both_sides_is_mixed(findings) -> None:
     assert found.verdict == "mixed" and found.text.startswith("Mixed evidence that llama explains itself better")
     (found,) = findings((*of, WEAKLY_WORSE), (*of, WEAKLY_WORSE | content)).access()
     assert found.verdict == "weak" and CONTRARY.replace("activation patching", "input ablation") in found.text
+
+
+@pytest.mark.parametrize("against", [WEAKLY_WORSE, WORSE, UNDEFINED])
+def test_where_nothing_speaks_for_a_claim_there_is_no_evidence_of_it(findings, against) -> None:
+    used = uplift(findings, shuffled=NOTHING, no_vector=against)
+    (sentence,) = used.vector_use()
+    assert sentence.verdict == vector_summary(used).verdict == "not shown"
+    assert sentence.text.startswith("No evidence that llama, explaining itself, uses the vector")
+    assert "no evidence that models that explain themselves use the vector" in vector_summary(used).text
+    content = {"metric": "content_match", "by": "changed=true"}
+    of = "self_minus_cross", "patching", "llama", "llama", "qwen3"
+    (told,) = findings((*of, NOTHING), (*of, against | content)).access()
+    assert told.verdict == "not shown" and told.text.startswith(f"No evidence that {CLAIM}")
+    assert told.text.endswith(f", {verdict_of(against)}.")
 
 
 def test_a_small_bound_is_not_rounded_into_zero(findings) -> None:
@@ -194,7 +209,7 @@ def test_without_any_control_nothing_is_said_on_the_vector(findings) -> None:
     summary = access(findings, BETTER).summary()
     told = [it.text for it in summary if "use of the vector" in it.text]
     assert told == [
-        f"{task}: nothing can be said on the use of the vector; no comparison with a control is defined."
+        f"{task}: nothing can be said on the use of the vector; no explainer was asked under a control."
         for task in ("Activation patching", "Feature descriptions")
     ]
 
@@ -214,6 +229,8 @@ def test_baselines_are_told_together(findings) -> None:
     (below,) = findings(rows[0], (*rows[1][:-1], WORSE)).over_baselines()
     assert below.verdict == "mixed" and "is below 1 of 2 baselines" in below.text
     assert below.text.endswith("in exact match, −.10 (−.14 to −.06) over nearest neighbour.")
+    (apart,) = findings((*rows[0][:-1], NOTHING), (*rows[1][:-1], WORSE)).over_baselines()
+    assert apart.verdict == "not shown" and "is below 1 of 2 baselines" in apart.text
     (hint,) = findings(rows[0], (*rows[1][:-1], WEAKLY_WORSE)).over_baselines()
     assert "is not shown to be above each of 2 baselines" in hint.text
 
@@ -225,7 +242,7 @@ def test_weak_evidence_says_on_which_side_of_the_baselines(findings, numbers, wh
     assert weak.verdict == "weak" and f"that llama, explaining itself, is {where} each of 2 baselines" in weak.text
 
 
-NO_EVIDENCE = "evidence that a model explains itself better than another explains it (in both comparisons)."
+NO_EVIDENCE = "evidence that a model explains itself better than another explains it (in both comparisons)"
 ONE_OF_TWO = "models explain themselves better in 1 of 2 comparisons (+.21 exact match)"
 
 
@@ -240,8 +257,9 @@ ONE_OF_TWO = "models explain themselves better in 1 of 2 comparisons (+.21 exact
         ),
         (BETTER, NOTHING, "mixed", f"{ONE_OF_TWO}."),
         (BETTER, WORSE, "mixed", f"{ONE_OF_TWO}; in 1 the other model is better."),
-        (WEAK, NOTHING, "mixed", f"no firm {NO_EVIDENCE}"),
-        (NOTHING, NOTHING, "not shown", f"no {NO_EVIDENCE}"),
+        (WEAK, NOTHING, "mixed", f"no firm {NO_EVIDENCE}."),
+        (NOTHING, NOTHING, "not shown", f"no {NO_EVIDENCE}."),
+        (WORSE, NOTHING, "not shown", f"no {NO_EVIDENCE}; in 1 the other model is better."),
         (
             WORSE,
             WORSE,
@@ -260,6 +278,23 @@ def test_a_task_is_summed_up_over_its_targets(findings, one, other, verdict, tex
 def test_no_comparison_at_all_is_said_and_not_passed_over(findings) -> None:
     assert {it.verdict for it in findings().summary()} == {"unknown"}
     assert findings().access() == []
+
+
+def test_a_comparison_without_an_interval_is_not_told_as_none(findings) -> None:
+    found = findings(
+        ("self_minus_cross", "patching", "llama", "llama", "qwen3", NO_INTERVAL),
+        ("uplift", "patching", "llama", "llama", "shuffled", NO_INTERVAL),
+    )
+    told = [it.text for it in found.summary() if it.text.startswith("Activation patching")]
+    assert [text.split("; ")[1] for text in told] == [
+        "no comparison of self and others has an interval.",
+        "no comparison with a control has an interval.",
+    ]
+    assert (
+        findings()
+        .summary()[0]
+        .text.endswith("nothing can be said on privileged access; self and others were not compared.")
+    )
 
 
 def test_other_metrics_and_parts_make_no_sentence(findings) -> None:

@@ -37,6 +37,11 @@ def test_a_bound_that_would_be_read_as_zero_gets_a_third_decimal() -> None:
 )
 def test_a_p_value_is_never_told_as_zero(p_value: float | None, text: str) -> None:
     assert numbers.p_text(p_value) == text
+    assert numbers.p_decimals(p_value) != ".0000"
+
+
+def test_a_p_value_in_a_table_has_four_decimals_or_says_that_it_is_smaller() -> None:
+    assert [numbers.p_decimals(p) for p in (0.034, 1e-9, 1.0, None)] == [".0340", "< .0001", "1.0000", "–"]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,7 @@ def test_a_duration_is_told_in_the_units_that_fit(seconds: float, text: str) -> 
 
 def test_layers_are_in_their_order_and_not_in_that_of_their_digits() -> None:
     assert sorted(["layer=10-11", "layer=2", "layer=1"], key=numbers.natural) == ["layer=1", "layer=2", "layer=10-11"]
+    assert sorted(["m10", "m2²", "m2"], key=numbers.natural) == ["m2", "m2²", "m10"]  # ² is a digit, and no number
 
 
 @pytest.mark.parametrize(

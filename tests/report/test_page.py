@@ -146,7 +146,7 @@ def test_what_is_undefined_is_a_dash_with_a_reason(written, score_row, compariso
     for text in (page.seen, (index.parent / "tables.md").read_text()):
         assert not re.search(r"\b(nan|NaN|None|null|inf)\b", text)
     assert 'data-why="undefined on these 7 questions"' in index.read_text()
-    assert 'data-why="too little to resample for an interval (3 questions)"' in index.read_text()
+    assert 'data-why="too few groups to resample for an interval (3 questions)"' in index.read_text()
 
 
 def test_the_json_holds_the_tables_and_no_nan(written, score_row) -> None:
@@ -252,10 +252,27 @@ def test_a_large_experiment_stays_below_three_megabytes(written, score_row) -> N
     assert f"{MOST_EXAMPLES} of the 500 that were given" in page.seen
 
 
+def test_a_model_is_called_by_its_name_on_both_sides_of_a_comparison(written, score_row, comparison_row) -> None:
+    rows = [score_row("patching", "a_1", name) for name in ("a_1", "b_2", "no_skill")]
+    compared = [
+        comparison_row("self_minus_cross", "patching", "a_1", "a_1", "b_2"),
+        comparison_row("over_baseline", "patching", "a_1", "a_1", "no_skill"),
+    ]
+    index, _ = written(scores=rows, comparisons=compared, explainers={"a_1": "a_1", "b_2": "b_2"}, examples=[])
+    for cells in ("<td>a_1</td><td>b_2</td>", "<td>a_1</td><td>no skill</td>"):
+        assert cells in index.read_text()
+
+
+def test_unreadable_answers_of_several_seeds_are_told_with_how_many_there_are(written, score_row) -> None:
+    rows = [score_row("patching", "llama", "llama", seed=seed, unparsed=400) for seed in (0, 1)]
+    _, page = written(scores=rows, comparisons=[], examples=[])
+    assert "800 of 1,000" in page.seen
+
+
 def test_a_report_of_scores_alone_is_a_page_too(written, score_row) -> None:
     empty = {"comparisons": [], "examples": [], "targets": {}, "provenance": [], "run": {}, "notes": []}
     _, page = written(scores=[score_row("patching", "llama", "majority")], explainers={}, **empty)
-    assert "no comparison of self and others is defined" in page.seen
+    assert "self and others were not compared" in page.seen
     assert "examples" not in page.ids and "run" not in page.ids
 
 
