@@ -387,7 +387,7 @@ def _copy(uri: str, files: Sequence[fs.FileInfo]) -> Iterator[str]:
     that is killed leaves it to whoever wants it next.
     """
     what = [uri, _endpoint(), *((info.base_name, info.size, info.mtime_ns) for info in files)]
-    folder = _own_scratch() / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    folder = own_scratch() / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     with open(f"{folder}.lock", "w") as lock:  # stays: who removed it would part those who wait for it
         while True:
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -418,7 +418,7 @@ def _fill(folder: Path, uri: str, files: Sequence[fs.FileInfo]) -> None:
         raise
 
 
-def _own_scratch() -> Path:
+def own_scratch() -> Path:
     """A folder for temporary files that processes of this user share, and nobody else reaches.
 
     Raises:
