@@ -23,7 +23,7 @@ from ray_explain import storage
 from ray_explain.artifacts import finish
 from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.halting import Halted, Hearing
-from ray_explain.distributed.question_stream import read_through_ray
+from ray_explain.distributed.question_stream import own_cores, read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
 from ray_explain.distributed.training_setup import Start, new_engine, start_of, told_of_dropped
 from ray_explain.distributed.validation import Sample, held_out, sample_of, validate
@@ -71,6 +71,8 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: flo
     started, workers = time.monotonic(), dist.get_world_size()
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
+        if run.train.offload:  # the host does the optimizer's steps; Ray gives a worker one thread
+            torch.set_num_threads(own_cores())
     scratch = _scratch(run)
     start = start_of(run, workers, read_through_ray)
     told = told_of_dropped(start, run.artifact.label, max_dropped)
@@ -311,6 +313,7 @@ def _save(
     seconds: float,
 ) -> None:
     """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares.
+    They do not wait for it: NCCL gives up what waits for half an hour, and 140 GB take longer to be uploaded.
 
     `how` it was trained at the end: it went on from the checkpoint of step `resumed_at`, 0 without an interruption.
     """
@@ -333,4 +336,3 @@ def _save(
             measured={**how, **watch.last, **kept_score},
         )
         storage.remove(best_folder(run, root))
-    dist.barrier()

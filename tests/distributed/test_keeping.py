@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ray_explain import storage
 from ray_explain.artifacts import finished
@@ -36,9 +35,7 @@ def test_the_saved_explainer_has_the_weights_of_the_step_that_is_to_be_kept(
     questions: tuple[str, str],
     world_target: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dist, "barrier", lambda: None)
     train = TrainConfig.model_validate({"validate_every": 1, "keep": keep, "max_tokens": 100})
     run, root = run_of(train, "kept", questions, world_target), str(tmp_path)
     start = start_of(run, workers=1)
@@ -65,7 +62,6 @@ def test_a_worker_lost_while_it_keeps_a_better_explainer_does_not_take_the_one_b
     questions: tuple[str, str], world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of 1 and 2 were kept, that of 3 half. The next attempt goes on from before them, and finds none better."""
-    monkeypatch.setattr(dist, "barrier", lambda: None)
     train = TrainConfig.model_validate({"validate_every": 1, "keep": "best", "max_tokens": 100})
     run, root = run_of(train, "lost", questions, world_target), str(tmp_path)
     start = start_of(run, workers=1)
