@@ -39,7 +39,7 @@ from ray_explain.explainer.training import NotFinite, not_finite
 from ray_explain.questions import wordings
 
 logger = logging.getLogger(__name__)
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_LOOKS, _SECONDS_UNTIL_SAID = 0.1, 10.0
 _KEPT = "kept.json"  # in the best explainers' folder: which of the two, and how good it is
 
 
@@ -190,12 +190,13 @@ def _scratch(run: TrainRun) -> Path:
 def _report(engine: Any, state: dict[str, Any], metrics: dict[str, float], scratch: Path, say: Any) -> None:
     """Every worker adds its share; Ray takes them up while the steps go on, and then removes them here. It knows the
     checkpoint once it is whole. A share waits for the one before it, as they would fill the disk otherwise."""
-    rank = dist.get_rank()
+    rank, since = dist.get_rank(), time.monotonic()
     while any(scratch.glob(f"{rank}-*")):
-        say.remote(
-            "A checkpoint is still being taken up by `storage` where the next one is due, and the training waits for "
-            "it: raise `train.checkpoint_every`"
-        )
+        if time.monotonic() - since > _SECONDS_UNTIL_SAID:
+            say.remote(
+                "A checkpoint is still being taken up by `storage` where the next one is due, and the training waits "
+                "for it: raise `train.checkpoint_every`"
+            )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     folder = scratch / f"{rank}-{state['step']}"
     folder.mkdir(parents=True)

@@ -71,6 +71,7 @@ def test_a_share_waits_until_the_one_before_it_is_taken_up(monkeypatch: pytest.M
 
     monkeypatch.setattr(ray.train, "report", taken_up_later)
     monkeypatch.setattr(training_loop, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(training_loop, "_SECONDS_UNTIL_SAID", 0.05)
     scratch, say = training_loop._scratch(SimpleNamespace(name="run")), SimpleNamespace(remote=said.append)  # type: ignore[arg-type]
     engine = stepped(0)
     for step in (1, 2, 3):
