@@ -419,6 +419,13 @@ class ClusterConfig(Section):
     # who needs the same rows everywhere sets it. Rows of a finished table stay dropped when it is raised.
     memory_budget: Positive | None = None
 
+    @field_validator("gpus_per_actor", "gpus_per_worker")
+    @classmethod
+    def _is_a_share_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError(f"{gpus:g} is refused by Ray, which gives out a share of one GPU or whole GPUs")
+        return gpus
+
 
 class AshaConfig(Section):
     """Early stopping of a sweep's trials that fall behind others of the same explainer, target, tasks, seed and
@@ -547,6 +554,20 @@ class Experiment(Section):
             twin = seen.setdefault(json.dumps(identity, sort_keys=True), chosen)
             if twin is not chosen:
                 raise ValueError(f"`sweep.parameters`: {_the_same(twin, chosen)}")
+
+    @model_validator(mode="after")
+    def _workers_have_a_gpu_each(self) -> "Experiment":
+        """NCCL refuses two workers of one training on one GPU ("Duplicate GPU detected"), minutes after the start."""
+        if not 0 < self.cluster.gpus_per_worker < 1:
+            return self
+        together = [self.train_config(*pair).workers for pair in itertools.product(self.explainers, self.targets)]
+        if max([*together, *self.sweep.parameters.get("workers", [])]) > 1:
+            raise ValueError(
+                f"`cluster.gpus_per_worker` = {self.cluster.gpus_per_worker:g}: workers that train an explainer "
+                "together need a whole GPU each; set it to 1 or 0, or `train.workers` to 1, of which several trainings "
+                "can share a GPU (`cluster.concurrent_trainings`, sweeps)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_are_of_tasks_that_are_trained(self) -> "Experiment":

@@ -1,6 +1,8 @@
 """Files on local disk or S3 (`s3://bucket/...`): whole files appear at once or not at all."""
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -8,8 +10,9 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -24,6 +27,8 @@ from ray_explain.errors import BadInput, JobFailed
 _S3_ATTEMPTS = 12  # of each request; the pauses double from 25 ms, so a server may be gone for a minute and a half
 _PATIENCE = 5.0  # seconds that a server may take to answer a knock
 _PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds before an operation is tried again
+_PIECE = 16 * 2**20  # bytes of a file that are asked for in one request
+_PIECES_AT_ONCE = 8
 _P, _T = ParamSpec("_P"), TypeVar("_T")
 
 
@@ -135,12 +140,17 @@ def exists(uri: str) -> bool:
     return system.get_file_info(path).type != fs.FileType.NotFound
 
 
-@patient
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """Names (not paths) of the files right below `uri` that end in `suffix`, sorted; none where it does not exist."""
+    return [info.base_name for info in _files(uri) if info.base_name.endswith(suffix)]
+
+
+@patient
+def _files(uri: str) -> list[fs.FileInfo]:
+    """Of the files right below `uri`, by name; none where it does not exist."""
     system, path = filesystem(uri)
     found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.type == fs.FileType.File and info.base_name.endswith(suffix))
+    return sorted((info for info in found if info.type == fs.FileType.File), key=lambda info: info.base_name)
 
 
 @contextmanager
@@ -150,13 +160,20 @@ def whole_file(uri: str) -> Iterator[Any]:
     Raises:
         JobFailed: the disk is full; nothing is left at `uri`.
     """
+    made = _whole_remote_file(uri) if is_remote(uri) else _whole_local_file(uri)
+    with _told_if_full(uri, "another `storage`"), made as stream:
+        yield stream
+
+
+@contextmanager
+def _told_if_full(place: str, other: str) -> Iterator[None]:
+    """Raises: JobFailed: the disk is full."""
     try:
-        with _whole_remote_file(uri) if is_remote(uri) else _whole_local_file(uri) as stream:
-            yield stream
+        yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise JobFailed(f"no space left on the disk of {uri}: free some, or set another `storage`") from error
+        raise JobFailed(f"no space left on the disk of {place}: free some, or set {other}") from error
 
 
 @contextmanager
@@ -195,10 +212,37 @@ def upload_folder(folder: str, uri: str) -> None:
         _upload(f"{folder}/{file}", f"{uri}/{file}")
 
 
-@patient
 def _download(uri: str, file: str) -> None:
+    """In large pieces, several at a time. Arrow's own copy asks for one MiB after the other: 16,000 requests for an 8B
+    model, so that its GPU would wait for ten minutes where each takes a thirtieth of a second.
+
+    Raises:
+        JobFailed: the disk is full.
+    """
+    with (
+        _told_if_full(file, "TMPDIR to a folder of a larger one"),
+        open(file, "wb") as into,
+        _opened(uri) as source,
+        ThreadPoolExecutor(_PIECES_AT_ONCE) as threads,
+    ):
+        list(threads.map(lambda start: _fetch(source, into.fileno(), start), range(0, source.size(), _PIECE)))
+
+
+@patient
+def _opened(uri: str) -> Any:
     system, path = filesystem(uri)
-    fs.copy_files(path, file, source_filesystem=system)
+    return system.open_input_file(path)
+
+
+@patient
+def _fetch(source: Any, into: int, start: int) -> None:
+    """The piece of a file on S3 that begins at `start`, written to the same place of the open file `into`."""
+    piece = memoryview(source.read_at(_PIECE, start))
+    if len(piece) != min(_PIECE, source.size() - start):
+        raise OSError("the connection was cut")
+    while piece:
+        written = os.pwrite(into, piece, start)
+        piece, start = piece[written:], start + written
 
 
 def write_table(table: pa.Table, uri: str, *, row_group_size: int | None = None) -> None:
@@ -322,19 +366,69 @@ def remove_file(uri: str) -> None:
 @contextmanager
 def local_folder(uri: str, *, weights: bool = True) -> Iterator[str]:
     """A local path with the files of the directory `uri`: a copy for the block where it is remote, without the
-    `*.safetensors` unless `weights` are wanted.
+    `*.safetensors` unless `weights` are wanted. It is to be read alone: others of this machine may read it too.
 
     What is not remote (a path, the hub id of a model) is given back as it is.
+
+    Raises:
+        JobFailed: the disk is full.
     """
     if not is_remote(uri):
         yield uri.removeprefix("file://")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for name in list_files(uri):
-            if name.endswith(".safetensors") and not weights:
-                continue
-            _download(f"{uri}/{name}", f"{folder}/{name}")
+    with _copy(uri, [info for info in _files(uri) if weights or not info.base_name.endswith(".safetensors")]) as folder:
         yield folder
+
+
+@contextmanager
+def _copy(uri: str, files: Sequence[fs.FileInfo]) -> Iterator[str]:
+    """A local folder with these files of the directory `uri`. Processes of this machine that want the same ones at a
+    time share it, and the last of them removes it: eight workers have a model on their disk once, not eight times. One
+    that is killed leaves it to whoever wants it next.
+    """
+    what = [uri, _endpoint(), *((info.base_name, info.size, info.mtime_ns) for info in files)]
+    folder = own_scratch() / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    with open(f"{folder}.lock", "w") as lock:  # stays: who removed it would part those who wait for it
+        while True:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if folder.is_dir():
+                break
+            fcntl.flock(lock, fcntl.LOCK_EX)  # gives up the other lock, so another process may have been faster
+            if not folder.is_dir():
+                _fill(folder, uri, files)
+        try:
+            yield str(folder)
+        finally:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+
+
+def _fill(folder: Path, uri: str, files: Sequence[fs.FileInfo]) -> None:
+    """Copy the files; the folder is there once it has all of them."""
+    draft = Path(f"{folder}.draft")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    draft.mkdir()
+    try:
+        for info in files:
+            _download(f"{uri}/{info.base_name}", str(draft / info.base_name))
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def own_scratch() -> Path:
+    """A folder for temporary files that processes of this user share, and nobody else reaches.
+
+    Raises:
+        JobFailed: it is another's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"ray_explain-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise JobFailed(f"{folder} belongs to another user: remove it, or set TMPDIR to another folder")
+    return folder
 
 
 @contextmanager

@@ -57,6 +57,8 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("models.llama.pretrain.seeed=3", ["models.llama.pretrain.seeed", "`seed`"]),
         ("train.lora.rnk=3", ["train.lora.rnk", "`rank`"]),
         ("train.learning_rate=-1", ["train.learning_rate", "-1", "greater than 0"]),
+        ("cluster.gpus_per_actor=1.5", ["gpus_per_actor", "1.5", "whole GPUs"]),
+        ("cluster.gpus_per_worker=0.5", ["gpus_per_worker` = 0.5", "a whole GPU each", "`train.workers` to 1"]),
         ("train.learning_rate=fast", ["train.learning_rate", "'fast'", "number"]),
         ("targets=[llamma]", ["targets", "llamma", "`llama`"]),
         ("targets=[llama, llama]", ["targets", "twice"]),

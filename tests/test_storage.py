@@ -1,6 +1,9 @@
 """Files on S3 appear whole or not at all, also on a server that fails now and then."""
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +16,12 @@ from tests.object_store import BUCKET
 
 
 @pytest.fixture
-def root(object_store: ObjectStore, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A folder on S3 of the test's own."""
+def root(
+    object_store: ObjectStore, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A folder on S3 of the test's own, and one for temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it remembers where it was last
     yield f"s3://{BUCKET}/{request.node.name}"
     object_store.proxy.faults.clear()
 
@@ -34,12 +41,56 @@ def test_failing_requests_cost_retries_and_no_data(object_store: ObjectStore, ro
 
 
 def test_a_file_of_many_requests_survives_them_as_well(object_store: ObjectStore, root: str) -> None:
-    content = os.urandom(24 * 2**20)
-    object_store.proxy.faults.update({"503": 0.1, "dropped before": 0.1, "dropped after": 0.1})
+    content = os.urandom(17 * 2**20)
+    object_store.proxy.faults.update({"503": 0.1, "dropped before": 0.1, "dropped after": 0.1, "cut": 0.1})
     with storage.new_folder(f"{root}/model") as folder:
         Path(folder, "weights").write_bytes(content)
     with storage.local_folder(f"{root}/model") as folder:
         assert Path(folder, "weights").read_bytes() == content
+
+
+def test_a_large_file_comes_in_few_requests_and_whole(object_store: ObjectStore, root: str) -> None:
+    content = os.urandom(17 * 2**20)
+    with storage.new_folder(f"{root}/model") as folder:
+        Path(folder, "weights").write_bytes(content)
+    object_store.proxy.met.clear()
+    with storage.local_folder(f"{root}/model") as folder:
+        assert Path(folder, "weights").read_bytes() == content
+    assert object_store.proxy.met.total() < 8
+
+
+def test_processes_of_a_machine_share_one_copy_that_the_last_one_removes(object_store: ObjectStore, root: str) -> None:
+    with storage.new_folder(f"{root}/model") as folder:
+        Path(folder, "weights").write_bytes(b"first")
+    read = f"from ray_explain import storage\nwith storage.local_folder({root + '/model'!r}) as folder: print(folder)"
+    with storage.local_folder(f"{root}/model") as ours:
+        theirs = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True).stdout.strip()
+        assert theirs == ours and Path(ours, "weights").read_bytes() == b"first"
+    assert not Path(ours).exists()
+
+
+def test_what_a_killed_process_left_is_used_if_whole_and_of_the_same_files(
+    object_store: ObjectStore, root: str
+) -> None:
+    def write(content: bytes) -> None:
+        with storage.new_folder(f"{root}/model") as folder:
+            Path(folder, "weights").write_bytes(content)
+
+    write(b"first")
+    with storage.local_folder(f"{root}/model") as first:
+        pass
+    Path(f"{first}.draft").mkdir()
+    Path(f"{first}.draft", "weights").write_bytes(b"fir")
+    with storage.local_folder(f"{root}/model") as folder:
+        assert Path(folder, "weights").read_bytes() == b"first" and not Path(f"{first}.draft").exists()
+    Path(first).mkdir()
+    Path(first, "weights").write_bytes(b"found")
+    with storage.local_folder(f"{root}/model") as folder:
+        assert Path(folder, "weights").read_bytes() == b"found"
+    Path(first).mkdir()
+    write(b"second")
+    with storage.local_folder(f"{root}/model") as folder:
+        assert Path(folder, "weights").read_bytes() == b"second"
 
 
 def test_a_file_whose_writing_fails_is_not_there(root: str) -> None:

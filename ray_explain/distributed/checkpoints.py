@@ -1,13 +1,14 @@
 """Checkpoints of a training: every worker writes its share; any number of workers at any ZeRO stage goes on from it.
 
-A share holds, for each trained parameter, the piece that the worker has of its float32 weights and of Adam's moments,
-and where in the whole parameter (flattened) the piece begins. Whoever reads takes from all shares what it needs.
+A share is some safetensors files. They hold, for each trained parameter, the piece that the worker has of its float32
+weights and of Adam's moments, and where in the whole parameter (flattened) the piece begins. Who reads takes from all
+shares what it needs.
 """
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _STATE = "state.json"
+_NUMBERS = 2**27  # of the parameters in a file, 1.6 GB with Adam's: so much is copied to the host's memory at a time
 _WEIGHTS, _MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 
 
@@ -47,16 +49,16 @@ def save_share(engine: Any, folder: str, state: dict[str, Any]) -> None:
     of its files is, so that a checkpoint that was cut is known as such.
     """
     rank, adam = dist.get_rank(), _adam(engine)
-    tensors, starts = dict[str, Tensor](), dict[str, str]()
     is_split = engine.zero_optimization_stage() > 0  # else all workers have the same
-    for piece in _pieces(engine) if is_split or rank == 0 else ():
-        starts[piece.name] = str(piece.start)
-        known = adam.state.get(piece.flat, {})  # nothing for a parameter that has had no gradient yet
-        wholes = {_WEIGHTS: piece.flat} | {moment: known[moment] for moment in _MOMENTS if moment in known}
-        # A copy: some pieces are parts of one tensor, and the steps go on while the file is taken up.
-        tensors |= {f"{what} {piece.name}": piece.of(whole).cpu().clone() for what, whole in wholes.items()}
-    if tensors:
-        save_file(tensors, f"{folder}/{_share(rank)}.safetensors", metadata=starts)
+    for number, pieces in enumerate(_portions(_pieces(engine)) if is_split or rank == 0 else ()):
+        tensors = dict[str, Tensor]()
+        for piece in pieces:
+            known = adam.state.get(piece.flat, {})  # nothing for a parameter that has had no gradient yet
+            wholes = {_WEIGHTS: piece.flat} | {moment: known[moment] for moment in _MOMENTS if moment in known}
+            # A copy, since some pieces are parts of one tensor.
+            tensors |= {f"{what} {piece.name}": piece.of(whole).to("cpu", copy=True) for what, whole in wholes.items()}
+        starts = {piece.name: str(piece.start) for piece in pieces}
+        save_file(tensors, f"{folder}/{_share(rank)}-{number}.safetensors", metadata=starts)
     if rank == 0:
         told = {**state, "workers": dist.get_world_size(), "adam_steps": _adam_steps(adam)}
         Path(folder, _STATE).write_text(json.dumps(told))
@@ -118,6 +120,19 @@ class _Shares:
             stop = min(start + part.get_shape()[0], piece.start + piece.numel)
             if first < stop:
                 into[first - piece.start : stop - piece.start] = part[first - start : stop - start].to(into.device)
+
+
+def _portions(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """As many in a row as have `_NUMBERS` together, or a single larger one. A file of S3 has 10,000 parts at most."""
+    portion, size = list[_Piece](), 0
+    for piece in pieces:
+        if portion and size + piece.numel > _NUMBERS:
+            yield portion
+            portion, size = [], 0
+        portion.append(piece)
+        size += piece.numel
+    if portion:
+        yield portion
 
 
 def _share(rank: int | str) -> str:

@@ -129,11 +129,16 @@ def read_through_ray(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[pa
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
-        concurrency=max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])),
+        concurrency=own_cores(),
         scheduling_strategy=here,
     )
     made.context.execution_options.preserve_order = True
     yield from made.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def own_cores() -> int:
+    """This worker's part of the machine's cores; on a machine with GPUs most of them idle while the workers compute."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def _read_block(block: pa.Table, shared: ray.ObjectRef) -> Iterator[pa.Table]:

@@ -1,12 +1,12 @@
 """What each worker of an explainer's training does: Ray Train has made the process group, DeepSpeed does the steps."""
 
 import logging
+import os
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ray_explain import storage
 from ray_explain.artifacts import finish
 from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.halting import Halted, Hearing
-from ray_explain.distributed.question_stream import read_through_ray
+from ray_explain.distributed.question_stream import own_cores, read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
 from ray_explain.distributed.training_setup import Start, new_engine, start_of, told_of_dropped
 from ray_explain.distributed.validation import Sample, held_out, sample_of, validate
@@ -39,6 +39,8 @@ from ray_explain.explainer.training import NotFinite, not_finite
 from ray_explain.questions import wordings
 
 logger = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LOOKS, _SECONDS_UNTIL_SAID = 0.1, 10.0
+_KEPT = "kept.json"  # in the best explainers' folder: which of the two, and how good it is
 
 
 class Taken(NamedTuple):
@@ -69,6 +71,9 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: flo
     started, workers = time.monotonic(), dist.get_world_size()
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
+        if run.train.offload:  # the host does the optimizer's steps; Ray gives a worker one thread
+            torch.set_num_threads(own_cores())
+    scratch = _scratch(run)
     start = start_of(run, workers, read_through_ray)
     told = told_of_dropped(start, run.artifact.label, max_dropped)
     if told is not None and dist.get_rank() == 0:
@@ -78,9 +83,9 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: flo
         engine = new_engine(start.explainer, run.train, workers)
         if folder is not None:
             load_shares(engine, folder)
-    state = state or {"step": 0, "lines": "", "best": -1.0}
+    state = state or {"step": 0, "lines": ""}
     watch = Watch(board, run, root, len(start.steps), first=dist.get_rank() == 0, lines=state["lines"])
-    best = _Best(run, root, start, watch, state["best"])
+    best = _Best(run, root, start, watch)
     train, hearing = run.train, Hearing(verdicts, run.name, len(start.steps))
 
     def after(taken: Taken) -> None:
@@ -92,7 +97,7 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: flo
             watch.validation(number, measured)
             best.offer(engine, measured["validation_exact"], last=last)
         if number % train.checkpoint_every == 0 and not last:
-            _report(engine, {"step": number, "lines": watch.lines, "best": best.score}, watch.last | measured)
+            _report(engine, {"step": number, "lines": watch.lines}, watch.last | measured, scratch, board.say)
             watch.share()
         elif measured:
             ray.train.report(watch.last | measured, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
@@ -173,11 +178,29 @@ def _sample(run: TrainRun, start: Start) -> Sample | None:
     )
 
 
-def _report(engine: Any, state: dict[str, Any], metrics: dict[str, float]) -> None:
+def _scratch(run: TrainRun) -> Path:
+    """Where shares of this run wait on this machine until they are taken up. What a killed attempt left there is gone,
+    so all workers must call it before any of them has a share."""
+    folder = storage.own_scratch() / run.name
+    if os.environ["LOCAL_RANK"] == "0":
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _report(engine: Any, state: dict[str, Any], metrics: dict[str, float], scratch: Path, say: Any) -> None:
     """Every worker adds its share; Ray takes them up while the steps go on, and then removes them here. It knows the
-    checkpoint once it is whole."""
-    folder = tempfile.mkdtemp(prefix="ray_explain-")
-    save_share(engine, folder, state)
+    checkpoint once it is whole. A share waits for the one before it, as they would fill the disk otherwise."""
+    rank, since = dist.get_rank(), time.monotonic()
+    while any(scratch.glob(f"{rank}-*")):
+        if time.monotonic() - since > _SECONDS_UNTIL_SAID:
+            say.remote(
+                "A checkpoint is still being taken up by `storage` where the next one is due, and the training waits "
+                "for it: raise `train.checkpoint_every`"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    folder = scratch / f"{rank}-{state['step']}"
+    folder.mkdir(parents=True)
+    save_share(engine, str(folder), state)
     ray.train.report(
         metrics,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -222,10 +245,20 @@ def _latest_and_others(latest: ray.train.Checkpoint) -> Iterator[ray.train.Check
 
 
 class _Best:
-    """The explainer with the most exact answers so far, kept as a whole one where the config asks for it."""
+    """The explainer with the most exact answers so far, kept as a whole one where the config asks for it.
 
-    def __init__(self, run: TrainRun, root: str, start: Start, watch: Watch, score: float) -> None:
-        self._run, self._root, self._start, self._watch, self.score = run, root, start, watch, score
+    It lies in one of two folders, and a file says in which and how good it is: a worker that is lost while a better one
+    goes up takes neither along. `folder` is None where the one that is trained is the best itself, or the last is kept.
+    """
+
+    def __init__(self, run: TrainRun, root: str, start: Start, watch: Watch) -> None:
+        self._run, self._start, self._watch = run, start, watch
+        self._place, self.score = best_folder(run, root), -1.0
+        self.folder: str | None = None
+        if run.train.keep == "best":
+            with suppress(FileNotFoundError):  # else of an earlier attempt
+                known = storage.read_json(f"{self._place}/{_KEPT}")
+                self.score, self.folder = known["score"], f"{self._place}/{known['folder']}"
 
     def offer(self, engine: Any, score: float, *, last: bool) -> None:
         """Called by all workers. The last one is as good as an equal one before it, and needs no copy."""
@@ -233,11 +266,19 @@ class _Best:
             return
         self.score = score
         state = None if last else whole_state(engine.module, self._run.train.zero_stage)
-        if self._watch.first and last:
-            storage.remove(best_folder(self._run, self._root))
+        if last:
+            self.folder = None
         elif self._watch.first:
-            with storage.new_folder(best_folder(self._run, self._root)) as folder:
-                write_explainer(engine.module, self._run, self._start.tokenizer, state, folder)
+            self._keep(engine.module, state)
+
+    def _keep(self, explainer: Explainer, state: dict[str, Tensor] | None) -> None:
+        before, name = self.folder, "b" if self.folder == f"{self._place}/a" else "a"
+        self.folder = f"{self._place}/{name}"
+        with storage.new_folder(self.folder) as folder:
+            write_explainer(explainer, self._run, self._start.tokenizer, state, folder)
+        storage.write_json({"folder": name, "score": self.score}, f"{self._place}/{_KEPT}")
+        if before is not None:
+            storage.remove(before)
 
 
 def write_explainer(
@@ -273,20 +314,19 @@ def _save(
     seconds: float,
 ) -> None:
     """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares.
+    They do not wait for it: NCCL gives up what waits for half an hour, and 140 GB take longer to be uploaded.
 
     `how` it was trained at the end: it went on from the checkpoint of step `resumed_at`, 0 without an interruption.
     """
     state = whole_state(engine.module, run.train.zero_stage)
     if watch.first:
-        before = best_folder(run, root)
         with storage.new_folder(run.artifact.path(root)) as folder:
-            if storage.exists(before):
-                with storage.local_folder(before) as kept:
+            if best.folder is not None:
+                with storage.local_folder(best.folder) as kept:
                     shutil.copytree(kept, folder, dirs_exist_ok=True)
             else:
                 write_explainer(engine.module, run, start.tokenizer, state, folder)
             shutil.copy(watch.curve, Path(folder) / CURVE)
-        storage.remove(before)
         kept_score = {"kept_validation_exact": best.score} if run.train.keep == "best" else {}
         finish(
             run.artifact,
@@ -296,4 +336,4 @@ def _save(
             seconds=seconds,
             measured={**how, **watch.last, **kept_score},
         )
-    dist.barrier()
+        storage.remove(best_folder(run, root))

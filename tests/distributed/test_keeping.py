@@ -2,12 +2,12 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import TrainConfig
 from ray_explain.distributed.train import best_folder
@@ -35,15 +35,13 @@ def test_the_saved_explainer_has_the_weights_of_the_step_that_is_to_be_kept(
     questions: tuple[str, str],
     world_target: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dist, "barrier", lambda: None)
     train = TrainConfig.model_validate({"validate_every": 1, "keep": keep, "max_tokens": 100})
     run, root = run_of(train, "kept", questions, world_target), str(tmp_path)
     start = start_of(run, workers=1)
     engine: Any = SimpleNamespace(module=start.explainer)
     watch = Watch(None, run, root, len(scores), first=True)
-    best = _Best(run, root, start, watch, -1.0)
+    best = _Best(run, root, start, watch)
     weight = start.explainer.language_model.get_input_embeddings().weight
     for number, score in enumerate(scores, start=1):
         with torch.no_grad():
@@ -58,3 +56,44 @@ def test_the_saved_explainer_has_the_weights_of_the_step_that_is_to_be_kept(
     assert manifest is not None
     assert manifest.measured.get("kept_validation_exact") == (max(scores) if keep == "best" else None)
     assert not Path(best_folder(run, root)).exists()
+
+
+def test_a_worker_lost_while_it_keeps_a_better_explainer_does_not_take_the_one_before_along(
+    questions: tuple[str, str], world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of 1 and 2 were kept, that of 3 half. The next attempt goes on from before them, and finds none better."""
+    train = TrainConfig.model_validate({"validate_every": 1, "keep": "best", "max_tokens": 100})
+    run, root = run_of(train, "lost", questions, world_target), str(tmp_path)
+    start = start_of(run, workers=1)
+    engine: Any = SimpleNamespace(module=start.explainer)
+    weight = start.explainer.language_model.get_input_embeddings().weight
+
+    def offer(best: _Best, number: int, score: float, *, last: bool = False) -> None:
+        with torch.no_grad():
+            weight.fill_(number)
+        best.offer(engine, score, last=last)
+
+    watch = Watch(None, run, root, 4, first=True)
+    best = _Best(run, root, start, watch)
+    offer(best, 1, 0.2)
+    offer(best, 2, 0.5)
+    with monkeypatch.context() as lost, pytest.raises(KeyboardInterrupt):
+
+        def torn(uri: str) -> NoReturn:
+            """As on S3, where the files come one after the other."""
+            storage.remove(uri)
+            storage.write_json({}, f"{uri}/config.json")
+            raise KeyboardInterrupt
+
+        lost.setattr(storage, "new_folder", torn)
+        offer(best, 3, 0.7)
+    best = _Best(run, root, start, watch)
+    assert best.score == 0.5
+    offer(best, 4, 0.4, last=True)
+    watch.last = {"steps": 4}
+    _save(engine, run, root, start, watch, best, {"workers": 1}, seconds=1.0)
+    watch.close()
+    saved, _ = load_explainer(run.artifact.path(root))
+    assert saved.language_model.get_input_embeddings().weight.unique().tolist() == [2]
+    manifest = finished(run.artifact, root)
+    assert manifest is not None and manifest.measured["kept_validation_exact"] == 0.5

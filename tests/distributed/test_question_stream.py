@@ -1,5 +1,6 @@
 """Training questions come through Ray Data as one process reads them, from disk and from a failing S3."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ import ray
 
 from ray_explain import records, storage
 from ray_explain.distributed import question_stream
-from ray_explain.distributed.question_stream import Encoding, Piece, pieces_of, read_here, read_through_ray
+from ray_explain.distributed.question_stream import Encoding, Piece, own_cores, pieces_of, read_here, read_through_ray
 from ray_explain.explainer.markers import markers_of
 from ray_explain.ground_truth.splits import training_rows
 from ray_explain.models import load_model
@@ -107,3 +108,10 @@ def test_who_keeps_no_vectors_learns_only_how_many_there_are(
     ray.kill(reader)
     assert not any(row["vectors"] for row in bare) and any(row["vectors"] for row in full)
     assert bare == [row | {"vectors": []} for row in full]
+
+
+def test_workers_of_a_machine_share_its_cores_and_have_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for workers, expected in ((1, 16), (3, 5), (32, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(workers))
+        assert own_cores() == expected

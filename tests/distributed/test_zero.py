@@ -161,7 +161,7 @@ def test_a_checkpoint_that_was_cut_is_known_as_such(two: dict[str, Any], place: 
     folder = place[0] / "zero-2-2"
     state = state_of(str(folder))
     assert state is not None and (state["step"], state["workers"]) == (CUT, 2)
-    share = folder / "share-1.safetensors"
+    share = folder / "share-1-0.safetensors"
     whole = share.read_bytes()
     share.write_bytes(whole[:-1])
     assert state_of(str(folder)) is None

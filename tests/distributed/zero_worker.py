@@ -20,7 +20,7 @@ import torch.distributed as dist
 import ray_explain.distributed  # noqa: F401 - sets what DeepSpeed reads
 from ray_explain import storage
 from ray_explain.config import TrainConfig
-from ray_explain.distributed import training_setup, zero
+from ray_explain.distributed import checkpoints, training_setup, zero
 from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.training_loop import Taken, train_steps, write_explainer
 from ray_explain.distributed.validation import Sample, answers, sample_of, validate
@@ -51,6 +51,7 @@ def nothing_stays_whole(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 training_setup.zero_config = nothing_stays_whole
+checkpoints._NUMBERS = 2000  # shares of several files
 
 
 class Place(NamedTuple):
