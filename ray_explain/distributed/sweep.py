@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import ray
 import ray.train
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from rich.table import Table
@@ -64,6 +65,8 @@ _TO_HAVE_THEM = (
     "To have those that were stopped, start it again with sweep.asha=null and the chosen settings alone in "
     "`sweep.parameters`; what is done stays."
 )
+# Tune would send keys along in the environments of trials, which Ray writes to its logs. Nodes have their own.
+class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
 _MEMORY = 2**20  # bytes that a trial's own process reserves: without any resource Tune refuses it
 
 TRIALS_SCHEMA = pa.schema(

@@ -16,7 +16,8 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.tune import TuneError
+from ray.tune import Trainable, TuneError
+from ray.tune.execution.class_cache import _ActorClassCache
 
 from jobs import sweep as job
 from ray_explain import storage
@@ -97,6 +98,15 @@ def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, be
             assert told == "CONTINUE"
         assert verdicts.stopped == ([] if progress < 20 else ["bad"])
     rules.on_trial_complete(None, trials["bad"], {"stopped": True})
+
+
+def test_no_key_is_sent_along_to_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would write it to the log of its runtime environments."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SECURITY_TOKEN"):
+        monkeypatch.setenv(f"AWS_{name}", "secret")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    sent = _ActorClassCache().get(Trainable)._default_options["runtime_env"]["env_vars"]
+    assert "secret" not in sent.values() and sent["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
 
 
 def test_as_many_trials_run_as_the_cluster_has_places_for(monkeypatch: pytest.MonkeyPatch) -> None:
