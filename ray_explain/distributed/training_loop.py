@@ -258,7 +258,7 @@ class _Best:
         if run.train.keep == "best":
             with suppress(FileNotFoundError):  # else of an earlier attempt
                 known = storage.read_json(f"{self._place}/{_KEPT}")
-                self.score, self.folder = known["score"], f"{self._place}/{known['folder']}"
+                self.score, self.folder = known["score"], f"{self._place}/{'b' if known['folder'] == 'b' else 'a'}"
 
     def offer(self, engine: Any, score: float, *, last: bool) -> None:
         """Called by all workers. The last one is as good as an equal one before it, and needs no copy."""
