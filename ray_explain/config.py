@@ -216,7 +216,7 @@ class ExemplarsConfig(Section):
 class UnlabelledConfig(Section):
     """Vectors that nothing describes, to test explainers on."""
 
-    path: str | None = None  # folder of a released data set, {target} in it; taken from the target if left out
+    path: Place | None = None  # folder of a released data set, {target} in it; taken from the target if left out
     per_layer: Positive | None = None  # of each layer, drawn at random; all of a released data set's if left out
 
 

@@ -426,7 +426,7 @@ def own_scratch() -> Path:
     """
     folder = Path(tempfile.gettempdir()) / f"ray_explain-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.lstat().st_uid != os.getuid():  # of a link itself: others can make one that leads to what is ours
         raise JobFailed(f"{folder} belongs to another user: remove it, or set TMPDIR to another folder")
     return folder
 

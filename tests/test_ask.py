@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs import ask
+from ray_explain.ask import _kind_of_spans
+from ray_explain.config import read_experiment
 from tests.test_launch import ROOT, write_config
 
 QUESTION = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
@@ -73,3 +75,13 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> 
     )
     assert ended.returncode == 2 and "cannot read the config" in ended.stderr
     assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("source, kind", [("world", "hint"), ("mmlu", "hint"), ("jsonl", "span")])
+def test_a_span_is_asked_about_as_the_experiments_questions_are(tmp_path: Path, source: str, kind: str) -> None:
+    (tmp_path / "own.jsonl").write_text("")
+    place = {} if source == "world" else {"path": f"{tmp_path}/own.jsonl"}
+    ablation = {"cases": {"train": 8, "test": 4}, "source": source, **place}
+    config = write_config(tmp_path, "anywhere", storage="runs/x", ground_truth={"ablation": ablation})
+    assert _kind_of_spans(read_experiment(config, ["train.mixtures=[[ablation]]"])) == kind
+    assert _kind_of_spans(None) == "hint"

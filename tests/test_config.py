@@ -321,6 +321,12 @@ def test_released_features_may_be_described_and_scored_anew(section: dict[str, A
     assert not describes(features_of(**place).ground_truth.features), "labels alone are taken as they are"
 
 
+def test_a_tilde_is_ones_home_also_where_vectors_without_labels_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    section = features_of(describer=ASKED, simulator=ASKED, unlabelled={"differences": {"path": "~/x/{target}"}})
+    assert section.ground_truth.features.unlabelled["differences"].path == "/home/ann/x/{target}"
+
+
 def test_published_presets_are_valid() -> None:
     for path in (Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"):
         assert read_experiment(str(path)).tasks

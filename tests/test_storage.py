@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import storage
+from ray_explain.errors import JobFailed
 from tests.conftest import ObjectStore
 from tests.object_store import BUCKET
 
@@ -118,3 +119,15 @@ def test_batches_hold_the_rows_of_all_files_in_order_and_few_at_once(tmp_path: P
     assert storage.read_schema(str(tmp_path)).names == ["x", "y"]
     with pytest.raises(FileNotFoundError, match="no Parquet file"):
         list(storage.read_batches(f"{tmp_path}/nothing"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a link to somebody else")
+def test_a_link_of_somebody_else_is_no_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lead to a folder of ours, in which files would then be removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    link, ours = tmp_path / f"ray_explain-{os.getuid()}", tmp_path / "ours"
+    ours.mkdir()
+    link.symlink_to(ours)
+    os.lchown(link, os.getuid() + 1, -1)
+    with pytest.raises(JobFailed, match="belongs to another user"):
+        storage.own_scratch()

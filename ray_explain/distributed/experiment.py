@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import FeaturesConfig, LocalConfig, Task
-from ray_explain.distributed.feature_plan import FeaturePlan, describes
+from ray_explain.distributed.feature_plan import FeaturePlan, describes, released_folder
 from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.evaluation.baselines import baselines
@@ -402,8 +402,7 @@ def released_features(
     Raises:
         BadInput, JobFailed: as `_released`.
     """
-    assert section.path is not None
-    folder = section.path.replace("{target}", target)
+    folder = released_folder(section, target)
     parts = read_feature_folder(
         folder,
         layers,

@@ -135,8 +135,7 @@ class FeaturePlan:
     @property
     def released_folder(self) -> str:
         """Where the released data set of the target lies."""
-        assert self.section.path is not None
-        return self.section.path.replace("{target}", self.target)
+        return released_folder(self.section, self.target)
 
     @property
     def _split(self) -> dict[str, str]:
@@ -232,6 +231,11 @@ def _of_vectors(section: FeaturesConfig, kind: str) -> FeaturesConfig:
     origin = {"source": "released", "vectors": kind} if own.path else {"source": kind, "vectors": None}
     changed: dict[str, Any] = {"sae": None, "describer": WorldDescriber(), "candidates": 1, "unlabelled": {}}
     return section.model_copy(update=changed | origin | {"path": own.path, "per_layer": own.per_layer})
+
+
+def released_folder(section: Any, target: str) -> str:
+    """Where the released data set of a target lies that a task's section, or one of `unlabelled`, names."""
+    return str(section.path).replace("{target}", target)
 
 
 def describes(section: FeaturesConfig | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
 from ray_explain.config import AblationBalance, Experiment, ModelConfig, PatchingBalance, Task, TrainConfig
-from ray_explain.distributed.feature_plan import FeaturePlan, describes, edges
+from ray_explain.distributed.feature_plan import FeaturePlan, describes, edges, released_folder
 from ray_explain.errors import BadInput
 from ray_explain.questions.prompting import shots_label
 from ray_explain.records import TEXT_ONLY
@@ -124,7 +124,7 @@ class Plan:
 
     def released_folder(self, task: Task, target: str) -> str:
         """Where the released data set of a target lies."""
-        return getattr(self.experiment.ground_truth, task).path.replace("{target}", target)
+        return released_folder(getattr(self.experiment.ground_truth, task), target)
 
     def _content(self, task: Task, target: str) -> Any:
         section = getattr(self.experiment.ground_truth, task)

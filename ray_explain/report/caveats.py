@@ -178,13 +178,13 @@ def _seeds(data: ReportData, scores: Scores) -> str:
     if least == 1:
         return (
             f"Differences are of 1 to {most} seeds of training; those of one do not hold what another seed would give, "
-            "the others hold the draw of the seeds too. A score is the mean over them, and its interval does not "
-            "hold it."
+            "the others hold the draw of the seeds too. A score is the mean over them; its interval leaves that "
+            "draw out."
         )
     seeds = f"{least} to {most}" if least < most else f"{least}"
     return (
         f"Differences are of {seeds} seeds of training and hold their draw too; a score is the mean over them, and its "
-        "interval does not hold it."
+        "interval leaves their draw out."
     )
 
 

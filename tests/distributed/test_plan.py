@@ -88,6 +88,13 @@ def test_files_of_all_layers_tell_a_path_with_a_layer_in_it_from_others(tmp_path
     assert identity("owner/name/layer_{layer}/x") == "owner/name/layer_{layer}/x", "a hub id is known by its name"
 
 
+def test_questions_about_spans_of_ones_own_lines_are_others_than_those_about_hints(tmp_path: Path):
+    (tmp_path / "own.jsonl").write_text("")
+    own = {"ablation": EXPERIMENT["ground_truth"]["ablation"] | {"source": "jsonl", "path": f"{tmp_path}/own.jsonl"}}
+    assert plan(ground_truth=own).questions("ablation", "llama").config["spans"] == "quoted"
+    assert "spans" not in plan().questions("ablation", "llama").config
+
+
 def test_how_much_memory_rows_may_take_reaches_the_target_and_no_fingerprint():
     less, unset = plan(cluster={"memory_budget": 4096}), plan(cluster={"actors": 4})
     assert less.target_place("llama")["memory_budget"] == 4096

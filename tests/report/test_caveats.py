@@ -79,7 +79,7 @@ def test_answers_that_could_not_be_read_are_counted_without_baselines(report, sc
 @pytest.mark.parametrize(
     ("of_differences", "said"),
     [
-        ((2, 2), "hold their draw too; a score is the mean over them, and its interval does not hold it."),
+        ((2, 2), "hold their draw too; a score is the mean over them, and its interval leaves their draw out."),
         ((2, 3), "Differences are of 2 to 3 seeds of training and hold their draw too"),
         ((1, 3), "Differences are of 1 to 3 seeds of training; those of one do not hold what another seed would give"),
         (
