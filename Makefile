@@ -103,7 +103,7 @@ test: setup  ## all tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 -m "not ray and not slow and not gpu and not network"
 	$(BIN)/python -m pytest -m "(ray or slow) and not long and not gpu and not network and not machines"
 
-test-long: setup $(VENV)/trackers  ## those that take minutes each: a failing S3, a killed training and sweep, a lost node, planned against measured memory, MLflow and W&B
+test-long: setup $(VENV)/trackers  ## those that take minutes each: a failing S3, a killed job, training and sweep, a lost node, planned against measured memory, MLflow and W&B
 	$(BIN)/python -m pytest -m "long and not gpu and not network"
 	PYTHONPATH=$(VENV)/trackers $(BIN)/python -m pytest -rs tests/distributed/test_trackers.py
 

@@ -112,6 +112,7 @@ def test_a_changed_setting_makes_anew_only_what_depends_on_it(config: str) -> No
     assert one.scores() != other.scores()
 
 
+@pytest.mark.long  # in `make test` the short chaos kills a driver, on a cluster; here its own Ray dies with it
 def test_a_job_killed_in_the_middle_goes_on_and_ends_with_the_same_tables(config: str, tmp_path: Path) -> None:
     """The driver and all its actors are killed with the first effects on disk; then the job is started again."""
     again = config_in(tmp_path)
