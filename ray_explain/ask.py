@@ -225,9 +225,24 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
             )
             return witness.patches(cases, tokenizer)[0]
         except receipts.Unusable as error:
-            raise BadInput(f"this cannot be measured: {error}") from error
+            unknown = _unknown(tokenizer, [text for text in (arguments.prompt, arguments.source) if text])
+            raise BadInput(f"this cannot be measured: {error}{unknown}") from error
         except ValueError as error:
             raise BadInput(str(error)) from error
+
+
+def _unknown(tokenizer: Any, texts: Sequence[str]) -> str:
+    """What a target does not know of these texts, to be said after the reason; nothing where it knows all."""
+    if not texts or tokenizer.unk_token_id is None:
+        return ""
+    read = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+    found = [
+        text[start:end]
+        for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"])
+        for token, (start, end) in zip(ids, offsets)
+        if token == tokenizer.unk_token_id and start < end
+    ]
+    return "".join(f"{', ' if i else ': '}{word!r}" for i, word in enumerate(dict.fromkeys(found)))
 
 
 def _change(experiment: Experiment | None) -> Any:

@@ -309,9 +309,13 @@ def test_a_question_that_cannot_be_asked_is_told(explainer, world_target, capsys
     assert said in capsys.readouterr().err
 
 
-def test_a_word_that_the_target_does_not_know_is_told(explainer, world_target, capsys):
-    assert run("--explainer", explainer, "--target", world_target, "--prompt", "xyzzy the", "--hint", "the") == 2
-    assert "cannot be measured: an unknown token" in capsys.readouterr().err
+def test_words_that_the_target_does_not_know_are_told(explainer, world_target, capsys):
+    whom = ("--explainer", explainer, "--target", world_target)
+    assert run(*whom, "--prompt", "xyzzy the", "--hint", "the") == 2
+    assert "cannot be measured: an unknown token: 'xyzzy'\n" in capsys.readouterr().err
+    asked = ("--prompt", "the instrument of xyzzy is", "--source", "the instrument of plugh is", "--layer", 1)
+    assert run(*whom, *asked, "--position", "final") == 2
+    assert "cannot be measured: an unknown token: 'xyzzy', 'plugh'\n" in capsys.readouterr().err
 
 
 def test_an_explainer_whose_target_or_words_are_not_known_is_told(explainer, capsys, tmp_path):
