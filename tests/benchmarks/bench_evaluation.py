@@ -42,7 +42,7 @@ from ray_explain.world.pretraining import TargetSize, new_target, save_target
 from ray_explain.world.tokenizer import world_tokenizer
 
 BATCH, LONGEST = 64, 16
-VOCABULARY = 128_000  # words of real models, where the logits cost most
+VOCABULARIES = 32_000, 128_000  # words of small and of large real models, where the logits cost most
 
 
 def explainer_folder(demo: Path, scratch: Path) -> tuple[str, str]:
@@ -214,7 +214,10 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             "explainer": what,
             "generation, one thread": asking(folder, questions, given.compared),
-            f"generation with {VOCABULARY:,} words": asking(folder, questions, given.compared // 5, VOCABULARY),
+            **{
+                f"generation with {words:,} words": asking(folder, questions, given.compared // 5, words)
+                for words in VOCABULARIES
+            },
             "evaluation": whole_evaluation(folder, questions, d_model),
             "nearest neighbour": nearest(given.nearest),
         }
