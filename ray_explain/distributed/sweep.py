@@ -315,7 +315,8 @@ def _trial(
     cluster: ClusterConfig,
     code: str,
 ) -> None:
-    """One trial, in its own process. A failure is reported, not raised: Tune starts again what a machine lost."""
+    """One trial, in its own process. A failure is told at once, to who watches and to Tune, and not raised: Tune starts
+    again what a machine lost."""
     trial = trials[config["trial"]["name"]]
     try:
         check_worker(root, code)
@@ -325,6 +326,8 @@ def _trial(
     except Exception as error:  # whatever it is, it is this trial's alone, and is listed with it
         logger.exception("trial %s failed", trial.name)
         told = {"failure": _reason(error)}
+    if "failure" in told:
+        board.say.remote(f"trial {trial.name} failed: {told['failure']}")
     tune.report(told)
 
 

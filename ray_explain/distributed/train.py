@@ -50,7 +50,8 @@ def best_folder(run: TrainRun, root: str) -> str:
 
 
 def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> None:
-    """Train the explainers, `concurrent_trainings` at a time. One that fails does not stop the others.
+    """Train the explainers, `concurrent_trainings` at a time. One that fails is told of at once and does not stop the
+    others.
 
     Raises:
         BadInput: a tracker that is asked for is not installed, or has no place for its runs.
@@ -64,12 +65,19 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:
         with watching() as board:
-            ended = list(threads.map(lambda run: fit(run, root, cluster, board), runs))
+            ended = list(threads.map(lambda run: _told(fit(run, root, cluster, board), run, board), runs))
     finally:  # stopped by hand, we do not wait for the others: Ray goes down, and they with it
         threads.shutdown(wait=False, cancel_futures=True)
     failures = [f"{run.artifact.label}: {failure}" for run, failure in zip(runs, ended) if failure]
     if failures:
         raise JobFailed("; ".join(failures))
+
+
+def _told(failure: str | None, run: TrainRun, board: Any) -> str | None:
+    """Says it while the others go on, which may take days."""
+    if failure is not None:
+        board.say.remote(f"{run.artifact.label} failed: {failure}")
+    return failure
 
 
 def fit(

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import psutil
@@ -263,6 +263,47 @@ def test_a_worker_of_a_training_that_meets_a_full_store_says_what_to_do(
     other = WorkerGroupError("[Rank 0 Error Snippet]:\nlast line", {0: KeyError("lost")})
     monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", Mock(side_effect=other))
     assert fit(run, str(tmp_path), ClusterConfig(), None) == "last line"
+
+
+def test_a_full_store_is_said_when_a_worker_meets_it_and_not_only_when_restarts_are_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ObjectStoreFullError, RayTaskError
+
+    from ray_explain.distributed import training_loop
+
+    run, full = run_of(TrainConfig(), "llama", (), tmp_path), ObjectStoreFullError("no room")
+    for error, is_full in ((full, True), (RayTaskError("read", "last line", full), True), (KeyError("lost"), False)):
+        board = Mock()
+        monkeypatch.setattr(training_loop, "_train", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            training_loop.train_on_worker(run, str(tmp_path), board, None, 0.0)
+        said = [one.args[0] for one in board.say.remote.mock_calls]
+        assert len(said) == is_full
+        assert all(line.startswith("llama: Ray's object store is full: give it more") for line in said)
+
+
+def test_a_training_that_fails_is_told_of_while_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_explain.distributed import train
+
+    board, said_before_the_second = Mock(), list[Any]()
+
+    def fit(run: Any, *_: Any) -> str | None:
+        if run.artifact.label == "first":
+            return "its loss is not finite"
+        said_before_the_second.extend(board.say.remote.mock_calls)
+        return None
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "watching", lambda: nullcontext(board))
+    for name in ("fleet", "check_capacity"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
+    runs = [run_of(TrainConfig(), label, (), tmp_path) for label in ("first", "second")]
+    with pytest.raises(JobFailed, match=r"^first: its loss is not finite$"):
+        train.train_all(runs, str(tmp_path), ClusterConfig(concurrent_trainings=1))
+    assert said_before_the_second == [call("first failed: its loss is not finite")]
 
 
 FILLS_THE_STORE = """

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -165,7 +166,7 @@ def test_a_setting_is_judged_by_the_explainer_that_is_kept(tmp_path: Path) -> No
 
 @pytest.fixture
 def last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """What a trial tells Tune whose training raises this error."""
+    """What a trial tells Tune, and who watches, whose training raises this error."""
 
     def told(error: Exception, code: str = code_here(), root: Path = tmp_path) -> dict[str, Any]:
         def fails(*_: Any, **__: Any) -> None:
@@ -175,9 +176,11 @@ def last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         monkeypatch.setattr(sweep, "fit", fails)
         monkeypatch.setattr(sweep, "TuneReportCallback", lambda: None)
         monkeypatch.setattr(sweep.tune, "report", reports.append)
-        known: dict[str, Any] = {"trials": {one.name: one}, "root": str(root), "verdicts": None, "board": None}
+        board = Mock()
+        known: dict[str, Any] = {"trials": {one.name: one}, "root": str(root), "verdicts": None, "board": board}
         sweep._trial({"trial": one.config}, **known, cluster=ClusterConfig(), code=code)
         [report] = reports
+        board.say.remote.assert_called_once_with(f"trial {one.name} failed: {report['failure']}")
         return report
 
     return told
@@ -243,7 +246,7 @@ class Cluster:
 
     def run(self, trials: Any, plan: Any, n: int) -> dict[str, str]:
         """As `sweep._run`, one after the other."""
-        known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": None}
+        known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": Mock()}
         failures = {}
         for one in trials:
             sweep._trial({"trial": one.config}, **known, cluster=plan.experiment.cluster, code=code_here())
