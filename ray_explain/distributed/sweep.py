@@ -375,7 +375,8 @@ def trial_scores(trial: Trial, root: str) -> pa.Table:
     """Scores (records.SCORES) of the answers of a trial, over all questions and by what changed."""
     graded = []
     for job in trial.answers:
-        asked = storage.read_table(job.source)
+        plain = [name for name in storage.read_schema(job.source).names if name != "vectors"]
+        asked = storage.read_table(job.source, plain)
         held_out = asked.filter(pc.equal(asked["control"], "none"))
         answers, run = storage.read_table(job.artifact.path(root)), trial.run
         graded.append(grade(held_out, answers, target=run.target, seed=run.seed, fraction=run.fraction))

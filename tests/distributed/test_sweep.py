@@ -299,6 +299,25 @@ def test_a_sweep_ends_with_all_trials_listed_and_a_report_of_the_best(
     assert len(pretended.reports) == 2  # what had ended was left as it was
 
 
+def test_no_step_of_a_sweep_has_all_questions_with_their_vectors_in_memory(
+    pretended: Cluster, world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those about all features of an 8B model are 64 GiB, twice the memory of the head in cluster.yaml."""
+    whole, read = list[str](), storage.read_tables
+
+    def seen(uri: str, columns: list[str] | None = None) -> Any:
+        if Path(uri).parent.name.endswith(("_questions", "_asked")) and (columns is None or "vectors" in columns):
+            whole.append(uri)
+        return read(uri, columns)
+
+    monkeypatch.setattr(storage, "read_tables", seen)
+    config, target = tmp_path / "sweep.yaml", {"models": {"llama": {"path": str(world_target)}}}
+    alone = {"sweep": {"parameters": {"learning_rate": [1e-3]}}}
+    config.write_text(yaml.safe_dump(SWEEP | target | alone | {"storage": str(tmp_path)}))
+    assert job.main(["--config", str(config)]) == 0
+    assert (tmp_path / "report" / "scores.json").exists() and not whole
+
+
 def test_seeds_of_the_chosen_settings_that_were_stopped_or_failed_are_said_to_be_missing(
     pretended: Cluster, world_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
