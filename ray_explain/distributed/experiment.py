@@ -111,8 +111,10 @@ class Session:
         from ray_explain.distributed.capacity import check_capacity, fleet
 
         plan, wanted = self.plan, self.plan.experiment.cluster
-        if self._trains and self.missing([plan.explainer(run) for run in plan.runs()]):
-            check_capacity(plan.experiment.train.workers, fleet(wanted), gpus_per_worker=wanted.gpus_per_worker)
+        missing = [run for run in plan.runs() if self.missing([plan.explainer(run)])]
+        if self._trains and missing:
+            most = max(plan.train_config(run).workers for run in missing)
+            check_capacity(most, fleet(wanted), gpus_per_worker=wanted.gpus_per_worker)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -121,6 +121,7 @@ def sweep(session: Session) -> None:
         JobFailed: some trials failed; the others are done, and in the report.
     """
     check_asked(session.plan)
+    session.start_early((), trains=True)
     make_ground_truth(session)
     make_asked(session)
     trials, root = trials_of(session), session.plan.root

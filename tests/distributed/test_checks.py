@@ -21,9 +21,10 @@ from rich.console import Console
 import ray_explain
 from ray_explain.artifacts import Artifact, finish
 from ray_explain.config import ClusterConfig, TrainConfig, read_experiment
-from ray_explain.distributed import checks
+from ray_explain.distributed import checks, sweep
+from ray_explain.distributed.capacity import Fleet
 from ray_explain.distributed.cluster import cluster
-from ray_explain.distributed.experiment import Session, make_ground_truth
+from ray_explain.distributed.experiment import Session, make_ground_truth, train_explainers
 from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput, JobFailed
 from tests.distributed.training_runs import run_of
@@ -371,6 +372,28 @@ def test_workers_that_no_cluster_has_are_refused_when_the_cluster_starts_unless_
     with Session(plan) as session:
         session.start_early([], trains=True)
         session.start_ray()
+
+
+@pytest.mark.parametrize("job", ["train", "sweep"])
+def test_workers_that_one_pairing_alone_asks_for_are_refused_before_any_ground_truth(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"explainer": "target", "target": "target", "train": {"workers": 64}}
+    config = write_config(tmp_path, tmp_path, train={"batch_size": 64}, pairings=[many])
+    monkeypatch.setattr("ray_explain.distributed.capacity.fleet", lambda _: Fleet([{"CPU": 4.0}], [], 0))
+    measured = list[None]()
+
+    def ground_truth(session: Session) -> None:  # starts Ray first
+        session._check_workers()
+        measured.append(None)
+
+    made = "experiment" if job == "train" else "sweep"
+    monkeypatch.setattr(f"ray_explain.distributed.{made}.make_ground_truth", ground_truth)
+    monkeypatch.setattr(Plan, "explainer", lambda *_: Artifact(kind="explainers", label="one", config={}))
+    steps = {"train": train_explainers, "sweep": sweep.sweep}
+    with Session(Plan(read_experiment(config))) as session, pytest.raises(JobFailed, match="64 workers of 1 CPU"):
+        steps[job](session)
+    assert not measured
 
 
 def test_what_is_finished_needs_no_cluster_though_later_steps_would(
