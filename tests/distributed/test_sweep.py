@@ -85,11 +85,12 @@ def in_tune(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("metric", "better", "worse"), [("loss", 1.0, 2.0), ("validation_exact", 0.7, 0.5)])
-def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, better: float, worse: float) -> None:
+def test_only_trials_of_the_same_cell_compete_and_none_is_killed(
+    metric: Any, better: float, worse: float, tmp_path: Path
+) -> None:
     verdicts = Verdicts()
-    rules = sweep.PerCell(
-        SweepConfig(metric=metric), AshaConfig(grace=0.2), verdicts, {"good": 0, "bad": 0, "alone": 1}
-    )
+    cells = {"good": 0, "bad": 0, "alone": 1}
+    rules = sweep.PerCell(SweepConfig(metric=metric), AshaConfig(grace=0.2), verdicts, cells, str(tmp_path))
     trials = {name: in_tune(name) for name in ("good", "bad", "alone")}
     for one in trials.values():
         rules.on_trial_add(None, one)
@@ -99,6 +100,32 @@ def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, be
             assert told == "CONTINUE"
         assert verdicts.stopped == ([] if progress < 20 else ["bad"])
     rules.on_trial_complete(None, trials["bad"], {"stopped": True})
+
+
+def test_a_sweep_that_is_started_again_holds_its_trials_against_those_of_earlier_starts(tmp_path: Path) -> None:
+    """One whose own reports are there is judged on from where it was, and never against itself."""
+
+    def start() -> tuple[sweep.PerCell, list[str]]:
+        verdicts, cells = Verdicts(), {"done": 0, "half": 0, "new": 0, "elsewhere": 1}
+        return sweep.PerCell(SweepConfig(), AshaConfig(grace=0.2), verdicts, cells, str(tmp_path)), verdicts.stopped
+
+    def report(rules: sweep.PerCell, name: str, *progresses: int, loss: float) -> None:
+        rules.on_trial_add(None, in_tune(name))
+        for progress in progresses:
+            rules.on_trial_result(None, in_tune(name), {"progress": progress, "loss": loss, "steps": 3})
+
+    first, stopped = start()
+    report(first, "done", 10, 20, 40, 80, 100, loss=1.0)
+    first.on_trial_complete(None, in_tune("done"), {"progress": 100, "loss": 1.0})
+    report(first, "half", 10, 20, loss=0.9)
+    for _ in range(2):  # also what the second start heard is known to the third
+        again, stopped = start()
+        report(again, "elsewhere", 20, loss=9.0)
+        report(again, "new", 20, loss=2.0)
+        report(again, "half", 20, loss=1.5)  # it went on there, and that stays so
+        report(again, "half", 40, loss=0.9)
+        assert stopped == ["new"]
+        (tmp_path / "new.json").unlink()
 
 
 def test_no_key_is_sent_along_to_trials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +271,7 @@ class Cluster:
             finish(train.artifact, root, rows=len(start.examples), measured=measured)
         return None
 
-    def run(self, trials: Any, plan: Any, n: int) -> dict[str, str]:
+    def run(self, trials: Any, plan: Any, n: int, cells: Any) -> dict[str, str]:
         """As `sweep._run`, one after the other."""
         known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": Mock()}
         failures = {}
