@@ -284,15 +284,20 @@ def test_a_full_store_is_said_when_a_worker_meets_it_and_not_only_when_restarts_
         assert all(line.startswith("llama: Ray's object store is full: give it more") for line in said)
 
 
+@pytest.mark.parametrize(("is_lost", "reason"), [(False, "its loss is not finite"), (True, "controller was lost")])
 def test_a_training_that_fails_is_told_of_while_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_lost: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray.exceptions import ActorDiedError
+
     from ray_explain.distributed import train
 
     board, said_before_the_second = Mock(), list[Any]()
 
     def fit(run: Any, *_: Any) -> str | None:
         if run.artifact.label == "first":
+            if is_lost:
+                raise ActorDiedError()
             return "its loss is not finite"
         said_before_the_second.extend(board.say.remote.mock_calls)
         return None
@@ -302,9 +307,9 @@ def test_a_training_that_fails_is_told_of_while_the_others_go_on(
     for name in ("fleet", "check_capacity"):
         monkeypatch.setattr(train, name, lambda *_, **__: None)
     runs = [run_of(TrainConfig(), label, (), tmp_path) for label in ("first", "second")]
-    with pytest.raises(JobFailed, match=r"^first: its loss is not finite$"):
+    with pytest.raises(JobFailed, match=f"^first: .*{reason}") as failed:
         train.train_all(runs, str(tmp_path), ClusterConfig(concurrent_trainings=1))
-    assert said_before_the_second == [call("first failed: its loss is not finite")]
+    assert said_before_the_second == [call(str(failed.value).replace("first: ", "first failed: "))]
 
 
 FILLS_THE_STORE = """
