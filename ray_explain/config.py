@@ -419,7 +419,18 @@ class ClusterConfig(Section):
     # who needs the same rows everywhere sets it. Rows of a finished table stay dropped when it is raised.
     memory_budget: Positive | None = None
 
-    @field_validator("gpus_per_actor", "gpus_per_worker")
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_one_at_most(cls, gpus: float) -> float:
+        """With more, DeepSpeed would take another of a machine's GPUs than Ray gave the worker, and NCCL would hang."""
+        if gpus > 1:
+            raise ValueError(
+                f"{gpus:g}: a worker computes on one GPU; set it to 1, and `train.workers` to how many GPUs train "
+                "an explainer together"
+            )
+        return gpus
+
+    @field_validator("gpus_per_actor")
     @classmethod
     def _is_a_share_or_whole(cls, gpus: float) -> float:
         if gpus > 1 and gpus % 1:

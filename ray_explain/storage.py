@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
 from ray_explain.errors import BadInput, JobFailed
 
@@ -323,6 +325,33 @@ def file_batches(uri: str, rows: int = 1024) -> Iterator[pa.Table]:
     with _local_file(uri) as file, pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
         for batch in parquet.iter_batches(rows):
             yield pa.Table.from_batches([batch])
+
+
+def read_rows(uri: str, rows: Int[np.ndarray, " n"]) -> Iterator[pa.Table]:
+    """The rows with these numbers (ascending) of a table, at least one part of any number of rows; no more lie in
+    memory at once than with `read_batches`.
+    """
+    first = 0
+    for table in read_batches(uri):
+        start, stop = np.searchsorted(rows, [first, first + table.num_rows])
+        yield table.take(pa.array(rows[start:stop] - first))
+        if stop == len(rows):
+            return
+        first += table.num_rows
+
+
+@contextmanager
+def mapped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """All of them, at least one, as one table on this machine's disk: the system keeps in memory what fits."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = None
+        for table in tables:
+            writer = writer or pa.ipc.new_file(f"{folder}/table", table.schema)
+            writer.write_table(table)
+        assert writer is not None
+        writer.close()
+        with pa.memory_map(f"{folder}/table") as file:
+            yield pa.ipc.open_file(file).read_all()
 
 
 @contextmanager

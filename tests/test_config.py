@@ -58,6 +58,7 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.lora.rnk=3", ["train.lora.rnk", "`rank`"]),
         ("train.learning_rate=-1", ["train.learning_rate", "-1", "greater than 0"]),
         ("cluster.gpus_per_actor=1.5", ["gpus_per_actor", "1.5", "whole GPUs"]),
+        ("cluster.gpus_per_worker=8", ["gpus_per_worker", "8: a worker computes on one GPU", "`train.workers`"]),
         ("cluster.gpus_per_worker=0.5", ["gpus_per_worker` = 0.5", "a whole GPU each", "`train.workers` to 1"]),
         ("train.learning_rate=fast", ["train.learning_rate", "'fast'", "number"]),
         ("targets=[llamma]", ["targets", "llamma", "`llama`"]),

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -119,6 +120,23 @@ def test_batches_hold_the_rows_of_all_files_in_order_and_few_at_once(tmp_path: P
     assert storage.read_schema(str(tmp_path)).names == ["x", "y"]
     with pytest.raises(FileNotFoundError, match="no Parquet file"):
         list(storage.read_batches(f"{tmp_path}/nothing"))
+
+
+@pytest.mark.parametrize("rows", [[0, 3, 5, 1024, 2999], [], [2999], list(range(3000))])
+def test_rows_are_read_by_their_numbers_across_files_and_batches(rows: list[int], tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 1500)):
+        storage.write_table(pa.table({"x": range(first, first + 1500)}), f"{tmp_path}/{name}.parquet")
+    parts = list(storage.read_rows(str(tmp_path), np.array(rows, np.int64)))
+    assert pa.concat_tables(parts)["x"].to_pylist() == rows
+    assert len(parts) == (1 if not rows else 4), "what comes after the last one is not read"
+
+
+def test_a_mapped_table_has_all_rows_and_takes_no_memory(tmp_path: Path) -> None:
+    tables = [pa.table({"x": np.full(10**6, i)}) for i in range(2)]
+    before = pa.total_allocated_bytes()
+    with storage.mapped(iter(tables)) as table:
+        assert table.equals(pa.concat_tables(tables))
+        assert pa.total_allocated_bytes() - before < 10**6
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a link to somebody else")

@@ -58,7 +58,7 @@ def _align(job: AlignmentJob, root: str) -> None:
         with storage.local_folder(place["model"]) as folder:
             loaded = load_model(folder, revision=place["revision"], dtype=place["dtype"])
         models.append((loaded.model, loaded.tokenizer))
-    tables = [storage.read_table(folder) for folder in job.questions]
+    tables = [storage.read_table(folder, ["split", "prompt", "layers"]) for folder in job.questions]
     tables = [table.filter(pc.equal(table["split"], "train")) for table in tables]
     texts = [*_prompts(tables), *_read(job.corpus, models[0][1])]
     layers = sorted({layer for table in tables for block in table["layers"].to_pylist() for layer in block})

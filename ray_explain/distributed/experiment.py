@@ -4,11 +4,12 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
@@ -41,7 +42,7 @@ from ray_explain.models import check_folder
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
 from ray_explain.questions.patching import patching_questions
-from ray_explain.questions.prompting import BEST_SELFIE, prompted, selfie_label
+from ray_explain.questions.prompting import BEST_SELFIE, prompted, selfie_label, shown_examples
 from ray_explain.questions.wordings import says
 from ray_explain.stages import READ, Result, check_dropped
 from ray_explain.world.corpus import replay_texts
@@ -110,8 +111,10 @@ class Session:
         from ray_explain.distributed.capacity import check_capacity, fleet
 
         plan, wanted = self.plan, self.plan.experiment.cluster
-        if self._trains and self.missing([plan.explainer(run) for run in plan.runs()]):
-            check_capacity(plan.experiment.train.workers, fleet(wanted), gpus_per_worker=wanted.gpus_per_worker)
+        missing = [run for run in plan.runs() if self.missing([plan.explainer(run)])]
+        if self._trains and missing:
+            most = max(plan.train_config(run).workers for run in missing)
+            check_capacity(most, fleet(wanted), gpus_per_worker=wanted.gpus_per_worker)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -121,9 +124,14 @@ class Session:
         """Those that are not finished."""
         return [artifact for artifact in artifacts if finished(artifact, self.plan.root) is None]
 
-    def table(self, artifact: Artifact) -> pa.Table:
-        """The rows of a finished table."""
-        return storage.read_table(self.plan.path(artifact))
+    def table(self, artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a finished table; all columns unless some are named."""
+        return storage.read_table(self.plan.path(artifact), columns)
+
+    def split(self, artifact: Artifact, split: str) -> pa.Table:
+        """The rows of a split; those of the others, with their vectors, may be more than the driver's memory holds."""
+        rows = np.flatnonzero(pc.equal(self.table(artifact, ["split"])["split"], split))
+        return pa.concat_tables(storage.read_rows(self.plan.path(artifact), rows))
 
     def parts(self, artifact: Artifact) -> Iterator[pa.Table]:
         """The rows of a finished table, file by file."""
@@ -642,12 +650,12 @@ def train_run(session: Session, run: Run) -> Any:
 
     plan = session.plan
     train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
-    asked = sum(training_rows(session.table(table), run.fraction).num_rows for table in questions)
     if train.replay and plan.experiment.models[run.explainer].pretrain is None:
         raise BadInput(
             "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
         )
-    texts = replay_texts(plan.experiment.world.world(), round(asked * train.replay), run.seed)
+    n_texts = round(_asked_in(session, questions, run.fraction) * train.replay) if train.replay else 0
+    texts = replay_texts(plan.experiment.world.world(), n_texts, run.seed)
     return TrainRun(
         artifact=plan.explainer(run),
         model=plan.model_place(run.explainer),
@@ -661,6 +669,11 @@ def train_run(session: Session, run: Run) -> Any:
         fraction=run.fraction,
         alignment=None if (maps := plan.alignment(run)) is None else plan.path(maps),
     )
+
+
+def _asked_in(session: Session, questions: Iterable[Artifact], fraction: float) -> int:
+    tables = (session.table(each, ["split", "group"]) for each in questions)
+    return sum(training_rows(table, fraction).num_rows for table in tables)
 
 
 def _target_of(plan: Plan, name: str) -> dict[str, Any]:
@@ -719,23 +732,27 @@ def marked(plan: Plan) -> dict[str, int]:
 def make_asked(session: Session) -> None:
     """The questions that are asked for the scores; those of the experiment must be there."""
     for asked in dict.fromkeys(answers.parents[-1] for answers in session.plan.scores().parents):
-        session.make_table(asked, lambda table=asked: _asked(session, table))  # type: ignore[misc]
+        session.make_parts(asked, partial(_asked, session, asked))
 
 
-def _asked(session: Session, asked: Artifact) -> pa.Table:
+def _asked(session: Session, asked: Artifact) -> Iterator[Result]:
     """The questions of the split, once for each control, or with answered examples before them."""
-    every = session.table(asked.parents[0])
-    questions = every.filter(pc.equal(every.column("split"), asked.config["split"]))
-    if "shots" in asked.config:
-        training = every.filter(pc.equal(every.column("split"), "train"))
-        made = prompted(questions, training, shots=asked.config["shots"], seed=asked.config["seed"])
-        return made.append_column(CONTROL, pa.array(["none"] * made.num_rows))
-    return pa.concat_tables(
-        under_control(questions, control, asked.config["seed"]).append_column(
-            CONTROL, pa.array([control] * questions.num_rows)
-        )
-        for control in ["none", *asked.config["controls"]]
-    )
+    config, every = asked.config, asked.parents[0]
+    questions = session.split(every, config["split"])
+    if "shots" in config:
+        questions = prompted(questions, _examples(session, every, config["shots"], config["seed"]))
+    for control in ["none", *config.get("controls", [])]:
+        made = under_control(questions, control, config["seed"])
+        yield Result(made.append_column(CONTROL, pa.array([control] * made.num_rows)), [])
+
+
+def _examples(session: Session, questions: Artifact, shots: int, seed: int) -> pa.Table:
+    """The training questions that prompts show, in their order there."""
+    training = session.table(questions, ["split", "group", "changed"])
+    rows = np.flatnonzero(pc.equal(training["split"], "train"))
+    shown = rows[shown_examples(training.take(pa.array(rows)), shots=shots, seed=seed)]
+    found = pa.concat_tables(storage.read_rows(session.plan.path(questions), np.sort(shown)))
+    return found.take(pa.array(np.argsort(np.argsort(shown))))
 
 
 def answer_jobs(plan: Plan) -> list[Any]:
@@ -807,9 +824,8 @@ def _marked(graded: pa.Table) -> dict[str, int]:
 def _graded(session: Session, target: str, task: Task) -> pa.Table:
     """All answers about a target on a task held against the truth, those of baselines among them."""
     plan = session.plan
-    questions = session.table(plan.questions(task, target))
-    held_out = questions.filter(pc.equal(questions.column("split"), plan.experiment.evaluate.split))
-    given = _given(session, target, task, questions, held_out)
+    held_out = session.split(plan.questions(task, target), plan.experiment.evaluate.split)
+    given = _given(session, target, task, held_out)
     described = task == "features" and describes(plan.experiment.ground_truth.features)
     descriptions = _descriptions(session, target, held_out) if task == "features" and not described else None
     marks = _marks(session) if task == "features" else []
@@ -835,9 +851,7 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     return pa.concat_tables([graded, best_of(graded, scales, BEST_SELFIE)])
 
 
-def _given(
-    session: Session, target: str, task: Task, questions: pa.Table, held_out: pa.Table
-) -> list[tuple[int, float, pa.Table]]:
+def _given(session: Session, target: str, task: Task, held_out: pa.Table) -> list[tuple[int, float, pa.Table]]:
     """Answers of explainers and baselines, each with the seed of its training and its share of the data."""
     plan = session.plan
     runs = [run for run in plan.runs() if _about(run, target, task)]
@@ -845,9 +859,17 @@ def _given(
     asked = [one for one in plan.untrained() if (one.target, one.task) == (target, task)]
     given += [(0, 0.0, session.table(plan.untrained_answers(one))) for one in asked]
     for fraction in plan.experiment.fractions:
-        known = training_rows(questions, fraction)
-        given += [(0, fraction, answers) for answers in baselines(known, held_out)]
+        with _training(session, plan.questions(task, target), fraction) as known:
+            given += [(0, fraction, answers) for answers in baselines(known, held_out)]
     return given
+
+
+def _training(session: Session, questions: Artifact, fraction: float) -> AbstractContextManager[pa.Table]:
+    """The training questions within a fraction, on disk: with their vectors they may be more than memory holds."""
+    keys = session.table(questions, ["split", "group"])
+    keys = keys.append_column("row", pa.array(np.arange(keys.num_rows)))
+    rows = training_rows(keys, fraction)["row"].to_numpy()
+    return storage.mapped(storage.read_rows(session.plan.path(questions), rows))
 
 
 def _scored_answers(session: Session, target: str, questions: pa.Table, answers: Sequence[pa.Table]) -> pa.Table:
@@ -885,7 +907,7 @@ def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa
 
 def _descriptions(session: Session, target: str, questions: pa.Table) -> pa.Table:
     """All descriptions, gold or not, of the features that the questions are about."""
-    effects = session.table(session.plan.effects("features", target))
+    effects = session.table(session.plan.effects("features", target), ["case_id", "descriptions"])
     asked = pc.is_in(effects.column("case_id"), pc.unique(questions.column("case_id")))
     return split_features(effects.filter(asked))[1]
 

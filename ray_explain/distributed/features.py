@@ -166,7 +166,7 @@ class _Steps:
 
     def shards(self) -> pa.Table:
         sizes = self.section.exemplars.model_dump()
-        features = self.session.table(self.plan.features())
+        features = self.session.table(self.plan.features(), ["layer"])
         n, positions = self._n_windows(), self.section.corpus.tokens
         return shards(features, n, positions=positions, kept=sum(sizes.values()))
 

@@ -149,11 +149,12 @@ def _target_facts(session: Session, target: str) -> dict[str, Any]:
         facts |= {name.replace("_", " "): value for name, value in model.measured["quality"].items()}
         facts["parameters"] = model.measured["parameters"]
     for task in plan.experiment.tasks:
-        effects = session.table(plan.effects(task, target))
+        column = "descriptions" if task == "features" else "changed"
+        told = session.table(plan.effects(task, target), [column])[column]
         if task == "features":
-            facts["features described"] = pc.sum(pc.greater(pc.list_value_length(effects["descriptions"]), 0)).as_py()
-            continue
-        facts[f"{task} changes the answer"] = pc.mean(effects.column("changed").cast(pa.float64())).as_py()
+            facts["features described"] = pc.sum(pc.greater(pc.list_value_length(told), 0)).as_py()
+        else:
+            facts[f"{task} changes the answer"] = pc.mean(told.cast(pa.float64())).as_py()
     return facts
 
 
@@ -214,8 +215,7 @@ def shown_runs(plan: Plan, task: Task, target: str, told: Container[tuple[str, s
 
 
 def _without_vectors(session: Session, task: Task, target: str) -> list[dict[str, Any]]:
-    questions = session.table(session.plan.questions(task, target))
-    return questions.select(["question_id", "prompt", "answer"]).to_pylist()
+    return session.table(session.plan.questions(task, target), ["question_id", "prompt", "answer"]).to_pylist()
 
 
 def _say_summary(session: Session, seconds: float, report: str) -> None:

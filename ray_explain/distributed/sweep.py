@@ -2,7 +2,8 @@
 
 A trial is a training as `train` does it, then the explainer's answers and their scores. What trials share (targets,
 ground truth, questions) is made once before. Everything lies at its fingerprint, so a sweep that was interrupted runs
-only the trials that have not ended; Tune's own state is not needed for that, and never read.
+only the trials that have not ended, and ASHA holds them against what all reported before; Tune's own state is not
+needed for that, and never read.
 """
 
 import itertools
@@ -12,9 +13,10 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -121,6 +123,7 @@ def sweep(session: Session) -> None:
         JobFailed: some trials failed; the others are done, and in the report.
     """
     check_asked(session.plan)
+    session.start_early((), trains=True)
     make_ground_truth(session)
     make_asked(session)
     trials, root = trials_of(session), session.plan.root
@@ -131,7 +134,7 @@ def sweep(session: Session) -> None:
         n = concurrent(todo, session.plan.experiment.cluster)
         _align(session, todo)
         session.say(f"Sweep: {len(todo)} of {len(trials)} trials to do, {n} at a time")
-        failures = _run(todo, session.plan, n)
+        failures = _run(todo, session.plan, n, _cells(trials))
     best = best_settings(trials, root, session.plan.experiment.sweep)
     chosen = _with(trials, best)
     _tell(session, trials, failures, chosen)
@@ -260,9 +263,9 @@ def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
-    """Run the trials, `n` at a time; returns why some failed, by name."""
-    rules, outcomes = plan.experiment.sweep, _Outcomes()
+def _run(trials: Sequence[Trial], plan: Plan, n: int, cells: Mapping[str, int]) -> dict[str, str]:
+    """Run the trials, `n` at a time; returns why some failed, by name. `cells` are those of all trials of the sweep."""
+    rules, outcomes, heard = plan.experiment.sweep, _Outcomes(), f"{plan.root}/sweep/reports"
     system, logs = storage.filesystem(f"{plan.root}/tensorboard")
     verdicts = verdicts_here()
     with watching() as board:
@@ -274,7 +277,7 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int) -> dict[str, str]:
             tune.with_resources(trainable, {"CPU": 0, "memory": _MEMORY}),
             param_space={"trial": tune.grid_search([trial.config for trial in trials])},
             tune_config=tune.TuneConfig(
-                scheduler=None if rules.asha is None else PerCell(rules, rules.asha, verdicts, _cells(trials)),
+                scheduler=None if rules.asha is None else PerCell(rules, rules.asha, verdicts, cells, heard),
                 max_concurrent_trials=n,
                 trial_name_creator=_name_of,
                 trial_dirname_creator=_name_of,
@@ -315,7 +318,8 @@ def _trial(
     cluster: ClusterConfig,
     code: str,
 ) -> None:
-    """One trial, in its own process. A failure is reported, not raised: Tune starts again what a machine lost."""
+    """One trial, in its own process. A failure is told at once, to who watches and to Tune, and not raised: Tune starts
+    again what a machine lost."""
     trial = trials[config["trial"]["name"]]
     try:
         check_worker(root, code)
@@ -325,6 +329,8 @@ def _trial(
     except Exception as error:  # whatever it is, it is this trial's alone, and is listed with it
         logger.exception("trial %s failed", trial.name)
         told = {"failure": _reason(error)}
+    if "failure" in told:
+        board.say.remote(f"trial {trial.name} failed: {told['failure']}")
     tune.report(told)
 
 
@@ -372,7 +378,8 @@ def trial_scores(trial: Trial, root: str) -> pa.Table:
     """Scores (records.SCORES) of the answers of a trial, over all questions and by what changed."""
     graded = []
     for job in trial.answers:
-        asked = storage.read_table(job.source)
+        plain = [name for name in storage.read_schema(job.source).names if name != "vectors"]
+        asked = storage.read_table(job.source, plain)
         held_out = asked.filter(pc.equal(asked["control"], "none"))
         answers, run = storage.read_table(job.artifact.path(root)), trial.run
         graded.append(grade(held_out, answers, target=run.target, seed=run.seed, fraction=run.fraction))
@@ -385,14 +392,24 @@ def _headline(table: pa.Table) -> list[dict[str, Any]]:
     return [row for row in table.to_pylist() if all(row[key] == value for key, value in wanted.items())]
 
 
+class _Named(NamedTuple):
+    """What ASHA knows a trial by: its name, the same whenever the sweep is started again."""
+
+    trial_id: str
+
+
 class PerCell(FIFOScheduler):
     """ASHA among the trials of one cell, which differ in their settings alone. One that shall stop is told so, and ends
     by itself: Tune would kill it, with its workers' resources still taken.
+
+    What trials report is written down at `heard`, and taken up from there when the sweep is started again.
     """
 
-    def __init__(self, rules: SweepConfig, asha: AshaConfig, verdicts: Any, cells: Mapping[str, int]) -> None:
+    def __init__(
+        self, rules: SweepConfig, asha: AshaConfig, verdicts: Any, cells: Mapping[str, int], heard: str
+    ) -> None:
         super().__init__()
-        self._verdicts, self._cells = verdicts, cells
+        self._verdicts, self._cells, self._heard, self._judged_by = verdicts, cells, heard, rules.metric
         new = partial(
             AsyncHyperBandScheduler,
             time_attr="progress",
@@ -404,25 +421,42 @@ class PerCell(FIFOScheduler):
             stop_last_trials=False,
         )
         self._halving: dict[int, AsyncHyperBandScheduler] = defaultdict(new)
+        self._reports = {name: self._heard_before(name) for name in cells}
+        for name, reports in self._reports.items():
+            self._of(name).on_trial_add(None, _Named(name))
+            for report in reports:
+                self._of(name).on_trial_result(None, _Named(name), report)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Enters its cell."""
-        self._of(trial).on_trial_add(tune_controller, trial)
+        """It is in its cell already."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Always goes on; where ASHA says stop, the workers hear it at their next report."""
         name = _name_of(trial)
-        action = self._of(trial).on_trial_result(tune_controller, trial, result)
+        self._keep(name, result)
+        action = self._of(name).on_trial_result(tune_controller, _Named(name), result)
         if action == TrialScheduler.STOP and result["progress"] < 100:
             self._verdicts.stop.remote(name)
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Leaves its cell."""
-        self._of(trial).on_trial_complete(tune_controller, trial, result)
+        name = _name_of(trial)
+        self._of(name).on_trial_complete(tune_controller, _Named(name), result)
 
-    def _of(self, trial: Any) -> AsyncHyperBandScheduler:
-        return self._halving[self._cells[_name_of(trial)]]
+    def _of(self, name: str) -> Any:  # it knows trials by more than the name
+        return self._halving[self._cells[name]]
+
+    def _heard_before(self, name: str) -> list[dict[str, float]]:
+        with suppress(FileNotFoundError):
+            return storage.read_json(f"{self._heard}/{name}.json")
+        return []
+
+    def _keep(self, name: str, result: Mapping[str, Any]) -> None:
+        if "progress" in result and self._judged_by in result:
+            self._reports[name].append({key: result[key] for key in ("progress", self._judged_by)})
+            with suppress(OSError):  # of storage that is away for long: a later start then knows less
+                storage.write_json(self._reports[name], f"{self._heard}/{name}.json")
 
 
 class _Outcomes(tune.Callback):

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayActorError
 
 from ray_explain import storage
 from ray_explain.artifacts import Artifact
@@ -50,7 +51,8 @@ def best_folder(run: TrainRun, root: str) -> str:
 
 
 def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> None:
-    """Train the explainers, `concurrent_trainings` at a time. One that fails does not stop the others.
+    """Train the explainers, `concurrent_trainings` at a time. One that fails is told of at once and does not stop the
+    others.
 
     Raises:
         BadInput: a tracker that is asked for is not installed, or has no place for its runs.
@@ -64,12 +66,24 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
     threads = ThreadPoolExecutor(cluster.concurrent_trainings)
     try:
         with watching() as board:
-            ended = list(threads.map(lambda run: fit(run, root, cluster, board), runs))
+            ended = list(threads.map(lambda run: _beside_others(run, root, cluster, board), runs))
     finally:  # stopped by hand, we do not wait for the others: Ray goes down, and they with it
         threads.shutdown(wait=False, cancel_futures=True)
     failures = [f"{run.artifact.label}: {failure}" for run, failure in zip(runs, ended) if failure]
     if failures:
         raise JobFailed("; ".join(failures))
+
+
+def _beside_others(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | None:
+    """As `fit`, but whatever fails it is said while the others go on, which may take days."""
+    try:
+        failure = fit(run, root, cluster, board)
+    except RayActorError as error:
+        logger.exception("training of %s failed", run.artifact.label)
+        failure = f"its controller was lost ({type(error).__name__}), as where memory is short: start the job again"
+    if failure is not None:
+        board.say.remote(f"{run.artifact.label} failed: {failure}")
+    return failure
 
 
 def fit(

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import finish
 from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
+from ray_explain.distributed.checks import way_out
 from ray_explain.distributed.halting import Halted, Hearing
 from ray_explain.distributed.question_stream import own_cores, read_through_ray
 from ray_explain.distributed.train import STOPPED, TrainRun, best_folder
@@ -56,7 +57,8 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any, max_dro
     """What every worker does: the same steps in the same order, each with its share of every step's examples.
 
     What no new start could mend, and what all workers therefore meet alike, ends the run instead of failing it, since
-    Ray Train would start failed workers again; the driver finds the reason in the run's folder.
+    Ray Train would start failed workers again; the driver finds the reason in the run's folder. A full object store,
+    which may have room again, is said at once and fails the run: it is started again, but nobody waits in the dark.
     """
     try:
         _train(run, root, board, verdicts, max_dropped)
@@ -65,6 +67,11 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any, max_dro
     except (BadInput, NotFinite) as error:
         if dist.get_rank() == 0:
             storage.write_json({"reason": str(error)}, f"{root}/ray_train/{run.name}/{STOPPED}")
+    except Exception as error:
+        sentence = way_out(error)
+        if sentence is not None:
+            board.say.remote(f"{run.artifact.label}: {sentence}")
+        raise
 
 
 def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: float) -> None:

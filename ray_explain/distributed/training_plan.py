@@ -171,14 +171,13 @@ def _table(train: TrainConfig, made: Footprint, gpus_per_worker: float, machine:
 def fits(found: Peak, workers: int, gpus_per_worker: float, machine: Machine) -> str:
     """ "yes", or "no" and of what there is too little on this machine.
 
-    A worker computes on one GPU, however many it reserves; it has that to itself unless other trainings share it.
+    A worker has its GPU to itself unless other trainings share it.
     """
     most = _SAFETY * machine.memory
     if not gpus_per_worker:
         return "yes" if (found.total + found.offloaded) * workers <= most else "no: memory"
-    whole = math.ceil(gpus_per_worker)
-    if len(machine.gpus) < workers * whole:
-        return f"no: {workers * whole} x GPU"
+    if len(machine.gpus) < workers:
+        return f"no: {workers} x GPU"
     if found.total > _SAFETY * min(machine.gpus):
         return "no: GPU memory"
     return "yes" if found.offloaded * workers <= most else "no: host memory"

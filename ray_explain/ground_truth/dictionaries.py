@@ -236,7 +236,8 @@ class DictionaryStage:
         return torch.from_numpy(np.concatenate(records.vectors_of(own["vectors"])))
 
     def _table_of(self, layer: int) -> pa.Table:
-        return storage.read_table(self._config["vectors"]).filter(pc.field("layer") == layer)
+        every = storage.read_batches(self._config["vectors"])
+        return pa.concat_tables(part.filter(pc.field("layer") == layer) for part in every)
 
     def _known(self, layer: int, d_sae: int) -> Sequence[int]:
         """The features that can be asked about: all, or those that an export describes."""

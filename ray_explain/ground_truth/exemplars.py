@@ -82,7 +82,7 @@ class SearchStage:
     def __init__(self, config: dict[str, Any]) -> None:
         self._config, self._target = config, Target(config)
         self._corpus = Windowed(self._target, config["windows"])
-        features = storage.read_table(config["features"]).select(["layer", "feature_id"])
+        features = storage.read_table(config["features"], ["layer", "feature_id"])
         self._features = {
             layer: features.filter(pc.field("layer") == layer)["feature_id"].to_pylist()
             for layer in pc.unique(features["layer"]).to_pylist()

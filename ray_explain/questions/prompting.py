@@ -31,20 +31,15 @@ def selfie_label(scale: float) -> str:
     return f"SelfIE x{scale:g}"
 
 
-def prompted(questions: pa.Table, training: pa.Table, *, shots: int, seed: int) -> pa.Table:
-    """`questions` with prompts that say how to answer and hold `shots` answered `training` questions, the same ones for
-    all; their vectors come before the question's own. Nothing else is changed, so that answers pair up by question.
+def prompted(questions: pa.Table, examples: pa.Table) -> pa.Table:
+    """`questions` with prompts that say how to answer and hold the answered `examples`, the same ones for all; their
+    vectors come before the question's own. Nothing else is changed, so that answers pair up by question.
 
     The instruction is that of the paper's zero-shot prompt (appendix H.3), with the sentence that is scored as right.
-    Of the examples, every second one changes the output, as far as there are such. With fewer training questions than
-    `shots`, all are shown.
     """
     width = questions.schema.field("vectors").type.value_type.list_size
-    chosen = _examples(plain_columns(training), shots, random.Random(f"shots {shots} {seed}"))
-    own = records.vectors_of(training["vectors"])
-    before = [own[row] for row, _ in chosen]
-    rows = plain_columns(questions)
-    prompts = [_prompt(row, [example for _, example in chosen]) for row in rows]
+    before, shown = records.vectors_of(examples["vectors"]), plain_columns(examples)
+    prompts = [_prompt(row, shown) for row in plain_columns(questions)]
     vectors = [np.concatenate([*before, each]) for each in records.vectors_of(questions["vectors"])]
     for name, column in (
         ("prompt", pa.array(prompts, pa.string())),
@@ -55,17 +50,23 @@ def prompted(questions: pa.Table, training: pa.Table, *, shots: int, seed: int) 
     return questions
 
 
-def _examples(training: list[dict[str, Any]], shots: int, rng: random.Random) -> list[tuple[int, dict[str, Any]]]:
-    """(row, question): such as change the output and such as do not in turn, each group once if that is enough."""
-    order = rng.sample(range(len(training)), len(training))
+def shown_examples(training: pa.Table, *, shots: int, seed: int) -> list[int]:
+    """Rows of the questions that are shown: such as change the output and such as do not in turn, as far as there are
+    such, each group once if that is enough; all of them where there are no more than `shots`.
+
+    Args:
+        training: Their columns `group` and `changed`.
+    """
+    groups, changed = (training[name].to_pylist() for name in ("group", "changed"))
+    rng = random.Random(f"shots {shots} {seed}")
     seen: set[str] = set()
     first, again = list[int](), list[int]()
-    for row in order:
-        (again if training[row]["group"] in seen else first).append(row)
-        seen.add(training[row]["group"])
-    kinds = [[row for row in [*first, *again] if bool(training[row]["changed"]) is kind] for kind in (False, True)]
+    for row in rng.sample(range(len(groups)), len(groups)):
+        (again if groups[row] in seen else first).append(row)
+        seen.add(groups[row])
+    kinds = [[row for row in [*first, *again] if bool(changed[row]) is kind] for kind in (False, True)]
     in_turn = [row for pair in zip_longest(*kinds) for row in pair if row is not None]
-    return [(row, training[row]) for row in in_turn[:shots]]
+    return in_turn[:shots]
 
 
 def _prompt(question: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import psutil
@@ -21,9 +21,10 @@ from rich.console import Console
 import ray_explain
 from ray_explain.artifacts import Artifact, finish
 from ray_explain.config import ClusterConfig, TrainConfig, read_experiment
-from ray_explain.distributed import checks
+from ray_explain.distributed import checks, sweep
+from ray_explain.distributed.capacity import Fleet
 from ray_explain.distributed.cluster import cluster
-from ray_explain.distributed.experiment import Session, make_ground_truth
+from ray_explain.distributed.experiment import Session, make_ground_truth, train_explainers
 from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput, JobFailed
 from tests.distributed.training_runs import run_of
@@ -265,6 +266,52 @@ def test_a_worker_of_a_training_that_meets_a_full_store_says_what_to_do(
     assert fit(run, str(tmp_path), ClusterConfig(), None) == "last line"
 
 
+def test_a_full_store_is_said_when_a_worker_meets_it_and_not_only_when_restarts_are_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ObjectStoreFullError, RayTaskError
+
+    from ray_explain.distributed import training_loop
+
+    run, full = run_of(TrainConfig(), "llama", (), tmp_path), ObjectStoreFullError("no room")
+    for error, is_full in ((full, True), (RayTaskError("read", "last line", full), True), (KeyError("lost"), False)):
+        board = Mock()
+        monkeypatch.setattr(training_loop, "_train", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            training_loop.train_on_worker(run, str(tmp_path), board, None, 0.0)
+        said = [one.args[0] for one in board.say.remote.mock_calls]
+        assert len(said) == is_full
+        assert all(line.startswith("llama: Ray's object store is full: give it more") for line in said)
+
+
+@pytest.mark.parametrize(("is_lost", "reason"), [(False, "its loss is not finite"), (True, "controller was lost")])
+def test_a_training_that_fails_is_told_of_while_the_others_go_on(
+    is_lost: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from ray_explain.distributed import train
+
+    board, said_before_the_second = Mock(), list[Any]()
+
+    def fit(run: Any, *_: Any) -> str | None:
+        if run.artifact.label == "first":
+            if is_lost:
+                raise ActorDiedError()
+            return "its loss is not finite"
+        said_before_the_second.extend(board.say.remote.mock_calls)
+        return None
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "watching", lambda: nullcontext(board))
+    for name in ("fleet", "check_capacity"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
+    runs = [run_of(TrainConfig(), label, (), tmp_path) for label in ("first", "second")]
+    with pytest.raises(JobFailed, match=f"^first: .*{reason}") as failed:
+        train.train_all(runs, str(tmp_path), ClusterConfig(concurrent_trainings=1))
+    assert said_before_the_second == [call(str(failed.value).replace("first: ", "first failed: "))]
+
+
 FILLS_THE_STORE = """
 import sys
 
@@ -330,6 +377,28 @@ def test_workers_that_no_cluster_has_are_refused_when_the_cluster_starts_unless_
     with Session(plan) as session:
         session.start_early([], trains=True)
         session.start_ray()
+
+
+@pytest.mark.parametrize("job", ["train", "sweep"])
+def test_workers_that_one_pairing_alone_asks_for_are_refused_before_any_ground_truth(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"explainer": "target", "target": "target", "train": {"workers": 64}}
+    config = write_config(tmp_path, tmp_path, train={"batch_size": 64}, pairings=[many])
+    monkeypatch.setattr("ray_explain.distributed.capacity.fleet", lambda _: Fleet([{"CPU": 4.0}], [], 0))
+    measured = list[None]()
+
+    def ground_truth(session: Session) -> None:  # starts Ray first
+        session._check_workers()
+        measured.append(None)
+
+    made = "experiment" if job == "train" else "sweep"
+    monkeypatch.setattr(f"ray_explain.distributed.{made}.make_ground_truth", ground_truth)
+    monkeypatch.setattr(Plan, "explainer", lambda *_: Artifact(kind="explainers", label="one", config={}))
+    steps = {"train": train_explainers, "sweep": sweep.sweep}
+    with Session(Plan(read_experiment(config))) as session, pytest.raises(JobFailed, match="64 workers of 1 CPU"):
+        steps[job](session)
+    assert not measured
 
 
 def test_what_is_finished_needs_no_cluster_though_later_steps_would(

@@ -125,3 +125,16 @@ def test_a_control_that_the_questions_do_not_allow_is_told_before_any_training(
         session.make_table(alone.questions("patching", "m"), lambda: asked)
         with pytest.raises(BadInput, match="control 'shuffled': no two questions with 1 vectors"):
             experiment.evaluate(session)
+
+
+def test_examples_come_with_their_vectors_in_the_order_in_which_they_are_shown(
+    world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = plan(world_target, tmp_path, {"source": "jsonl", "path": ""})
+    questions = asked.questions("ablation", "m")
+    columns = {"split": ["train", "test", "train", "train"], "group": list("abcd"), "changed": [True] * 4}
+    table = pa.table(columns | {"vectors": [[[float(row)]] for row in range(4)]})
+    storage.write_table(table, f"{asked.path(questions)}/{experiment.TABLE}")
+    for shown, rows in (([2, 0], [3, 0]), ([], []), ([1, 2, 0], [2, 3, 0])):
+        monkeypatch.setattr(experiment, "shown_examples", lambda training, *, shots, seed, shown=shown: shown)
+        assert experiment._examples(Session(asked), questions, 2, 0).equals(table.take(pa.array(rows, pa.int64())))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -84,11 +85,12 @@ def in_tune(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("metric", "better", "worse"), [("loss", 1.0, 2.0), ("validation_exact", 0.7, 0.5)])
-def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, better: float, worse: float) -> None:
+def test_only_trials_of_the_same_cell_compete_and_none_is_killed(
+    metric: Any, better: float, worse: float, tmp_path: Path
+) -> None:
     verdicts = Verdicts()
-    rules = sweep.PerCell(
-        SweepConfig(metric=metric), AshaConfig(grace=0.2), verdicts, {"good": 0, "bad": 0, "alone": 1}
-    )
+    cells = {"good": 0, "bad": 0, "alone": 1}
+    rules = sweep.PerCell(SweepConfig(metric=metric), AshaConfig(grace=0.2), verdicts, cells, str(tmp_path))
     trials = {name: in_tune(name) for name in ("good", "bad", "alone")}
     for one in trials.values():
         rules.on_trial_add(None, one)
@@ -98,6 +100,32 @@ def test_only_trials_of_the_same_cell_compete_and_none_is_killed(metric: Any, be
             assert told == "CONTINUE"
         assert verdicts.stopped == ([] if progress < 20 else ["bad"])
     rules.on_trial_complete(None, trials["bad"], {"stopped": True})
+
+
+def test_a_sweep_that_is_started_again_holds_its_trials_against_those_of_earlier_starts(tmp_path: Path) -> None:
+    """One whose own reports are there is judged on from where it was, and never against itself."""
+
+    def start() -> tuple[sweep.PerCell, list[str]]:
+        verdicts, cells = Verdicts(), {"done": 0, "half": 0, "new": 0, "elsewhere": 1}
+        return sweep.PerCell(SweepConfig(), AshaConfig(grace=0.2), verdicts, cells, str(tmp_path)), verdicts.stopped
+
+    def report(rules: sweep.PerCell, name: str, *progresses: int, loss: float) -> None:
+        rules.on_trial_add(None, in_tune(name))
+        for progress in progresses:
+            rules.on_trial_result(None, in_tune(name), {"progress": progress, "loss": loss, "steps": 3})
+
+    first, stopped = start()
+    report(first, "done", 10, 20, 40, 80, 100, loss=1.0)
+    first.on_trial_complete(None, in_tune("done"), {"progress": 100, "loss": 1.0})
+    report(first, "half", 10, 20, loss=0.9)
+    for _ in range(2):  # also what the second start heard is known to the third
+        again, stopped = start()
+        report(again, "elsewhere", 20, loss=9.0)
+        report(again, "new", 20, loss=2.0)
+        report(again, "half", 20, loss=1.5)  # it went on there, and that stays so
+        report(again, "half", 40, loss=0.9)
+        assert stopped == ["new"]
+        (tmp_path / "new.json").unlink()
 
 
 def test_no_key_is_sent_along_to_trials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +193,7 @@ def test_a_setting_is_judged_by_the_explainer_that_is_kept(tmp_path: Path) -> No
 
 @pytest.fixture
 def last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """What a trial tells Tune whose training raises this error."""
+    """What a trial tells Tune, and who watches, whose training raises this error."""
 
     def told(error: Exception, code: str = code_here(), root: Path = tmp_path) -> dict[str, Any]:
         def fails(*_: Any, **__: Any) -> None:
@@ -175,9 +203,11 @@ def last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         monkeypatch.setattr(sweep, "fit", fails)
         monkeypatch.setattr(sweep, "TuneReportCallback", lambda: None)
         monkeypatch.setattr(sweep.tune, "report", reports.append)
-        known: dict[str, Any] = {"trials": {one.name: one}, "root": str(root), "verdicts": None, "board": None}
+        board = Mock()
+        known: dict[str, Any] = {"trials": {one.name: one}, "root": str(root), "verdicts": None, "board": board}
         sweep._trial({"trial": one.config}, **known, cluster=ClusterConfig(), code=code)
         [report] = reports
+        board.say.remote.assert_called_once_with(f"trial {one.name} failed: {report['failure']}")
         return report
 
     return told
@@ -241,9 +271,9 @@ class Cluster:
             finish(train.artifact, root, rows=len(start.examples), measured=measured)
         return None
 
-    def run(self, trials: Any, plan: Any, n: int) -> dict[str, str]:
+    def run(self, trials: Any, plan: Any, n: int, cells: Any) -> dict[str, str]:
         """As `sweep._run`, one after the other."""
-        known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": None}
+        known = {"trials": {one.name: one for one in trials}, "root": plan.root, "verdicts": self, "board": Mock()}
         failures = {}
         for one in trials:
             sweep._trial({"trial": one.config}, **known, cluster=plan.experiment.cluster, code=code_here())
@@ -294,6 +324,25 @@ def test_a_sweep_ends_with_all_trials_listed_and_a_report_of_the_best(
     pretended.reports.clear()
     assert job.main(["--config", str(config)]) == 0
     assert len(pretended.reports) == 2  # what had ended was left as it was
+
+
+def test_no_step_of_a_sweep_has_all_questions_with_their_vectors_in_memory(
+    pretended: Cluster, world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those about all features of an 8B model are 64 GiB, twice the memory of the head in cluster.yaml."""
+    whole, read = list[str](), storage.read_tables
+
+    def seen(uri: str, columns: list[str] | None = None) -> Any:
+        if Path(uri).parent.name.endswith(("_questions", "_asked")) and (columns is None or "vectors" in columns):
+            whole.append(uri)
+        return read(uri, columns)
+
+    monkeypatch.setattr(storage, "read_tables", seen)
+    config, target = tmp_path / "sweep.yaml", {"models": {"llama": {"path": str(world_target)}}}
+    alone = {"sweep": {"parameters": {"learning_rate": [1e-3]}}}
+    config.write_text(yaml.safe_dump(SWEEP | target | alone | {"storage": str(tmp_path)}))
+    assert job.main(["--config", str(config)]) == 0
+    assert (tmp_path / "report" / "scores.json").exists() and not whole
 
 
 def test_seeds_of_the_chosen_settings_that_were_stopped_or_failed_are_said_to_be_missing(

@@ -138,7 +138,6 @@ def test_features_are_as_many_as_are_asked_for(
         (4, 1, [80], 10_000, "no: 4 x GPU"),
         (4, 1, [80] * 4, 400, "yes"),
         (4, 1, [80, 80, 80, 20], 400, "no: GPU memory"),
-        (2, 2, [80] * 3, 400, "no: 4 x GPU"),
         (1, 0.5, [80], 400, "yes"),
         (1, 0.5, [], 400, "no: 1 x GPU"),
         (4, 1, [80] * 4, 40, "no: host memory"),

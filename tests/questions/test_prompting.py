@@ -3,7 +3,8 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
-from ray_explain.questions.prompting import prompted, shots_label
+from ray_explain.questions import prompting
+from ray_explain.questions.prompting import shots_label, shown_examples
 
 D = 3
 
@@ -32,6 +33,11 @@ def table(n, task="patching", wording="paper_chat/patching/1", first=0):
     columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in schema if f.name != "vectors"}
     columns["vectors"] = records.vectors_array([np.full((1, D), i, np.float32) for i in range(first, first + n)], D)
     return records.conform(pa.table(columns), schema)
+
+
+def prompted(questions, training, *, shots, seed):
+    rows = pa.array(shown_examples(training, shots=shots, seed=seed), pa.int64())
+    return prompting.prompted(questions, training.take(rows))
 
 
 def test_zero_shot_says_how_to_answer_and_keeps_all_else():
