@@ -139,7 +139,7 @@ def self_check(model: PreTrainedModel, name: str) -> None:
         with replacing(model, Patch(layer=layer, positions=position + 4, values=-stream[:, 3])):
             if torch.equal(model(input_ids=batch).logits[:, -1], clean):
                 raise ModelError(f"{name}: writing another vector at layer {layer} changes nothing")
-    _check_equal(f"{name}: logits of the fast path", clean_logits(model, [ids]), clean.float())
+    _check_equal(f"{name}: logits of the fast path", clean_logits(model, [ids]), clean)
     if _count_hooks(model) != hooks:
         raise ModelError(f"{name}: the self-check left {_count_hooks(model) - hooks} hooks behind")
 

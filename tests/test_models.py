@@ -132,6 +132,16 @@ def test_the_self_check_passes_and_leaves_nothing_behind():
     assert loading._count_hooks(model) == hooks
 
 
+def test_soft_capped_logits_pass_the_self_check_in_half_precision():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "head_dim": 8}
+    config = hf.Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=3.0)
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # so large that the cap rounds otherwise than our float32
+    self_check(model, "tiny")
+
+
 def broken_capture(monkeypatch, model):
     monkeypatch.setattr(loading, "capturing", lambda m, layers: real_capturing(m, layers, "resid_pre"))
 

@@ -1,6 +1,7 @@
 """Questions as token ids: what the explainer reads, and from which token on it has to know the answer."""
 
-from typing import NamedTuple, NoReturn
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ TEXT_TASK = "text"
 
 _PLACE = "\u00a7answer\u00a7"  # stands for the answer while a chat is rendered
 _ANY = "?"
-DATE = "26 Jul 2024"  # some templates (Llama 3.2) write today's date unless they are given one
+_DAY = datetime(2024, 7, 26)  # what templates that write the date are told, so that a chat is the same on every day
 
 
 class Question(NamedTuple):
@@ -168,12 +169,38 @@ def _framed(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], l
     The template writes its own begin token. What follows the end of turn (Qwen: a newline) is not part of the answer.
     """
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": _PLACE}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, date_string=DATE))
+    rendered = rendered_chat(tokenizer, messages)
     if rendered.count(_PLACE) != 1:
         raise BadInput("the chat template does not write the assistant's turn: remove it to use plain prompts")
     before, after = rendered.split(_PLACE)
     end = tokenizer.encode(after.strip(), add_special_tokens=False)[:1]
     return tokenizer.encode(before, add_special_tokens=False), end or [tokenizer.eos_token_id]
+
+
+def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> str:
+    """The text of a chat, without thinking where the template can leave it out, and always of the same date.
+
+    Raises:
+        TemplateError: the template does not take these turns.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _fixed_clock() + template
+    told: dict[str, Any] = {"enable_thinking": False, "date_string": _DAY.strftime("%d %b %Y"), **how}
+    return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **told))
+
+
+def _fixed_clock() -> str:
+    """The line that gives a template another `strftime_now`: transformers lets no argument stand for its own.
+
+    The template renders as it does without the line.
+    """
+    said = ""
+    for directive in "aAbBcdeHIjmMpSxXyY":
+        text = _DAY.strftime(f"%{directive}")
+        unpadded = str(int(text)) if text.isdigit() else text
+        said += f"|replace('%{directive}', '{text}')|replace('%-{directive}', '{unpadded}')"
+    return "{% macro strftime_now(format) %}{{ format" + said + " }}{% endmacro %}\n"
 
 
 def _continued(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -1,18 +1,21 @@
 """Prompts in a target's own chat form."""
 
-from typing import Any
+from contextlib import suppress
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ray_explain.explainer.examples import DATE
+from ray_explain.explainer.examples import rendered_chat
+
+# Where a template opens the answer with thoughts that nothing leaves out, what ends them, or goes round them.
+_OPEN = {"<think>": "\n\n</think>\n\n", "<|start|>assistant": "<|channel|>final<|message|>"}  # DeepSeek R1; gpt-oss
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, *, user: str, system: str | None = None, begun: str = "") -> str:
     """A user turn (after a system turn if there is one) and the assistant's turn, opened with the text `begun`.
 
     Models that can think answer at once; where a template tells the date, it is always the same. Where it takes no
-    system turn (Gemma), the system's text opens the user's.
+    system turn (Gemma) or leaves it out, the system's text opens the user's.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -23,13 +26,17 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, *, user: str, system: str | 
         )
     turns = [{"role": "user", "content": user}]
     if system is not None:
-        try:
-            return _rendered(tokenizer, [{"role": "system", "content": system}, *turns]) + begun
-        except TemplateError:
-            turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        with suppress(TemplateError):
+            rendered = _rendered(tokenizer, [{"role": "system", "content": system}, *turns])
+            if system.strip() in rendered:
+                return rendered + begun
+        turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
     return _rendered(tokenizer, turns) + begun
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
-    how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False, "date_string": DATE}
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, **how))
+    rendered = rendered_chat(tokenizer, turns, add_generation_prompt=True)
+    for opened, answered in _OPEN.items():
+        if rendered.rstrip().endswith(opened):
+            return rendered.rstrip() + answered
+    return rendered

@@ -94,12 +94,6 @@ def opened(file: str) -> Iterator[io.BufferedIOBase]:
         yield gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else stream
 
 
-def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text, such as begin-of-text."""
-    with_them, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return tuple(with_them[: with_them.index(bare[0])]) if bare else ()
-
-
 def read_windows(folder: str, numbers: Sequence[int]) -> dict[int, list[int]]:
     """The tokens of some windows of a table, by number."""
     found = rows_where(folder, ds.field("window").isin(pa.array(numbers, type=pa.int64())))

@@ -24,6 +24,7 @@ Form = Literal["completion", "choice", "chat"]
 """The statement alone; the paper's multiple choice after it, for base models; the same as a chat's user turn."""
 
 N_OPTIONS = 5
+_TARGETS = ("target_true", "target_new")
 CHOICE = "{statement}\n\nRespond with one of {options} or unknown and nothing else"
 NOT_A_FACT = "no CounterFact record (`template` with a {} in it, `subject`, `target_true`, `target_new`)"
 NO_PARTNER = "no other subject of this relation and split has another answer"
@@ -89,15 +90,16 @@ def _fact(row: Any) -> Fact | None:
     try:
         if "requested_rewrite" in row:
             row = row["requested_rewrite"]
-            template, answers = row["prompt"], (row["target_true"]["str"], row["target_new"]["str"])
+            template, answers = row["prompt"], [row[name]["str"] for name in _TARGETS]
         else:
-            template, answers = row["template"], (row["target_true"], row["target_new"])
+            template, answers = row["template"], [row[name] for name in _TARGETS]
         # without spaces at its ends, a statement stays as it is where chat templates trim what is said
         template = template.strip()
-        fact = Fact(template, row["subject"].strip(), row.get("relation_id", template), answers)
+        true, new = (answer.strip() for answer in answers)
+        fact = Fact(template, row["subject"].strip(), row.get("relation_id", template), (true, new))
     except (KeyError, TypeError, AttributeError):
         return None
-    texts = [template, fact.subject, fact.relation, *answers]
+    texts = [template, fact.subject, fact.relation, *fact.answers]
     fine = all(isinstance(text, str) and text.strip() and is_text(text) for text in texts) and template.count("{}") == 1
     return fact if fine else None
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
 from ray_explain.features.simulate import pad_of
+from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.exemplars import EXEMPLARS
 from ray_explain.ground_truth.neuronpedia import read_labels
 from ray_explain.interventions.tokens import token_batch
@@ -134,9 +135,7 @@ class LocalModel:
     def _ids(self, ask: Ask) -> list[int]:
         """The request in tokens; of one too long for the model, the end."""
         if self._tokenizer.chat_template:
-            system = [{"role": "system", "content": ask.system}] if ask.system else []
-            chat = [*system, {"role": "user", "content": ask.prompt}]
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = chat_prompt(self._tokenizer, user=ask.prompt, system=ask.system or None)
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             text = f"{ask.system}\n\n{ask.prompt}".strip() + "\n"

@@ -33,8 +33,9 @@ from ray_explain.features.readers import (
 )
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
-from ray_explain.ground_truth.corpora import read_windows, rows_where, special_prefix
+from ray_explain.ground_truth.corpora import read_windows, rows_where
 from ray_explain.ground_truth.neuronpedia import UNKNOWN, read_labels
+from ray_explain.ground_truth.positions import special_prefix
 from ray_explain.ground_truth.published import commit_of, fetched
 from ray_explain.ground_truth.splits import split_of
 from ray_explain.ground_truth.target import Target

@@ -14,8 +14,9 @@ from ray_explain import records, storage
 from ray_explain.features.exemplars import Kind, TopWindows, Windows, search
 from ray_explain.features.readers import read_sae
 from ray_explain.features.sae import SAE
-from ray_explain.ground_truth.corpora import read_windows, rows_where, special_prefix
+from ray_explain.ground_truth.corpora import read_windows, rows_where
 from ray_explain.ground_truth.dictionaries import FEATURES, Windowed, dictionary
+from ray_explain.ground_truth.positions import special_prefix
 from ray_explain.ground_truth.target import Target
 from ray_explain.stages import Result
 

@@ -59,9 +59,11 @@ class PromptTokens(NamedTuple):
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptTokens:
-    """The tokens of a prompt, special ones included.
+    """The tokens of a prompt and the special ones that the tokenizer puts before it, but none behind it: what is asked
+    is how the prompt goes on.
 
-    A prompt that begins with the begin-of-text token, as a rendered chat does, gets no second one.
+    A prompt that begins with the begin-of-text token, or all those special ones (GLM-4), as a rendered chat does, gets
+    no second ones.
 
     Raises:
         Unusable: the prompt is empty, no text, or holds a word that the tokenizer does not know.
@@ -79,6 +81,12 @@ def words_of_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str
     return [str(tokenizer.decode([token])) for token in prompt_tokens(tokenizer, prompt).ids]
 
 
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text, such as begin-of-text."""
+    with_them, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tuple(with_them[: with_them.index(bare[0])]) if bare else ()
+
+
 def reading(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Callable[[str], PromptTokens]:
     """`prompt_tokens` for these prompts only: all are encoded in one call, which is several times faster.
 
@@ -88,9 +96,10 @@ def reading(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Calla
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no offsets: load the fast tokenizer of this model")
     found: dict[str, PromptTokens | str] = {p: EMPTY_PROMPT if is_text(p) else HALF_CHARACTER for p in prompts}
-    begin = tokenizer.bos_token
+    prefix = "".join(tokenizer.convert_ids_to_tokens(list(special_prefix(tokenizer))))
+    begins = tuple(text for text in (tokenizer.bos_token, prefix) if text)
     for begun in (True, False):
-        some = [p for p in found if p.strip() and is_text(p) and (begin is not None and p.startswith(begin)) == begun]
+        some = [p for p in found if p.strip() and is_text(p) and p.startswith(begins) == begun]
         if some:
             found |= zip(some, _encoded(tokenizer, some, begun))
 
@@ -106,10 +115,12 @@ def reading(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> Calla
 def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: list[str], begun: bool) -> Iterator[PromptTokens | str]:
     """The tokens of each prompt, or the reason why it cannot be used."""
     # not verbose: whoever reads a prompt compares its length with the context
-    encoded = tokenizer(prompts, return_offsets_mapping=True, add_special_tokens=not begun, verbose=False)
+    more = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
+    encoded = tokenizer(prompts, add_special_tokens=not begun, **more)
     unknown = tokenizer.unk_token_id
-    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        tokens = PromptTokens(tuple(ids), tuple(offsets))
+    for ids, offsets, added in zip(*(encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))):
+        n = len(ids) - next((i for i, special in enumerate(reversed(added)) if not special), 0)
+        tokens = PromptTokens(tuple(ids[:n]), tuple(offsets[:n]))
         known = unknown not in ids or not any(i == unknown and tokens.is_text(at) for at, i in enumerate(ids))
         yield tokens if known else UNKNOWN_TOKEN
 

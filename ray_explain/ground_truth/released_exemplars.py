@@ -25,10 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import records
 from ray_explain.features.simulate import pad_of
 from ray_explain.ground_truth import released
-from ray_explain.ground_truth.corpora import special_prefix
 from ray_explain.ground_truth.exemplars import EXEMPLARS, NEVER_ACTIVE, token_texts
 from ray_explain.ground_truth.outcomes import NOT_FINITE
-from ray_explain.ground_truth.positions import Unusable, usable
+from ray_explain.ground_truth.positions import Unusable, special_prefix, usable
 from ray_explain.ground_truth.released_files import by_split, listed_features
 from ray_explain.stages import Result
 

@@ -24,6 +24,44 @@ def test_a_prompt_is_the_same_on_every_day(tokenizer: PreTrainedTokenizerFast) -
     assert chat_prompt(with_template(tokenizer, template), user="Rome?") == "Today Date: 26 Jul 2024|Rome?"
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("'%Y-%m-%d'", "2024-07-26"),  # gpt-oss
+        ("'%d %B %Y'", "26 July 2024"),  # SmolLM3
+        ("'%A, %-m/%-d/%y'", "Friday, 7/26/24"),
+        ("form", "26.07.2024"),
+    ],
+)
+def test_a_template_that_asks_the_clock_itself_gets_the_same_date(
+    tokenizer: PreTrainedTokenizerFast, asked: str, told: str
+) -> None:
+    template = (
+        "\n  {% set form = '%d.%m.%Y' %}\n{% macro today() %}{{ strftime_now('%H:%M') }} {% endmacro %}"
+        "{% if strftime_now is defined %}{{ today() + strftime_now(" + asked + ").split('|')[0] }}{% endif %}\n\n!"
+    )
+    assert chat_prompt(with_template(tokenizer, template), user="Rome?") == f"\n00:00 {told}\n!"
+
+
+@pytest.mark.parametrize(
+    ("opened", "answered"),
+    [
+        ("<|Assistant|><think>\n", "<|Assistant|><think>\n\n</think>\n\nAnswer:"),
+        ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>Answer:"),
+    ],
+)
+def test_thoughts_that_a_template_cannot_leave_out_are_over_before_the_answer(
+    tokenizer: PreTrainedTokenizerFast, opened: str, answered: str
+) -> None:
+    assert chat_prompt(with_template(tokenizer, opened), user="Rome?", begun="Answer:") == answered
+
+
+def test_a_system_turn_that_a_template_leaves_out_opens_the_users(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    rendered = chat_prompt(with_template(tokenizer, template), user="Rome?", system="Be short.")
+    assert rendered == "Be short.\n\nRome?"
+
+
 def test_where_there_is_no_system_turn_its_text_opens_the_users(tokenizer: PreTrainedTokenizerFast) -> None:
     template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"

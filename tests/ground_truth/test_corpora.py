@@ -7,7 +7,7 @@ import pytest
 
 from ray_explain import storage
 from ray_explain.ground_truth import corpora
-from ray_explain.ground_truth.corpora import NO_TEXT, read_windows, special_prefix, texts, windows
+from ray_explain.ground_truth.corpora import NO_TEXT, read_windows, texts, windows
 from ray_explain.ground_truth.jsonl import NOT_AN_OBJECT, NOT_JSON
 from ray_explain.ground_truth.positions import HALF_CHARACTER
 from ray_explain.world.facts import World
@@ -96,7 +96,3 @@ def test_windows_are_read_back_by_number(tmp_path, corpus, tokenizer):
     (tmp_path / "table" / "manifest.json").write_text("{}")
     found = read_windows(str(tmp_path / "table"), [17, 2])
     assert found == {number: table["tokens"][number].as_py() for number in (2, 17)}
-
-
-def test_the_special_prefix_is_what_the_tokenizer_puts_before_a_text(tokenizer):
-    assert special_prefix(tokenizer) == (tokenizer.bos_token_id,)

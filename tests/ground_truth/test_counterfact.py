@@ -62,6 +62,12 @@ def test_both_releases_give_the_same_facts(path: Path, tmp_path: Path) -> None:
     assert lines[0].statement[slice(*lines[0].subject_span)] == "Emilio Lussu"
 
 
+def test_spaces_around_an_answer_are_no_part_of_it(path: Path, tmp_path: Path) -> None:
+    spaced = tmp_path / "spaced.jsonl"  # as files that are made for completions write them
+    spaced.write_text("".join(json.dumps(one | {"target_true": f" {one['target_true']}"}) + "\n" for one in LINES))
+    assert read_counterfact(spaced) == read_counterfact(path)
+
+
 def test_records_that_are_no_facts_are_dropped_by_their_place(tmp_path: Path) -> None:
     good = json.dumps(LINES[0])
     bad = [

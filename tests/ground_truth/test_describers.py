@@ -290,6 +290,16 @@ def test_a_chat_model_reads_the_request_as_a_chat(world_target):
     assert tokenizer.decode(ids).split() == ["hint", ".", "the", "question", ".", "answer", ":"]
 
 
+def test_a_chat_model_without_a_system_turn_still_reads_the_whole_request_and_does_not_think(world_target):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(world_target), AutoTokenizer.from_pretrained(world_target)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{{ messages[0].content }} {% if enable_thinking is false %}answer :{% endif %}"
+    )
+    ids = LocalModel(model, tokenizer)._ids(Ask("the question", max_tokens=2, system="hint"))
+    assert tokenizer.decode(ids).split() == ["hint", "the", "question", "answer", ":"]
+
+
 def test_a_request_too_long_for_a_local_model_keeps_its_end(local):
     most = local._model.config.max_position_embeddings
     ids = local._ids(Ask("the " * most + "question", max_tokens=4))

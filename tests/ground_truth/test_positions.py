@@ -1,4 +1,8 @@
+from collections.abc import Sequence
+
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from ray_explain.ground_truth import positions
@@ -8,6 +12,7 @@ from ray_explain.ground_truth.positions import (
     matched,
     prompt_tokens,
     span_positions,
+    special_prefix,
     token_roles,
 )
 from ray_explain.world.facts import World
@@ -66,6 +71,33 @@ def test_a_rendered_chat_begins_only_once(tokenizer: PreTrainedTokenizerFast) ->
     rendered = prompt_tokens(tokenizer, f"{tokenizer.bos_token}[user]Rome")
     assert once.ids == rendered.ids
     assert not once.is_text(0) and once.is_text(1)
+
+
+def around(tokenizer: PreTrainedTokenizerFast, before: Sequence[str], after: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with these special tokens around every text, and no begin-of-text token."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.add_special_tokens([*before, *after])
+    special = [(token, core.token_to_id(token)) for token in (*before, *after)]
+    core.post_processor = TemplateProcessing(single=" ".join([*before, "$A", *after]), special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def test_a_rendered_chat_begins_only_once_where_no_begin_token_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    glm = around(tokenizer, ["[gMASK]", "<sop>"], [])
+    once = prompt_tokens(glm, "[user]Rome").ids
+    assert glm.convert_ids_to_tokens(list(once[:3])) == ["[gMASK]", "<sop>", "["]
+    assert prompt_tokens(glm, "[gMASK]<sop>[user]Rome").ids == once
+
+
+def test_no_special_token_stands_behind_a_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain, ending = around(tokenizer, ["<|begin|>"], []), around(tokenizer, ["<|begin|>"], ["<|end|>"])
+    for text in (TEXT, "Rome<|end|>"):  # what the prompt itself says stays
+        assert prompt_tokens(ending, text) == prompt_tokens(plain, text)
+
+
+def test_the_special_prefix_is_what_the_tokenizer_puts_before_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert special_prefix(tokenizer) == (tokenizer.bos_token_id,)
+    assert special_prefix(around(tokenizer, [], ["<|end|>"])) == ()
 
 
 def roles_of(tokenizer: PreTrainedTokenizerFast, text: str, subject: str, **more: object) -> dict[str, str]:
