@@ -32,6 +32,7 @@ from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.dictionaries import SOURCES
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
+from ray_explain.ground_truth.mmlu import saying
 from ray_explain.ground_truth.pairs import Change, layer_blocks
 from ray_explain.ground_truth.positions import words_of_tokens
 from ray_explain.ground_truth.released_exemplars import write_exemplars
@@ -528,11 +529,12 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     if balance is not None:
         effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
         counts = {"cases before balancing": before, "cases after balancing": after}
+    tokenizer = tokenizer_of(plan, target)
     if task == "patching":
-        tokenizer = tokenizer_of(plan, target)
         made = patching_questions(effects, partial(words_of_tokens, tokenizer), wording=wording, seed=seed)
     else:
-        made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
+        width = d_model(plan, target)
+        made = ablation_questions(effects, saying(tokenizer), d_model=width, wording=wording, seed=seed)
     _check_splits(plan, f"{task} of {target}", made)
     return made._replace(measured=counts)
 
