@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ray_explain.config import Experiment, Kind, Site, _Loader, _types_in, read_experiment
 from ray_explain.distributed.feature_plan import describes
 from ray_explain.errors import BadInput
+from ray_explain.ground_truth.splits import TEST_SHARE, VALIDATION_SHARE
 from ray_explain.interventions import hooks, layout
 from ray_explain.world.facts import World
 
@@ -368,7 +369,10 @@ def test_presets_train_as_the_paper_did(
     experiment = read_experiment(
         str(Path(__file__).parent.parent / "jobs" / "configs" / "paper" / f"{name}-{target}.yaml")
     )
-    train = experiment.train
+    train, truth = experiment.train, experiment.ground_truth
+    assert (truth.wording == "paper_qwen") == (target == "qwen")
+    if truth.features is not None:
+        assert round((truth.features.per_layer or 0) * (1 - VALIDATION_SHARE - TEST_SHARE)) == 1024
     assert experiment.tasks == [name] and experiment.explainers[0] == {"llama": LLAMA[name], "qwen": "qwen"}[target]
     assert name == "features" or experiment.targets == experiment.explainers[:1]
     assert (train.lora.rank if train.lora else None) == lora and (train.lora is None or train.lora.alpha == 16)
