@@ -554,10 +554,10 @@ class Experiment(Section):
                 f"`sweep.metric` = {self.sweep.metric!r} is measured where `train.validate_every` is given"
             )
         for explainer, target in itertools.product(self.explainers, self.targets):
-            self._check_tried(self.train_config(explainer, target).model_dump())
+            self._check_tried(explainer, self.train_config(explainer, target).model_dump())
         return self
 
-    def _check_tried(self, train: Mapping[str, Any]) -> None:
+    def _check_tried(self, explainer: str, train: Mapping[str, Any]) -> None:
         """Raises: ValueError: a choice of the sweep is none for these settings, or makes the explainer of another."""
         seen: dict[str, Mapping[str, Any]] = {}
         for chosen in self.sweep.combinations:
@@ -567,6 +567,11 @@ class Experiment(Section):
                 told = "; ".join(_told(fault, TrainConfig) for fault in error.errors())
                 raise ValueError(f"`sweep.parameters`: {told}") from error
             self._check_validation(tried)
+            if tried.replay and self.models[explainer].pretrain is None:
+                raise ValueError(
+                    f"`train.replay` = {tried.replay:g}: {explainer!r} never read the texts of the synthetic world, "
+                    "which are replayed; set it to 0, for this model in `pairings`"
+                )
             identity = tried.identity(validated=self.sweep.metric != "loss")
             twin = seen.setdefault(json.dumps(identity, sort_keys=True), chosen)
             if twin is not chosen:

@@ -144,6 +144,14 @@ def test_validation_without_questions_is_refused_before_anything_is_measured(con
     read_experiment(config, ["train.validate_every=5"])
 
 
+def test_only_models_of_the_synthetic_world_can_have_its_texts_replayed(config: str) -> None:
+    foreign = ["models.llama={path: /x}", "train.replay=0.5", "targets=[qwen3]", "pairings=[]"]
+    with pytest.raises(BadInput, match=r"`train\.replay` = 0\.5: 'llama' never read.*`pairings`"):
+        read_experiment(config, foreign)
+    spared = "pairings=[{explainer: llama, target: qwen3, train: {replay: 0}}]"
+    assert read_experiment(config, [*foreign, spared]).train_config("qwen3", "qwen3").replay == 0.5
+
+
 def test_only_targets_need_the_layers_that_are_measured(config: str) -> None:
     small = ["models.small={pretrain: {architecture: llama, n_layers: 2}}", "explainers=[llama, small]", "pairings=[]"]
     asked = [*small, "ground_truth.patching.blocks=[[0, 1], [2, 3]]", "ground_truth.features.layers=[1, 3]"]

@@ -589,7 +589,7 @@ def train_explainers(session: Session) -> None:
     """An explainer for each run of the plan.
 
     Raises:
-        BadInput: texts are to be replayed, but no model of the experiment has read the world's; or as `check_asked`.
+        BadInput: as `check_asked`.
     """
     plan = session.plan
     check_asked(plan)
@@ -635,26 +635,19 @@ def align(session: Session, runs: Sequence[Run]) -> None:
 
 
 def train_run(session: Session, run: Run) -> Any:
-    """What the workers of a run are given; its questions must be there.
-
-    Raises:
-        BadInput: texts are to be replayed, but the model has not read the world's.
-    """
+    """What the workers of a run are given; its questions must be there."""
     from ray_explain.distributed.train import TrainRun
 
     plan = session.plan
-    train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
-    asked = sum(training_rows(session.table(table), run.fraction).num_rows for table in questions)
-    if train.replay and plan.experiment.models[run.explainer].pretrain is None:
-        raise BadInput(
-            "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
-        )
+    train, questions = plan.train_config(run), [plan.path(plan.questions(task, run.target)) for task in run.tasks]
+    keys = (storage.read_table(folder, ["split", "group"]) for folder in questions)  # vectors may be beyond memory
+    asked = sum(training_rows(table, run.fraction).num_rows for table in keys)
     texts = replay_texts(plan.experiment.world.world(), round(asked * train.replay), run.seed)
     return TrainRun(
         artifact=plan.explainer(run),
         model=plan.model_place(run.explainer),
         target=_target_of(plan, run.target),
-        questions=tuple(plan.path(table) for table in questions),
+        questions=tuple(questions),
         replay=tuple(texts),
         train=train,
         seed=run.seed,
