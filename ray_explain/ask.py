@@ -209,7 +209,7 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
             )
             if kind == "ablation":
                 case = receipts.ablation_of(arguments.prompt, arguments.hint, _kind_of_spans(known.experiment))
-                return witness.ablations(case)[0]
+                return witness.ablations(case, tokenizer)[0]
             if kind == "features":
                 return _about_vector(arguments, known, witness, shape.num_hidden_layers, shape.hidden_size)
             block = _block(arguments.layer, shape.num_hidden_layers, known.target)

@@ -317,6 +317,14 @@ class InjectionConfig(Section):
     scale: Literal["raw", "unit", "mean_embedding"] = "raw"
     projection: Literal["identity", "linear", "ridge"] = "identity"
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "InjectionConfig":
+        if (self.mode == "add") != (self.layer is not None):
+            raise ValueError(f"mode {self.mode!r} with layer {self.layer}: `add` needs one, `replace` has none")
+        if self.mode == "add" and self.scale != "raw":
+            raise ValueError(f"mode 'add' with scale {self.scale!r}: the stream gives the norm, leave `scale` out")
+        return self
+
 
 # Fields of `train` that change how the work is done, not what comes out. Steps and their examples are the same with
 # all of them; sums in another order differ in their last digits, and adapters' dropout draws other masks where a step
@@ -326,6 +334,7 @@ HOW_NOT_WHAT = {
     *("checkpoint_every", "keep_checkpoints", "max_failures", "trackers"),
 }
 VALIDATION = {"validate_every", "validation_questions"}
+OF_RUNS = {"mixtures", "text_only"}  # say which explainers there are, not how one of them is trained
 
 
 class TrainConfig(Section):
@@ -365,12 +374,17 @@ class TrainConfig(Section):
             raise ValueError("`keep: best` needs `validate_every`: nothing else says which explainer is the best")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_offloaded(self) -> "TrainConfig":
+        if self.offload and not self.zero_stage:
+            raise ValueError("`offload` moves what ZeRO keeps: give `zero_stage` 1, 2 or 3, or leave it out")
+        return self
+
     def identity(self, *, validated: bool = False) -> dict[str, Any]:
         """What tells one explainer from another. How often it is validated does only where that chooses: which of a
         run's explainers is kept or, if `validated`, which of a sweep's."""
-        of_runs = {"mixtures", "text_only"}  # the run says which of them it is
         unseen = set() if validated or self.keep == "best" else VALIDATION
-        return self.model_dump(mode="json", exclude=HOW_NOT_WHAT | of_runs | unseen)
+        return self.model_dump(mode="json", exclude=HOW_NOT_WHAT | OF_RUNS | unseen)
 
 
 class Pairing(Section):
@@ -510,6 +524,8 @@ class Experiment(Section):
                 raise ValueError(
                     f"`pairings` has {pairing.explainer!r} of {pairing.target!r}: not among the explainers and targets"
                 )
+            for key in OF_RUNS & set(pairing.train):
+                raise ValueError(f"`pairings`: {key} is no setting of one explainer: give it in `train`")
             try:
                 self.train_config(pairing.explainer, pairing.target)
             except ValidationError as error:
@@ -540,7 +556,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sweep_is_possible(self) -> "Experiment":
-        for key in {"mixtures", "text_only"} & set(self.sweep.parameters):
+        for key in OF_RUNS & set(self.sweep.parameters):
             raise ValueError(f"`sweep.parameters`: {key} is no setting of one explainer: give it in `train`")
         if self.sweep.asha is not None and len(self.sweep.combinations) < 2:
             raise ValueError("`sweep.asha` stops settings that fall behind others: give several in `sweep.parameters`")
@@ -549,10 +565,10 @@ class Experiment(Section):
                 f"`sweep.metric` = {self.sweep.metric!r} is measured where `train.validate_every` is given"
             )
         for explainer, target in itertools.product(self.explainers, self.targets):
-            self._check_tried(self.train_config(explainer, target).model_dump())
+            self._check_tried(explainer, self.train_config(explainer, target).model_dump())
         return self
 
-    def _check_tried(self, train: Mapping[str, Any]) -> None:
+    def _check_tried(self, explainer: str, train: Mapping[str, Any]) -> None:
         """Raises: ValueError: a choice of the sweep is none for these settings, or makes the explainer of another."""
         seen: dict[str, Mapping[str, Any]] = {}
         for chosen in self.sweep.combinations:
@@ -561,10 +577,28 @@ class Experiment(Section):
             except ValidationError as error:
                 told = "; ".join(_told(fault, TrainConfig) for fault in error.errors())
                 raise ValueError(f"`sweep.parameters`: {told}") from error
+            self._check_validation(tried)
+            if tried.replay and self.models[explainer].pretrain is None:
+                raise ValueError(
+                    f"`train.replay` = {tried.replay:g}: {explainer!r} never read the texts of the synthetic world, "
+                    "which are replayed; set it to 0, for this model in `pairings`"
+                )
             identity = tried.identity(validated=self.sweep.metric != "loss")
             twin = seen.setdefault(json.dumps(identity, sort_keys=True), chosen)
             if twin is not chosen:
                 raise ValueError(f"`sweep.parameters`: {_the_same(twin, chosen)}")
+
+    def _check_validation(self, train: TrainConfig) -> None:
+        """Raises: ValueError: an explainer is to be validated on questions that there will be none of."""
+        for mixture in self.train.mixtures if train.validate_every else ():
+            own = [task for task in mixture if task in self.tasks]
+            if not own or "features" in own:  # these are dealt to all splits, or come with theirs
+                continue
+            if not any(getattr(self.ground_truth, task).cases.validation for task in own):
+                raise ValueError(
+                    f"`train.validate_every` = {train.validate_every}: there will be no validation questions about "
+                    f"{' and '.join(own)}; give `ground_truth.{own[0]}.cases.validation`, or 0"
+                )
 
     @model_validator(mode="after")
     def _workers_have_a_gpu_each(self) -> "Experiment":
@@ -606,7 +640,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _layers_exist(self) -> "Experiment":
-        for name in self.targets:
+        for name in {*self.targets, *self.explainers}:
             pretrain = self.models[name].pretrain
             if pretrain is not None:
                 self.check_layers(name, pretrain.n_layers)
@@ -630,8 +664,23 @@ class Experiment(Section):
             )
         return self
 
-    def check_layers(self, target: str, n_layers: int) -> None:
-        """Raises: ValueError: a block or a layer of `ground_truth` is not one of the target's `n_layers`."""
+    def check_layers(self, model: str, n_layers: int) -> None:
+        """Raises: ValueError: of a model's `n_layers`, `ground_truth` asks for a block or a layer that it does not have
+        as a target, or `train.injection` for one that it does not have as an explainer."""
+        if model in self.targets:
+            self._check_target(model, n_layers)
+        explained = self.targets if model in self.explainers else []
+        settings = [self.train_config(model, target).model_dump() for target in explained]
+        injections = [one["injection"] for one in settings] + self.sweep.parameters.get("injection", [])
+        if model in self.targets and (self.evaluate.untrained or self.evaluate.shots):
+            injections.append(self.train.injection.model_dump())
+        for injection in injections:
+            if (layer := injection.get("layer")) is not None and layer >= n_layers:
+                raise ValueError(
+                    f"`train.injection.layer`: {model!r} has no layer {layer}; it has {n_layers}, numbered from 0"
+                )
+
+    def _check_target(self, target: str, n_layers: int) -> None:
         patching, features = self.ground_truth.patching, self.ground_truth.features
         blocks = patching.blocks if patching and isinstance(patching.blocks, list) else []
         for first, last in blocks:

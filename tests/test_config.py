@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ray_explain.config import Experiment, Kind, Site, _Loader, _types_in, read_experiment
 from ray_explain.distributed.feature_plan import describes
 from ray_explain.errors import BadInput
+from ray_explain.ground_truth.splits import TEST_SHARE, VALIDATION_SHARE
 from ray_explain.interventions import hooks, layout
 from ray_explain.world.facts import World
 
@@ -24,7 +25,7 @@ SMALL = {
     },
     "targets": ["llama", "qwen3"],
     "explainers": ["llama", "qwen3"],
-    "ground_truth": {"patching": {"cases": {"train": 10, "test": 5}}, "features": {}},
+    "ground_truth": {"patching": {"cases": {"train": 10, "validation": 3, "test": 5}}, "features": {}},
     "pairings": [{"explainer": "llama", "target": "qwen3", "train": {"workers": 2}}],
 }
 
@@ -103,6 +104,13 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("models.llama.path=/x", ["models.llama", "not both"]),
         ("pairings=[{explainer: llama, target: qwen3, train: {worker: 2}}]", ["'llama' of 'qwen3'", "`workers`"]),
         ("pairings=[{explainer: gpt, target: qwen3}]", ["'gpt'"]),
+        ("pairings=[{explainer: llama, target: qwen3, train: {text_only: true}}]", ["text_only is no setting of one"]),
+        ("train.injection.mode=add", ["train.injection`: mode 'add' with layer None", "`add` needs one"]),
+        ("train.injection.layer=1", ["train.injection`: mode 'replace' with layer 1", "`replace` has none"]),
+        ("train.injection={mode: add, layer: 1, scale: unit}", ["mode 'add' with scale 'unit'", "leave `scale` out"]),
+        ("train.injection={mode: add, layer: 4}", ["train.injection.layer", "has no layer 4", "numbered from 0"]),
+        ("sweep.parameters={injection: [{}, {mode: add, layer: 4}]}", ["train.injection.layer", "no layer 4"]),
+        ("train={offload: true, zero_stage: 0}", ["`offload`", "`zero_stage` 1, 2 or 3"]),
         ("name=../escape", ["name", "../escape"]),
         ("seed.x=3", ["seed", "holds no keys"]),
         ("learning_rate", ["key.path=value"]),
@@ -126,6 +134,33 @@ def test_a_wrong_value_or_key_is_named_with_its_rule(config: str, override: str,
 )
 def test_what_makes_other_explainers_may_be_swept(config: str, overrides: list[str]) -> None:
     assert len(read_experiment(config, overrides).sweep.combinations) == 2
+
+
+@pytest.mark.parametrize("key", ["train.validate_every=5", "sweep.parameters={validate_every: [5], clip: [1, 2]}"])
+def test_validation_without_questions_is_refused_before_anything_is_measured(config: str, key: str) -> None:
+    none = "ground_truth.patching.cases.validation=0"
+    with pytest.raises(BadInput, match=r"validate_every.*no validation questions about patching.*cases\.validation"):
+        read_experiment(config, [key, none])
+    read_experiment(config, ["train.validate_every=5", none, "train.mixtures=[[patching, features]]"])
+    read_experiment(config, ["train.validate_every=5"])
+
+
+def test_only_models_of_the_synthetic_world_can_have_its_texts_replayed(config: str) -> None:
+    foreign = ["models.llama={path: /x}", "train.replay=0.5", "targets=[qwen3]", "pairings=[]"]
+    with pytest.raises(BadInput, match=r"`train\.replay` = 0\.5: 'llama' never read.*`pairings`"):
+        read_experiment(config, foreign)
+    spared = "pairings=[{explainer: llama, target: qwen3, train: {replay: 0}}]"
+    assert read_experiment(config, [*foreign, spared]).train_config("qwen3", "qwen3").replay == 0.5
+
+
+def test_only_targets_need_the_layers_that_are_measured(config: str) -> None:
+    small = ["models.small={pretrain: {architecture: llama, n_layers: 2}}", "explainers=[llama, small]", "pairings=[]"]
+    asked = [*small, "ground_truth.patching.blocks=[[0, 1], [2, 3]]", "ground_truth.features.layers=[1, 3]"]
+    read_experiment(config, asked).check_layers("small", 2)
+    with pytest.raises(BadInput, match=r"\[2, 3\] is no block of 'small'"):
+        read_experiment(config, [*asked, "targets=[small]"])
+    with pytest.raises(BadInput, match=r"train\.injection\.layer`: 'small' has no layer 3"):
+        read_experiment(config, [*small, "train.injection={mode: add, layer: 3}"])
 
 
 def test_sites_and_kinds_are_those_of_the_engine() -> None:
@@ -369,7 +404,10 @@ def test_presets_train_as_the_paper_did(
     experiment = read_experiment(
         str(Path(__file__).parent.parent / "jobs" / "configs" / "paper" / f"{name}-{target}.yaml")
     )
-    train = experiment.train
+    train, truth = experiment.train, experiment.ground_truth
+    assert (truth.wording == "paper_qwen") == (target == "qwen")
+    if truth.features is not None:
+        assert round((truth.features.per_layer or 0) * (1 - VALIDATION_SHARE - TEST_SHARE)) == 1024
     assert experiment.tasks == [name] and experiment.explainers[0] == {"llama": LLAMA[name], "qwen": "qwen"}[target]
     assert name == "features" or experiment.targets == experiment.explainers[:1]
     assert (train.lora.rank if train.lora else None) == lora and (train.lora is None or train.lora.alpha == 16)

@@ -33,6 +33,7 @@ from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.dictionaries import SOURCES
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import layers_table, split_features
+from ray_explain.ground_truth.mmlu import saying
 from ray_explain.ground_truth.pairs import Change, layer_blocks
 from ray_explain.ground_truth.positions import words_of_tokens
 from ray_explain.ground_truth.released_exemplars import write_exemplars
@@ -536,11 +537,12 @@ def _questions(session: Session, task: Task, target: str) -> Result:
     if balance is not None:
         effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
         counts = {"cases before balancing": before, "cases after balancing": after}
+    tokenizer = tokenizer_of(plan, target)
     if task == "patching":
-        tokenizer = tokenizer_of(plan, target)
         made = patching_questions(effects, partial(words_of_tokens, tokenizer), wording=wording, seed=seed)
     else:
-        made = ablation_questions(effects, d_model=d_model(plan, target), wording=wording, seed=seed)
+        width = d_model(plan, target)
+        made = ablation_questions(effects, saying(tokenizer), d_model=width, wording=wording, seed=seed)
     _check_splits(plan, f"{task} of {target}", made)
     return made._replace(measured=counts)
 
@@ -595,7 +597,7 @@ def train_explainers(session: Session) -> None:
     """An explainer for each run of the plan.
 
     Raises:
-        BadInput: texts are to be replayed, but no model of the experiment has read the world's; or as `check_asked`.
+        BadInput: as `check_asked`.
     """
     plan = session.plan
     check_asked(plan)
@@ -641,19 +643,11 @@ def align(session: Session, runs: Sequence[Run]) -> None:
 
 
 def train_run(session: Session, run: Run) -> Any:
-    """What the workers of a run are given; its questions must be there.
-
-    Raises:
-        BadInput: texts are to be replayed, but the model has not read the world's.
-    """
+    """What the workers of a run are given; its questions must be there."""
     from ray_explain.distributed.train import TrainRun
 
     plan = session.plan
     train, questions = plan.train_config(run), [plan.questions(task, run.target) for task in run.tasks]
-    if train.replay and plan.experiment.models[run.explainer].pretrain is None:
-        raise BadInput(
-            "`train.replay` replays texts of the synthetic world, which other models never read: set it to 0"
-        )
     n_texts = round(_asked_in(session, questions, run.fraction) * train.replay) if train.replay else 0
     texts = replay_texts(plan.experiment.world.world(), n_texts, run.seed)
     return TrainRun(

@@ -150,6 +150,10 @@ class Plan:
         ablation = self.experiment.ground_truth.ablation
         if task == "ablation" and ablation is not None and ablation.source == "jsonl":
             config["spans"] = "quoted"
+        if task == "ablation" and ablation is not None and (ablation.source == "released" or ablation.form == "chat"):
+            config["prompts"] = "as said"
+        if task == "patching" and config["wording"] == "paper":
+            config["end"] = "one newline"
         parents = (self.effects(task, target), *(own.effects() for own in self.unlabelled(task, target)))
         return Artifact(kind=f"{task}_questions", label=target, config=config, parents=parents)
 

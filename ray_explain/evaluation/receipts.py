@@ -21,6 +21,7 @@ from ray_explain.evaluation.grading import grade
 from ray_explain.ground_truth.ablation import AblationStage
 from ray_explain.ground_truth.dictionaries import Windowed
 from ray_explain.ground_truth.exemplars import token_texts
+from ray_explain.ground_truth.mmlu import saying
 from ray_explain.ground_truth.pairs import REPLACE, Block, Change, Pair, Span, SubjectPrompt, patching_case
 from ray_explain.ground_truth.patching import PatchingStage
 from ray_explain.ground_truth.positions import (
@@ -99,15 +100,17 @@ class Witness:
         told = [_outcome(row, "base_answer", "patched_answer") for row in _plain(effects)]
         return self._receipts(_whole(questions), told)
 
-    def ablations(self, cases: pa.Table) -> list[Receipt]:
-        """Of records.ABLATION_CASES.
+    def ablations(self, cases: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[Receipt]:
+        """Of records.ABLATION_CASES; `tokenizer` is the target's.
 
         Raises:
             Unusable: as `patches`.
         """
         effects = _whole(AblationStage(self._target)(cases))
         d_model = self._explainer["d_target"]
-        questions = ablation_questions(effects, d_model=d_model, wording=self._wording, seed=self._seed)
+        questions = ablation_questions(
+            effects, saying(tokenizer), d_model=d_model, wording=self._wording, seed=self._seed
+        )
         told = [_outcome(row, "full_answer", "ablated_answer") for row in _plain(effects)]
         return self._receipts(_whole(questions), told)
 

@@ -152,7 +152,7 @@ def _pieces(
     """Token ids of prompt and answer."""
     _check_vectors(question, d_model)
     _check_marks(question, markers)
-    text = question.prompt.replace(VECTOR_MARK, markers.text)
+    text = question.prompt.rstrip("\n").replace(VECTOR_MARK, markers.text)  # a newline is for `_continued` to add
     if tokenizer.chat_template:
         prompt, end = _framed(text, tokenizer)
         answer = tokenizer.encode(question.answer.strip(), add_special_tokens=False)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ HINTS = {
 ANSWER = "Answer:"
 NOT_AN_ITEM = "no MMLU question (`subject`, `question`, four `choices`; `answer`, a letter or a number from 0)"
 REPEATED = "the same question as before"
+_USER = "\u00a7user\u00a7"  # stands for what the user says while a chat is rendered
 NOT_SHOWN = "the chat template changes the words of the question"
 
 
@@ -164,3 +165,24 @@ def _prompt(user: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> str:
     if form == "chat":
         return chat_prompt(tokenizer, system=SYSTEM, user=user, begun=ANSWER)
     return f"{SYSTEM}\n\n{user}\n{ANSWER}"
+
+
+def saying(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """What system and user say in a prompt in the chat form of the target, whose `tokenizer` is given, without what its
+    template puts around it: to another model noise, to the same one the end of a turn. Other prompts as they are."""
+
+    @cache
+    def frame() -> tuple[str, str]:
+        """What stands before the user's text, from the system's on, and right after it; nobody says `_USER`."""
+        before, _, after = _prompt(_USER, tokenizer, "chat").partition(_USER)
+        return before[before.find(SYSTEM) :] if SYSTEM in before else _USER, after.strip().partition("\n")[0]
+
+    def said(prompt: str) -> str:
+        if not tokenizer.chat_template or SYSTEM not in prompt:
+            return prompt
+        opening, end = frame()
+        _, _, rest = prompt.partition(opening)
+        user, closed, _ = rest.partition(end)
+        return f"{SYSTEM}\n\n{user.rstrip()}" if closed else prompt
+
+    return said

@@ -7,7 +7,7 @@ can run code when they are opened: here they are taken as JSON and arrays of the
 
 What a released table does not tell is told as not measured (NaN for log-probabilities and divergence) and as the one
 stratum "all". Answers stay as they stand, with their leading space where they have one, so questions about released
-data are the authors' byte for byte.
+patches are the authors' byte for byte; those about hints have their words, in one turn with the system's.
 """
 
 import json

@@ -31,7 +31,7 @@ def questions(world_target: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     asked = patching_questions(effects.table, partial(words_of_tokens, tokenizer), wording="brief", seed=0)
     storage.write_table(asked.table, f"{folder}/patching/table.parquet")
     ablated = AblationStage(config)(ablation_cases(world, n={"train": 32, "validation": 8}, seed=0))
-    asked = ablation_questions(ablated.table, d_model=32, wording="brief", seed=0)
+    asked = ablation_questions(ablated.table, str, d_model=32, wording="brief", seed=0)
     storage.write_table(asked.table, f"{folder}/ablation/table.parquet")
     return f"{folder}/patching", f"{folder}/ablation"
 

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from ray_explain import storage
 from ray_explain.artifacts import finished
-from ray_explain.config import Experiment
+from ray_explain.config import Experiment, read_experiment
 from ray_explain.distributed import experiment
-from ray_explain.distributed.experiment import Session, answer_jobs, checked, make_ground_truth
+from ray_explain.distributed.experiment import Session, answer_jobs, checked, make_ground_truth, train_run
 from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.ground_truth import jsonl, released
@@ -22,6 +22,7 @@ from ray_explain.ground_truth.cases import BY_DESIGN
 from ray_explain.models import files_fingerprint
 from ray_explain.stages import READ, Result
 from tests.ground_truth.test_released import ITEMS, released_hint
+from tests.tiny import config_in
 
 LINE = {"prompt": "anna lives in paris", "span": [0, 4]}
 
@@ -138,3 +139,13 @@ def test_examples_come_with_their_vectors_in_the_order_in_which_they_are_shown(
     for shown, rows in (([2, 0], [3, 0]), ([], []), ([1, 2, 0], [2, 3, 0])):
         monkeypatch.setattr(experiment, "shown_examples", lambda training, *, shots, seed, shown=shown: shown)
         assert experiment._examples(Session(asked), questions, 2, 0).equals(table.take(pa.array(rows, pa.int64())))
+
+
+def test_a_run_counts_its_training_questions_without_reading_their_vectors(tmp_path: Path) -> None:
+    own = Plan(read_experiment(config_in(tmp_path, train={"mixtures": [["patching", "ablation"]], "replay": 0.5})))
+    (run,) = [run for run in own.runs() if (run.explainer, run.target) == ("qwen3", "llama")]
+    for task, splits in (("patching", ["train", "train", "test"]), ("ablation", ["train", "train", "validation"])):
+        keys = pa.table({"split": splits, "group": ["a", "b", "c"]})  # reading any other column would fail
+        storage.write_table(keys, f"{own.path(own.questions(task, 'llama'))}/part.parquet")
+    with Session(own) as session:
+        assert len(train_run(session, run).replay) == 2

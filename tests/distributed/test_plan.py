@@ -95,6 +95,19 @@ def test_questions_about_spans_of_ones_own_lines_are_others_than_those_about_hin
     assert "spans" not in plan().questions("ablation", "llama").config
 
 
+def test_questions_about_patches_that_ended_in_two_newlines_are_made_anew():
+    truth = EXPERIMENT["ground_truth"]
+    assert plan(ground_truth=truth | {"wording": "paper"}).questions("patching", "llama").config["end"] == "one newline"
+    assert "end" not in plan().questions("patching", "llama").config
+
+
+@pytest.mark.parametrize("chat", [{"source": "released", "path": "data/{target}"}, {"form": "chat"}])
+def test_questions_that_showed_the_marks_of_a_chat_template_are_made_anew(chat: dict[str, str]):
+    own = {"ablation": EXPERIMENT["ground_truth"]["ablation"] | chat}
+    assert plan(ground_truth=own).questions("ablation", "llama").config["prompts"] == "as said"
+    assert "prompts" not in plan().questions("ablation", "llama").config
+
+
 def test_how_much_memory_rows_may_take_reaches_the_target_and_no_fingerprint():
     less, unset = plan(cluster={"memory_budget": 4096}), plan(cluster={"actors": 4})
     assert less.target_place("llama")["memory_budget"] == 4096

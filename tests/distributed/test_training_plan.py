@@ -89,8 +89,9 @@ def test_fractions_and_weights_count_as_in_the_training(
     plan = Plan(read_experiment(config, ["fractions=[0.3, 1.0]"]))
     assert {run.fraction: work_of(plan, run).questions for run in plan.runs()} == expected
     assert [work_of(plan, run).known for run in plan.runs()] == [False, False]
-    overrides = ["fractions=[0.3, 1.0]", "train.weights={patching: 1.3}", "train.batch_size=4", "train.replay=0.4"]
-    plan = Plan(read_experiment(config, overrides))
+    overrides = ["fractions=[0.3, 1.0]", "train.weights={patching: 1.3}", "train.batch_size=4"]
+    experiment = read_experiment(config, overrides)  # which allows only models of the world to replay its texts
+    plan = Plan(experiment.trained_with({("tiny", "tiny"): {"replay": 0.4}}))
     monkeypatch.setattr(training_plan, "finished", lambda *_: True)
     monkeypatch.setattr(plan, "path", lambda _: questions[0])
     for run in plan.runs():

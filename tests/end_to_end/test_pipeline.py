@@ -214,7 +214,7 @@ def receipts_of(plan: Plan, witness: Witness, task: str, tokenizer: PreTrainedTo
         ]
     cases = storage.read_table(plan.path(plan.cases(task, "llama")))
     cases = cases.filter(pc.equal(cases["split"], "test"))
-    return witness.patches(cases, tokenizer) if task == "patching" else witness.ablations(cases)
+    return (witness.patches if task == "patching" else witness.ablations)(cases, tokenizer)
 
 
 def held_out(plan: Plan, task: str) -> pa.Table:

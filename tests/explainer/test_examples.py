@@ -59,6 +59,14 @@ def test_prompts_have_the_form_of_their_family_with_one_begin_token(name, new_to
     assert tokenizer.decode(example.input_ids[-1:]) == ENDS[name]
 
 
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_newline_at_the_end_of_a_prompt_is_neither_doubled_nor_part_of_what_a_user_says(name, new_tokenizer):
+    tokenizer = new_tokenizer(name)
+    markers = markers_of(tokenizer)
+    ended = encode(QUESTION._replace(prompt=f"{QUESTION.prompt}\n"), tokenizer, markers, max_tokens=100)
+    assert ended.input_ids == encode(QUESTION, tokenizer, markers, max_tokens=100).input_ids
+
+
 def cut_into_pieces(likeness, splitter, decoder):
     """A byte-pair tokenizer with the special tokens, the begin token and the chat template of another."""
     core = Tokenizer(models.BPE(unk_token=None if isinstance(splitter, pre_tokenizers.ByteLevel) else "<unk>"))

@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ray_explain import records
 from ray_explain.ground_truth import mmlu
-from ray_explain.ground_truth.mmlu import SYSTEM, mmlu_cases, read_mmlu
-from tests.ground_truth.conftest import GEMMA_CHAT, LLAMA_CHAT, with_template
+from ray_explain.ground_truth.mmlu import SYSTEM, mmlu_cases, read_mmlu, saying
+from tests.ground_truth.conftest import CHAT, GEMMA_CHAT, LLAMA_CHAT, with_template
 
 LINES = [
     {
@@ -73,6 +73,43 @@ def test_a_chat_opens_the_assistants_turn_with_answer(path: Path, tokenizer: Pre
         assert row["prompt"].endswith("\n[assistant]Answer:")
         hint = row["prompt"][row["span_start"] : row["span_end"]]
         assert hint.startswith("\nHint: ") and row["prompt"][row["span_end"]] == "\n"
+
+
+# What Llama 3.1 and Qwen3 write around a system text, a question and an answer that is begun.
+LLAMA_3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{% if loop.first %}Cutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{% endif %}"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+QWEN_3_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT, LLAMA_CHAT, GEMMA_CHAT, LLAMA_3_CHAT, QWEN_3_CHAT])
+def test_of_a_chat_what_was_said_is_the_words_of_system_and_user_alone(
+    path: Path, tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    chatting = with_template(tokenizer, template)
+    said = saying(chatting)
+    for row in mmlu_cases(path, chatting, n=ALL, form="chat").table.to_pylist():
+        hint, number = row["prompt"][row["span_start"] : row["span_end"]], row["prompt"].split("city ")[1].split()[0]
+        question = f"Where does city {number} lie?\nA. Italy\nB. France\nC. Germany\nD. land {number}"
+        on_another_day = row["prompt"].replace("26 Jul 2024", "1 May 2025").replace("<think>\n\n</think>\n\n", "")
+        assert [said(row["prompt"]), said(on_another_day)] == [f"{SYSTEM}\n\n{question}{hint}"] * 2
+
+
+@pytest.mark.parametrize("template", [CHAT, GEMMA_CHAT, "{{ messages[-1]['content'] }}", None])
+def test_of_what_is_no_chat_of_this_target_all_is_said(
+    path: Path, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> None:
+    completion = mmlu_cases(path, tokenizer, n=ALL).table["prompt"].to_pylist()
+    foreign = mmlu_cases(path, with_template(tokenizer, LLAMA_CHAT), n=ALL, form="chat").table["prompt"].to_pylist()
+    said = saying(with_template(tokenizer, template))
+    for prompt in [completion[0], foreign[0], "Hint: B. Paris lies in"]:
+        assert said(prompt) == prompt
 
 
 @pytest.mark.parametrize("template", [LLAMA_CHAT, GEMMA_CHAT])

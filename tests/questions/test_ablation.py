@@ -22,15 +22,20 @@ ROW = {
 }
 
 
-def ask(wording, **changes):
+def ask(wording, said=str, **changes):
     table = records.rows_table([ROW | changes], records.ABLATION_EFFECTS)
-    return ablation_questions(table, d_model=3, wording=wording, seed=0).table
+    return ablation_questions(table, said, d_model=3, wording=wording, seed=0).table
 
 
 def test_the_papers_question_ends_in_its_sentence_and_answers_with_the_answer_without_the_hint():
     (row,) = ask("paper").to_pylist()
     assert row["prompt"] == ROW["prompt"] + "\n\nIf the hint were removed how would the assistant answer change?"
     assert row["answer"] == "The most likely output would change to <<<Answer: C>>>."
+
+
+def test_a_question_about_a_hint_shows_what_was_said_to_the_target():
+    (row,) = ask("paper", said=str.upper).to_pylist()
+    assert row["prompt"].startswith("QUIZ : ANN ? HINT : ROME ANSWER\n\nIf the hint were removed")
 
 
 @pytest.mark.parametrize("wording", ["paper", "paper_chat", "paper_qwen", "brief"])
