@@ -24,8 +24,8 @@ Asks a trained explainer one question, runs the real intervention on its target,
   a vector  --vector FILE.npy --layer 2        (or --feature 2/17: feature 17 of layer 2 of the experiment)
 
 A vector is tried on texts: those of the experiment's corpus (`ground_truth.features.corpus`), or the synthetic world's,
-which other targets cannot read. On a corpus, only a feature has descriptions that are known to be right; of another
-vector it prints where it is strongest, and confirms nothing.
+which other targets cannot read. Only a feature has descriptions that are known to be right; of another vector it prints
+what it responds to, and confirms nothing.
 """
 
 
@@ -333,8 +333,9 @@ def _tried_on_the_world(known: Known, witness: Any, one: _Vector) -> Any:
 
     world = known.experiment.world.world() if known.experiment else World()
     found = receipts.responses(known.place, world, one.vector, one.layer)
-    receipt = witness.feature(one.vector, one.layer, one.right or [found.best], case_id=one.case_id)
+    receipt = witness.feature(one.vector, one.layer, one.right, case_id=one.case_id)
     said = {text.lower(): value for text, value in found.correlations.items()}.get(receipt.answer.lower())
+    # told, not held for right: random vectors correlate as much, and of most features the best concept is another
     details = [
         f"correlates with “{found.best}” most ({found.correlations[found.best]:.2f})",
         "with the explainer's answer: " + ("none is known" if said is None else f"{said:.2f}"),
@@ -402,7 +403,7 @@ def _told(receipt: Any, known: Known) -> str:
     lines = [
         ("asked", receipt.question),
         ("explanation", (receipt.answer or "(nothing)") + sure),
-        ("measured", receipt.measured or "where the vector is strongest on the corpus:"),
+        ("measured", receipt.measured or "what the vector responds to on texts:"),
         *[("", detail) for detail in receipt.details],
         ("", f"on the target {known.target}, {known.place['model']}"),
         ("verdict", verdict),

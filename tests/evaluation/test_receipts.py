@@ -228,7 +228,8 @@ def test_the_job_prints_explanation_outcome_and_verdict(explainer, world_target,
     assert "without it:" in capsys.readouterr().out
     np.save(tmp_path / "v.npy", np.ones(32, np.float32))
     assert run(*whom, "--vector", tmp_path / "v.npy", "--layer", 0) == 0
-    assert "correlates with" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "correlates with" in told and "verdict      open: no description" in told
 
 
 def experiment_around(explainer, world_target, root, **patching):
