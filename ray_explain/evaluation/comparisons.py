@@ -66,11 +66,11 @@ def comparisons(
     A target that explains itself (the explainer has its name) is compared with every other explainer that was
     `trained`, and each of these with itself under each control and with every baseline: all other names. Both sides
     answered the same questions. Seeds of training are paired where both sides have them and their mean is compared; a
-    baseline without seeds stands against every seed of the other. Intervals hold the draw of the groups, and that of
-    the seeds where there are several (`intervals.spread_over_seeds`). p-values are those of `intervals.swap_test`, or
-    with several seeds of the t test over them where that is larger; below 1 / (permutations + 1), which swaps cannot
-    tell, they are those of the t test. `p_holm` corrects over the matrix: all comparisons of one task, fraction,
-    contrast and metric on the same kind of part.
+    baseline without seeds (all but records.TEXT_ONLY) stands against every seed of the other. Intervals hold the draw
+    of the groups, and that of the seeds where there are several (`intervals.spread_over_seeds`). p-values are those of
+    `intervals.swap_test`, or with several seeds of the t test over them where that is larger; below
+    1 / (permutations + 1), which swaps cannot tell, they are those of the t test. `p_holm` corrects over the matrix:
+    all comparisons of one task, fraction, contrast and metric on the same kind of part.
 
     Both sides know the same fraction of the training data; what knows none (fraction 0) stands against every fraction.
     A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
@@ -261,7 +261,9 @@ def _paired(
     one: Seeds, other: Seeds, contrast: Contrast, target: str, measure: Callable[[pa.Table], Measured]
 ) -> tuple[list[Measured], list[Measured]]:
     """Both sides, one entry per seed, each metric on the questions that all have it for."""
-    if contrast.kind == "over_baseline" and len(other) == 1:
+    # one that was trained without vectors has seeds, be it one: the others' are none of its own
+    paired = contrast.other.explainer == records.TEXT_ONLY and set(one) & set(other)
+    if contrast.kind == "over_baseline" and len(other) == 1 and not paired:
         sides = [*one.values(), *(list(other.values()) * len(one))]
     else:
         shared = _shared_seeds(one, other, contrast, target)

@@ -164,20 +164,23 @@ class Findings:
         lost = sum(verdict_of(row) == "opposite" for row in rows)
         verdict = verdict_of_all(rows)
         pairs = {1: "the one comparison", 2: "both comparisons"}.get(len(rows), f"all {len(rows)} comparisons")
-        no_evidence = "no evidence that a model explains itself better than another explains it"
+        better = "a model explains itself better than another explains it"
         text = {
             "shown": f"models explain themselves better than others explain them, in {pairs} ({_span(won)}).",
             "mixed": f"models explain themselves better in {len(won)} of {len(rows)} comparisons ({_span(won)})"
             if won
-            else f"no firm evidence that a model explains itself better than another explains it (in {pairs})",
+            else f"no firm evidence that {better} (in {pairs})",
             "weak": f"what differs between self and others does not survive correction (in {pairs}).",
-            "not shown": f"{no_evidence} (in {pairs})",
+            "not shown": f"it is not shown that {better} (in {pairs})",
             "opposite": f"others explain the targets better than these explain themselves, in {pairs}.",
             "unknown": "nothing can be said on privileged access; "
             + ("no comparison of self and others has an interval." if rows else "self and others were not compared."),
         }[verdict]
         if verdict in ("mixed", "not shown"):
             text += f"; in {lost} the other model is better." if lost else "."
+        advantages = [dict(row) for row in self.data.advantages if row["task"] == task]
+        if verdict in ("mixed", "not shown", "weak") and verdict_of_all(advantages) == "shown":
+            text += " Beyond explainer strength and target ease, over all pairings together, it is shown: see below."
         return Finding(verdict=verdict, text=f"{_start(task, rows)}: {text}", differences=rows)
 
     def _vector_summary(self, task: str) -> Finding:
@@ -203,7 +206,7 @@ _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
 # Whether all controls give the vector of another layer -> how they take it away, in two forms, and what they leave.
 _AWAY = {
     True: ("with that of another layer", "with the vector of another layer", "that of another layer"),
-    False: ("without it", "without the vector", "the text"),
+    False: ("without the right one", "without the right vector", "the text"),
 }
 
 

@@ -151,10 +151,11 @@ def digits_for(*differences: float | None) -> int:
 
 
 def p_text(p_value: float | None) -> str:
-    """`p < .001`, `p = .034`; empty where there is none."""
+    """`p < .001`, `p = .034`, `p = .0498`, which three digits would make .050; empty where there is none."""
     if p_value is None:
         return ""
-    return "p < .001" if p_value < 0.001 else f"p = {decimal(p_value, 3 if p_value < 0.1 else 2)}"
+    digits = 4 if 0.0495 <= p_value < 0.05 else 3 if p_value < 0.1 else 2
+    return "p < .001" if p_value < 0.001 else f"p = {decimal(p_value, digits)}"
 
 
 def p_decimals(p_value: float | None) -> str:

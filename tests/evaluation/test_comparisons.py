@@ -131,6 +131,14 @@ def test_a_baseline_without_seeds_stands_against_every_seed(world):
     assert (row["difference"], row["seeds"]) == (pytest.approx(0.4), 2)
 
 
+def test_a_baseline_that_was_trained_once_stands_against_that_seed_alone(world):
+    """Else the interval would seem to hold the draw of seeds, of which one side has but one."""
+    own = [world.graded("a", share, seed=seed) for seed, share in [(0, 0.5), (1, 0.7)]]
+    table = compare(*own, world.graded("text only", 0.2, seed=1))
+    row = find(table, contrast="over_baseline", metric="exact_match", by="all")
+    assert (row["difference"], row["seeds"]) == (pytest.approx(0.5), 1)
+
+
 def test_trained_explainers_without_a_common_seed_are_refused(world):
     with pytest.raises(BadInput, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
         compare(world.graded("a", 0.5), world.graded("b", 0.5, seed=1))

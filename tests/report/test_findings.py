@@ -145,13 +145,13 @@ def test_a_vector_whose_loss_costs_much_is_used(findings) -> None:
         "llama, explaining itself, uses the vector on activation patching: exact match falls by .21 (.17 to .25) "
         "when vectors are shuffled between questions and by .24 (.17 to .28) when there is no vector."
     )
-    assert any("without it they lose .21 to .24 exact match" in it.text for it in found.summary())
+    assert any("without the right one they lose .21 to .24 exact match" in it.text for it in found.summary())
 
 
 def test_a_vector_that_misleads_is_told(findings) -> None:
     (sentence,) = uplift(findings, shuffled=WORSE).vector_use()
     assert sentence.verdict == "opposite"
-    assert "answers better without the vector" in sentence.text and "rises by .10 (.06 to .14)" in sentence.text
+    assert "answers better without the right vector" in sentence.text and "rises by .10 (.06 to .14)" in sentence.text
 
 
 def test_weak_evidence_that_a_vector_misleads_is_not_told_as_use_of_it(findings) -> None:
@@ -159,14 +159,15 @@ def test_weak_evidence_that_a_vector_misleads_is_not_told_as_use_of_it(findings)
     (sentence,) = found.vector_use()
     assert sentence.verdict == "weak"
     assert sentence.text.startswith(
-        "Weak evidence, gone after correction, that llama, explaining itself, answers better without the vector on "
-        "activation patching: exact match rises by .05 (.01 to .09) when vectors are shuffled between questions"
+        "Weak evidence, gone after correction, that llama, explaining itself, answers better without the right "
+        "vector on activation patching: exact match rises by .05 (.01 to .09) when vectors are shuffled between "
+        "questions"
     )
-    told = "evidence that models that explain themselves {} the vector does not survive correction."
-    assert told.format("answer better without") in vector_summary(found).text
+    told = "evidence that models that explain themselves {} vector does not survive correction."
+    assert told.format("answer better without the right") in vector_summary(found).text
     used = uplift(findings, shuffled=WEAK)
     assert (
-        told.format("use") in vector_summary(used).text
+        told.format("use the") in vector_summary(used).text
         and "llama, explaining itself, uses" in used.vector_use()[0].text
     )
     assert uplift(findings, shuffled=WEAK, no_vector=WEAKLY_WORSE).vector_use()[0].verdict == "mixed"
@@ -185,7 +186,8 @@ def test_where_nobody_explains_itself_the_use_of_vectors_is_summed_up_of_others(
     assert found.vector_use()[0].text.startswith("qwen3, explaining llama, uses the vector")
     summary = vector_summary(found)
     assert summary.verdict == "shown"
-    assert summary.text.endswith("models that explain others use the vector: without it they lose .21 exact match.")
+    text = "models that explain others use the vector: without the right one they lose .21 exact match."
+    assert summary.text.endswith(text)
     both = findings((*of, "shuffled", BETTER), ("uplift", "patching", "llama", "llama", "shuffled", NOTHING))
     assert "no evidence that models that explain themselves use the vector" in vector_summary(both).text
 
@@ -242,7 +244,7 @@ def test_weak_evidence_says_on_which_side_of_the_baselines(findings, numbers, wh
     assert weak.verdict == "weak" and f"that llama, explaining itself, is {where} each of 2 baselines" in weak.text
 
 
-NO_EVIDENCE = "evidence that a model explains itself better than another explains it (in both comparisons)"
+BETTER_IN_BOTH = "that a model explains itself better than another explains it (in both comparisons)"
 ONE_OF_TWO = "models explain themselves better in 1 of 2 comparisons (+.21 exact match)"
 
 
@@ -257,9 +259,9 @@ ONE_OF_TWO = "models explain themselves better in 1 of 2 comparisons (+.21 exact
         ),
         (BETTER, NOTHING, "mixed", f"{ONE_OF_TWO}."),
         (BETTER, WORSE, "mixed", f"{ONE_OF_TWO}; in 1 the other model is better."),
-        (WEAK, NOTHING, "mixed", f"no firm {NO_EVIDENCE}."),
-        (NOTHING, NOTHING, "not shown", f"no {NO_EVIDENCE}."),
-        (WORSE, NOTHING, "not shown", f"no {NO_EVIDENCE}; in 1 the other model is better."),
+        (WEAK, NOTHING, "mixed", f"no firm evidence {BETTER_IN_BOTH}."),
+        (NOTHING, NOTHING, "not shown", f"it is not shown {BETTER_IN_BOTH}."),
+        (WORSE, NOTHING, "not shown", f"it is not shown {BETTER_IN_BOTH}; in 1 the other model is better."),
         (
             WORSE,
             WORSE,
@@ -317,6 +319,17 @@ def test_a_difference_in_differences_is_told(findings) -> None:
     assert "+.21 simulator correlation" in found.text
     (found,) = findings(advantages=[row | NOTHING]).access()
     assert found.text.startswith("No evidence that models explain themselves better")
+
+
+def test_what_all_pairings_together_show_is_not_denied_where_single_ones_do_not(findings) -> None:
+    """The difference in differences has more data than each of the comparisons that it is made of."""
+    advantage = {"task": "patching", "fraction": 1.0, "metric": "exact_match", "by": "all"}
+    single = "self_minus_cross", "patching", "llama", "llama", "qwen3", NOTHING
+    summary, *_ = findings(single, advantages=[advantage | BETTER]).summary()
+    assert summary.verdict == "not shown" and "it is not shown that a model explains itself better" in summary.text
+    assert summary.text.endswith("over all pairings together, it is shown: see below.")
+    for elsewhere in (advantage | NOTHING, advantage | BETTER | {"task": "ablation"}):
+        assert "pairings" not in findings(single, advantages=[elsewhere]).summary()[0].text
 
 
 def test_what_is_compared_at_a_part_of_the_training_data_is_told_with_it(findings, score_row) -> None:

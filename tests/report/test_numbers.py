@@ -33,9 +33,20 @@ def test_a_bound_that_would_be_read_as_zero_gets_a_third_decimal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p_value", "text"), [(0.0002, "p < .001"), (0.034, "p = .034"), (0.6, "p = .60"), (1.0, "p = 1.00"), (None, "")]
+    ("p_value", "text"),
+    [
+        (0.0498, "p = .0498"),
+        (0.05, "p = .050"),
+        (0.0002, "p < .001"),
+        (0.034, "p = .034"),
+        (0.6, "p = .60"),
+        (1.0, "p = 1.00"),
+        (None, ""),
+    ],
 )
-def test_a_p_value_is_never_told_as_zero(p_value: float | None, text: str) -> None:
+def test_a_p_value_is_never_told_as_zero_nor_as_the_threshold_that_it_is_below(
+    p_value: float | None, text: str
+) -> None:
     assert numbers.p_text(p_value) == text
     assert numbers.p_decimals(p_value) != ".0000"
 
