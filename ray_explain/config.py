@@ -670,12 +670,13 @@ class Experiment(Section):
         if model in self.targets:
             self._check_target(model, n_layers)
         explained = self.targets if model in self.explainers else []
-        settings = [self.train_config(model, target).model_dump() for target in explained]
-        injections = [one["injection"] for one in settings] + self.sweep.parameters.get("injection", [])
+        trained = [self.train_config(model, target).model_dump() for target in explained]
+        tried = itertools.product(trained, self.sweep.combinations)
+        injections = [TrainConfig.model_validate({**train, **chosen}).injection for train, chosen in tried]
         if model in self.targets and (self.evaluate.untrained or self.evaluate.shots):
-            injections.append(self.train.injection.model_dump())
-        for injection in injections:
-            if (layer := injection.get("layer")) is not None and layer >= n_layers:
+            injections.append(self.train.injection)
+        for layer in (injection.layer for injection in injections):
+            if layer is not None and layer >= n_layers:
                 raise ValueError(
                     f"`train.injection.layer`: {model!r} has no layer {layer}; it has {n_layers}, numbered from 0"
                 )

@@ -46,7 +46,7 @@ def launch(step: str, what: str, argv: Sequence[str] | None = None, *, plan: str
         experiment = placed(read_experiment(arguments.config, arguments.overrides))
     except BadInput as error:
         return ended_by(error)
-    log = _start_log(experiment)
+    log = _log_of_a_plan() if step == plan else _start_log(experiment)
     try:
         with _stopping_on_sigterm():
             steps = importlib.import_module("ray_explain.distributed.pipeline")
@@ -112,19 +112,34 @@ def log_folder(experiment: Experiment) -> Path:
     return Path(here).absolute() / "logs"
 
 
+def _log_of_a_plan() -> Path:
+    """There only after an error. What lies below the storage stays that of what was done, not of what might be."""
+    path = storage.own_scratch() / _log_name()
+    _log_to(logging.FileHandler(path, delay=True), logging.ERROR)
+    return path
+
+
+def _log_name() -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}.log"
+
+
+def _log_to(handler: logging.Handler, level: int) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
 def _start_log(experiment: Experiment) -> Path:
     """Logs go to a file, so that bars stay readable; the resolved config lies beside it."""
     folder = log_folder(experiment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.log"
+        path = folder / _log_name()
         handler = logging.FileHandler(path)
         (folder.parent / "config.yaml").write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         print(f"cannot write to {folder}: {error.strerror}; set another `storage`", file=sys.stderr)
         raise SystemExit(1) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    _log_to(handler, logging.INFO)
     return path
 
 

@@ -109,7 +109,7 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.injection.layer=1", ["train.injection`: mode 'replace' with layer 1", "`replace` has none"]),
         ("train.injection={mode: add, layer: 1, scale: unit}", ["mode 'add' with scale 'unit'", "leave `scale` out"]),
         ("train.injection={mode: add, layer: 4}", ["train.injection.layer", "has no layer 4", "numbered from 0"]),
-        ("sweep.parameters={injection: [{}, {mode: add, layer: 4}]}", ["train.injection.layer", "no layer 4"]),
+        ("sweep.parameters={injection: [{}, {mode: add, layer: '4'}]}", ["train.injection.layer", "no layer 4"]),
         ("train={offload: true, zero_stage: 0}", ["`offload`", "`zero_stage` 1, 2 or 3"]),
         ("name=../escape", ["name", "../escape"]),
         ("seed.x=3", ["seed", "holds no keys"]),

@@ -239,6 +239,8 @@ def model_config(plan: Plan, name: str) -> Any:
         BadInput: there is no model.
     """
     place = plan.model_place(name)
+    if plan.experiment.models[name].pretrain and finished(plan.model(name), plan.root) is None:
+        raise BadInput(f"`models.{name}` is to be pretrained, and is not there yet: run jobs/pretrain.py first")
     return _config_at(f"models.{name}.path", place["model"], place["revision"])
 
 

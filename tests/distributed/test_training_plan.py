@@ -181,4 +181,11 @@ def test_the_job_says_it_and_starts_nothing(config: str, capsys: pytest.CaptureF
     told = capsys.readouterr().out
     assert "100 questions, at most x 3 epochs = 39 steps of 8, 4 at once on each of 2 workers" in told
     assert told.count("yes") == 4 and "1 <" in told
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"logs", "config.yaml"}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_for_models_that_are_not_pretrained_yet_says_what_makes_them(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", config, "--plan", "models.tiny={pretrain: {architecture: llama}}"]) == 2
+    assert "`models.tiny` is to be pretrained, and is not there yet: run jobs/pretrain.py" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from ray_explain.models import files_fingerprint
 from ray_explain.records import TEXT_ONLY
 from ray_explain.stages import Result
 from tests.interrupting import interrupt
-from tests.tiny import config_in, plan_of
+from tests.tiny import EXPERIMENT, config_in, plan_of
 
 pytestmark = pytest.mark.ray
 
@@ -146,6 +146,7 @@ def test_exported_ground_truth_is_read_again_as_a_released_data_set(config: str,
             "patching": {**section, "cases": {"train": 80, "test": 40}},
             "features": {"source": "released", "path": f"{plan.root}/released/{{target}}/features"},
         },
+        train=EXPERIMENT["train"] | {"replay": 0.0},
     )
     assert ground_truth.main(["--config", again]) == 0
     other = plan_of(again)
