@@ -82,13 +82,14 @@ LLAMA_3_CHAT = (
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+BARE_CHAT = "{{ messages[-1]['content'] }}\n"  # leaves the system turn out, so that its text opens the user's
 QWEN_3_CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
 
 
-@pytest.mark.parametrize("template", [CHAT, LLAMA_CHAT, GEMMA_CHAT, LLAMA_3_CHAT, QWEN_3_CHAT])
+@pytest.mark.parametrize("template", [CHAT, LLAMA_CHAT, GEMMA_CHAT, LLAMA_3_CHAT, QWEN_3_CHAT, BARE_CHAT])
 def test_of_a_chat_what_was_said_is_the_words_of_system_and_user_alone(
     path: Path, tokenizer: PreTrainedTokenizerFast, template: str
 ) -> None:
@@ -101,7 +102,7 @@ def test_of_a_chat_what_was_said_is_the_words_of_system_and_user_alone(
         assert [said(row["prompt"]), said(on_another_day)] == [f"{SYSTEM}\n\n{question}{hint}"] * 2
 
 
-@pytest.mark.parametrize("template", [CHAT, GEMMA_CHAT, "{{ messages[-1]['content'] }}", None])
+@pytest.mark.parametrize("template", [CHAT, GEMMA_CHAT, None])
 def test_of_what_is_no_chat_of_this_target_all_is_said(
     path: Path, tokenizer: PreTrainedTokenizerFast, template: str | None
 ) -> None:
