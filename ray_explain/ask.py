@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ray_explain import storage
-from ray_explain.config import Experiment, read_experiment
+from ray_explain.config import Experiment, FeaturesConfig, read_experiment
 from ray_explain.errors import BadInput
 from ray_explain.launch import ended_by, lasting, placed
 from ray_explain.report.numbers import clip
@@ -25,7 +25,7 @@ Asks a trained explainer one question, runs the real intervention on its target,
 
 A vector is tried on texts: those of the experiment's corpus (`ground_truth.features.corpus`), or the synthetic world's,
 which other targets cannot read. On a corpus, only a feature has descriptions that are known to be right; of another
-vector it prints where it is strongest, and confirms nothing.
+vector, or one that no concept of the world explains, it prints where it is strongest, and confirms nothing.
 """
 
 
@@ -317,8 +317,9 @@ def _tried_on_the_world(known: Known, witness: Any, one: _Vector) -> Any:
     from ray_explain.world.facts import World
 
     world = known.experiment.world.world() if known.experiment else World()
-    found = receipts.responses(known.place, world, one.vector, one.layer)
-    receipt = witness.feature(one.vector, one.layer, one.right or [found.best], case_id=one.case_id)
+    found, least = receipts.responses(known.place, world, one.vector, one.layer), _min_correlation(known.experiment)
+    measured = [found.best] if found.correlations[found.best] > least else []
+    receipt = witness.feature(one.vector, one.layer, one.right or measured, case_id=one.case_id)
     said = {text.lower(): value for text, value in found.correlations.items()}.get(receipt.answer.lower())
     details = [
         f"correlates with “{found.best}” most ({found.correlations[found.best]:.2f})",
@@ -326,6 +327,12 @@ def _tried_on_the_world(known: Known, witness: Any, one: _Vector) -> Any:
         *_responds(found.strongest),
     ]
     return receipt._replace(details=tuple(details))
+
+
+def _min_correlation(experiment: Experiment | None) -> float:
+    """From where on a concept of the world describes a vector: some concept always correlates best, if by chance."""
+    section = experiment.ground_truth.features if experiment else None
+    return (section or FeaturesConfig()).min_correlation
 
 
 def _responds(strongest: Sequence[tuple[str, str]]) -> list[str]:
@@ -387,7 +394,7 @@ def _told(receipt: Any, known: Known) -> str:
     lines = [
         ("asked", receipt.question),
         ("explanation", (receipt.answer or "(nothing)") + sure),
-        ("measured", receipt.measured or "where the vector is strongest on the corpus:"),
+        ("measured", receipt.measured or "where the vector is strongest on texts:"),
         *[("", detail) for detail in receipt.details],
         ("", f"on the target {known.target}, {known.place['model']}"),
         ("verdict", verdict),

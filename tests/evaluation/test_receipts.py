@@ -213,6 +213,22 @@ def test_without_a_right_description_nothing_is_confirmed_or_refuted(explainer, 
     assert receipt.confirmed is None and receipt.measured == "" and receipt.details == ("responds to 'dog'",)
 
 
+def test_a_vector_that_no_concept_of_the_world_explains_confirms_and_refutes_nothing(
+    explainer, world_target, capsys, tmp_path
+):
+    """Some concept always correlates best, be it by chance."""
+    loaded = load_model(str(world_target))
+    embedding = loaded.model.get_input_embeddings().weight.detach()
+    of_a_word = (embedding[loaded.tokenizer.encode(".")[-1]] - embedding.mean(0)).numpy()
+    for vector, right in [(of_a_word, "the sign ."), (np.zeros(32, np.float32), None)]:
+        np.save(tmp_path / "v.npy", vector)
+        whom = ("--explainer", explainer, "--target", world_target)
+        assert run(*whom, "--vector", tmp_path / "v.npy", "--layer", 0) == 0
+        told = capsys.readouterr().out
+        assert f"measured     {right or 'where the vector is strongest on texts:'}\n" in told
+        assert ("verdict      open: no description" in told) is (right is None)
+
+
 def run(*arguments):
     return main([str(argument) for argument in arguments])
 
