@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, finish, finished
 from ray_explain.config import FeaturesConfig, LocalConfig, Task
-from ray_explain.distributed.feature_plan import FeaturePlan, describes, released_folder
+from ray_explain.distributed.feature_plan import FeaturePlan, describes, released_folder, tells_all_concepts
 from ray_explain.distributed.plan import SELFIE, Plan, Run
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.evaluation.baselines import baselines
@@ -822,8 +822,9 @@ def _graded(session: Session, target: str, task: Task) -> pa.Table:
     plan = session.plan
     held_out = session.split(plan.questions(task, target), plan.experiment.evaluate.split)
     given = _given(session, target, task, held_out)
-    described = task == "features" and describes(plan.experiment.ground_truth.features)
-    descriptions = _descriptions(session, target, held_out) if task == "features" and not described else None
+    section = plan.experiment.ground_truth.features if task == "features" else None
+    described, of_world = describes(section), section is not None and tells_all_concepts(section)
+    descriptions = _descriptions(session, target, held_out) if of_world else None
     marks = _marks(session) if task == "features" else []
     alike: dict[tuple[int, float], list[pa.Table]] = {}
     for seed, fraction, answers in given:

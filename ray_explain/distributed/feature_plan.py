@@ -244,3 +244,9 @@ def describes(section: FeaturesConfig | None) -> bool:
         return False
     scored_anew = section.source == "released" and (section.simulator is not None or section.detector is not None)
     return scored_anew or section.describer.kind != "world"
+
+
+def tells_all_concepts(section: FeaturesConfig) -> bool:
+    """Whether each feature comes with every description that can be given, as the world's do, and how it correlates. A
+    released data set has a few labels of each, beside which what an explainer says is seldom found."""
+    return section.source != "released" and not describes(section)

@@ -11,6 +11,7 @@ from ray_explain.report.estimates import Scores
 
 CONSTANT = (MAJORITY, MAJORITY_BY)  # baselines that answer the same to all questions, or to all of a kind
 NEAR = 0.1  # has-changed F1 that a constant answer may lack to an explainer and be told to know about as much
+WITH_VECTORS = ("patching", "features")  # tasks that ask about a vector
 _KIND = {"patching": "where a patch sits", "ablation": "what kind of question holds a hint"}
 
 
@@ -27,6 +28,7 @@ def caveats(data: ReportData, scores: Scores) -> list[Caveat]:
     makers: list[Callable[[ReportData, Scores], Caveat | None]] = [
         _whether_and_what,
         _shared_basis,
+        _shared_knowledge,
         _not_ranked,
         _what_is_missing,
         _without_labels,
@@ -75,14 +77,24 @@ def _f1_of(task: str, target: str, scores: Scores) -> tuple[tuple[float, str], f
 
 
 def _shared_basis(data: ReportData, scores: Scores) -> Caveat | None:
-    if "patching" not in data.tasks:
+    tasks = " and ".join(numbers.task_label(task) for task in data.tasks if task in WITH_VECTORS)
+    if not tasks:
         return None
-    cleaner = " Input ablation has no vector, so it is the cleaner evidence." if "ablation" in data.tasks else ""
     return Caveat(
-        title="A gap on patching may be about reading the vector, not about knowing the target.",
+        title=f"A gap on {tasks} may be about reading the vector, not about knowing the target.",
         text="An explainer that started as the target gets the vector in its own basis; another model gets it in a "
-        "foreign one. What of the gap between self and cross on patching comes from that, and what from knowing the "
-        f"target, cannot be told apart here.{cleaner}",
+        f"foreign one. What of the gap between self and cross on {tasks} comes from that, and what from knowing the "
+        f"target, cannot be told apart here.{' Input ablation has no vector.' if 'ablation' in data.tasks else ''}",
+    )
+
+
+def _shared_knowledge(data: ReportData, scores: Scores) -> Caveat | None:
+    if "ablation" not in data.tasks:
+        return None
+    return Caveat(
+        title="A gap on input ablation may be about what the two models know, not about looking inside.",
+        text="The question shows the prompt. An explainer that started as the target may answer that prompt itself, "
+        "without the removed part, much as the target would; another model answers it with its own knowledge.",
     )
 
 
@@ -197,7 +209,8 @@ def _unlike_seeds(data: ReportData, scores: Scores) -> str:
         return ""
     return (
         f" Explainers do not have the same seeds on {'; '.join(told)}: a score is the mean over those that it has, a "
-        "difference over those that both sides have, so that scores need not subtract to it."
+        "difference over those that both sides have, so that scores need not subtract to it; with none in common they "
+        "are not compared."
     )
 
 

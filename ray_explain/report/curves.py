@@ -153,7 +153,7 @@ def calibration_text(task: str, target: str, data: ReportData) -> list[str]:
     return told
 
 
-def _bounded(it: Bounded, text: Callable[[float], str]) -> str:
-    value, low, high = it
-    bounds = "" if low is None or high is None else f" (95{numbers.THIN}% interval {text(low)} to {text(high)})"
-    return text(value) + bounds
+def _bounded(it: Bounded, text: Callable[[float, int], str]) -> str:
+    digits = numbers.digits_for(*it)
+    value, *ends = (text(one, digits) for one in it if one is not None)
+    return value + (f" (95{numbers.THIN}% interval {' to '.join(ends)})" if len(ends) == 2 else "")

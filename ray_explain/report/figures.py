@@ -222,7 +222,7 @@ def marks(rows: Sequence[dict[str, Any]], axis: Axis) -> list[Mark]:
     """Differences as marks on an axis, each with its text for those who do not see it."""
     return [
         Mark(
-            label=difference_text(row),
+            label=difference_text(row) + _over_what(row),
             place=None if row["difference"] is None else axis.at(row["difference"]),
             low=None if row["low"] is None else axis.at(row["low"]),
             high=None if row["high"] is None else axis.at(row["high"]),
@@ -230,3 +230,9 @@ def marks(rows: Sequence[dict[str, Any]], axis: Axis) -> list[Mark]:
         )
         for row in rows
     ]
+
+
+def _over_what(row: dict[str, Any]) -> str:
+    """Which of the controls or baselines of a sentence a mark is over; the sentence names another model itself."""
+    label = {"uplift": numbers.control_label, "over_baseline": numbers.baseline_label}.get(row["contrast"])
+    return f" over “{label(row['against'])}”" if label else ""

@@ -16,11 +16,19 @@ from transformers import AutoTokenizer
 from ray_explain import records, storage
 from ray_explain.artifacts import finish, finished
 from ray_explain.config import Experiment
-from ray_explain.distributed.experiment import Session, evaluate, export_ground_truth, make_asked, make_ground_truth
+from ray_explain.distributed.experiment import (
+    Session,
+    _graded,
+    evaluate,
+    export_ground_truth,
+    make_asked,
+    make_ground_truth,
+)
 from ray_explain.distributed.feature_plan import FeaturePlan
 from ray_explain.distributed.features import score_answers
 from ray_explain.distributed.plan import Plan
 from ray_explain.errors import BadInput
+from ray_explain.evaluation.metrics import headline, measured
 from ray_explain.evaluation.simulations import GOLD, answered, gold_answers
 from ray_explain.ground_truth import released
 from ray_explain.ground_truth.exemplars import EXEMPLARS, token_texts
@@ -248,6 +256,34 @@ def test_released_features_without_exemplars_are_refused_where_those_are_needed(
     labels = plan(tmp_path, world_target, folder)
     assert len(effects_of(labels)) == 8, "labels alone need none"
     assert "vectors" not in labels.cases("features", "m").config
+
+
+def test_answers_about_released_labels_are_read_and_judged_in_any_words(
+    here: None, model: dict[str, Any], world_target: Path, tmp_path: Path, endpoint: Any
+) -> None:
+    """Labels are no list of all that can be said: another text has no correlation, and is none that cannot be read."""
+    release(tmp_path / "release", world_target)
+    labels = plan(tmp_path, world_target, tmp_path / "release").experiment.model_dump()
+    asked = Plan(Experiment.model_validate(labels | {"evaluate": labels["evaluate"] | {"judge": model}}))
+    endpoint.script = lambda prompt, _: "4"
+    effects_of(asked)
+    with Session(asked) as session:
+        make_asked(session)
+        run = asked.runs()[0]
+        own = session.table(asked.answers(run, "features").parents[-1])
+        said = [{"question_id": one, "control": "none"} | SAID for one in own["question_id"].to_pylist()]
+        answers = records.rows_table(said, records.ANSWERS)
+        answers = answers.set_column(2, answers.schema.field("control"), own["control"])
+        session.make_table(asked.answers(run, "features"), lambda: answers)
+        graded = _graded(session, "m", "features")
+    given = graded.filter(pc.equal(graded["explainer"], "m"))
+    assert given.num_rows == 2 * len(KEYS["test"]) and pc.all(given["parsed"]).as_py()
+    assert graded["correlation"].null_count == graded.num_rows
+    assert set(given["judged"].to_pylist()) == {0.75}
+    assert headline("features", [metric.name for metric in measured(graded)]) == "judged"
+
+
+SAID = {"explainer": "m", "text": "words of no label", "logprob": -1.0, "n_tokens": 4}
 
 
 def mixed(folder: Path, target: Path) -> None:

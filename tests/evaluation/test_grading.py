@@ -4,6 +4,7 @@ import pytest
 from ray_explain import records
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.grading import best_of, grade, layer_label, rows_of, series_of, word_f1
+from ray_explain.evaluation.metrics import headline, measured
 
 
 def feature(i, *right):
@@ -136,3 +137,24 @@ def test_the_best_of_several_answers_is_chosen_question_by_question(questions, a
     assert [row["exact"] for row in best.to_pylist()] == [False, True]
     assert best["similarity"].to_pylist() == pytest.approx([2 / 4, 1])  # of "rome" and "a word": 2/4 and 2/5
     assert set(best["explainer"].to_pylist()) == {"best"} and best_of(graded, ["x9"], "best").num_rows == 0
+
+
+def test_the_best_free_description_is_so_by_the_headline_whatever_another_mark_says(questions, answers):
+    """Else the oracle that a report calls the best would be beaten by answers that it could have taken."""
+    asked = questions(feature(0, "rome"), feature(1, "oslo"))
+    said = [answers(asked, [name, name], name) for name in ("x1", "x5")]
+    graded = grade(asked, pa.concat_tables(said), target="a", seed=0)
+    for name, values in [("simulated", [0.1, 0.6, 0.4, 0.2]), ("judged", [1.0, 0.25, 0.5, 0.75])]:
+        at = graded.column_names.index(name)
+        graded = graded.set_column(at, graded.schema.field(name), pa.array(values))
+        best = best_of(graded, ["x1", "x5"], "best")
+        assert headline("features", [metric.name for metric in measured(graded)]) == "simulated"
+        assert best["simulated"].to_pylist() == [0.4, 0.6]
+
+
+def test_the_best_of_a_fixed_vocabulary_is_an_exact_match_first(questions, answers):
+    asked = questions(feature(0, "rome"))
+    told = descriptions(("f0", "rome", 0.3, True), ("f0", "oslo", 0.5, False))
+    said = [answers(asked, [text], name) for name, text in (("x1", "oslo"), ("x5", "rome"))]
+    best = best_of(grade(asked, pa.concat_tables(said), told, target="a", seed=0), ["x1", "x5"], "best")
+    assert best["exact"].to_pylist() == [True]

@@ -61,10 +61,14 @@ def test_targets_are_not_ranked_and_their_changed_rates_are_told(report) -> None
     assert "activation patching: llama 34 %, qwen3 34 %" in text
 
 
-def test_patching_alone_does_not_call_ablation_the_cleaner_evidence(report, score_row) -> None:
-    assert "Input ablation has no vector" in told(report())
-    only = told(report(scores=[score_row("patching", "llama", "llama")], comparisons=[]))
-    assert "foreign" in only and "Input ablation" not in only
+def test_what_a_gap_may_come_from_is_told_of_the_tasks_that_there_are(report, score_row) -> None:
+    every = told(report())
+    assert "A gap on activation patching and feature descriptions may be about reading the vector" in every
+    assert "A gap on input ablation may be about what the two models know" in every
+    for task, about in [("patching", "activation patching"), ("features", "feature descriptions")]:
+        only = told(report(scores=[score_row(task, "llama", "llama")], comparisons=[]))
+        assert f"A gap on {about} may be about reading" in only and "nput ablation" not in only
+    assert "foreign" not in told(report(scores=[score_row("ablation", "llama", "llama")], comparisons=[]))
 
 
 def test_answers_that_could_not_be_read_are_counted_without_baselines(report, score_row) -> None:

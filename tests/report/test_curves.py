@@ -88,6 +88,13 @@ def test_the_calibration_error_is_told_with_its_interval(report):
     assert text.endswith("expected calibration error .10, 150 answers.")
 
 
+def test_a_bound_that_decides_is_not_rounded_to_nothing(report):
+    (text,) = calibration_text("patching", "llama", report(calibrations=[calibration(over=(0.03, 0.0013, 0.05))]))
+    assert "overconfident; mean confidence minus accuracy +.030 (95 % interval +.001 to +.050)" in text.replace(
+        "\u202f", " "
+    )
+
+
 def test_the_page_and_the_json_hold_curves_and_calibration(report, score_row):
     rows = at_fractions(score_row, (0.1, 0.4), (1.0, 0.8))
     data = report(scores=rows, comparisons=[], examples=[], calibrations=[calibration()])

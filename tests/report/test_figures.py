@@ -104,3 +104,11 @@ def test_marks_stand_where_their_numbers_are(comparison_row) -> None:
     assert mark.low is not None and mark.low < axis.at(0.2) == mark.place
     (undefined,) = figures.marks([row | {"difference": None, "low": None, "high": None}], axis)
     assert (undefined.place, undefined.verdict) == (None, "unknown")
+
+
+def test_a_mark_says_which_control_or_baseline_it_is_over(comparison_row) -> None:
+    """A sentence has up to a dozen, and no other sign beside them."""
+    kinds = [("uplift", "shuffled"), ("over_baseline", "majority"), ("self_minus_cross", "qwen3")]
+    rows = [comparison_row(contrast, "patching", "llama", "llama", against) for contrast, against in kinds]
+    labels = [mark.label for mark in figures.marks(rows, figures.axis_of_differences(rows))]
+    assert [label.rpartition(")")[2] for label in labels] == [" over “vectors shuffled”", " over “majority class”", ""]
