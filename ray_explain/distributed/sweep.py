@@ -159,7 +159,7 @@ def _report(
     plan = Plan(session.plan.experiment.trained_with(best), without=without)
     try:
         session.say(f"The report: {make_report(replace(session, plan=plan), notes=[note] if note else [])}")
-    except ValueError as error:  # of the trials that are not done, so many are missing that pairs cannot be compared
+    except ValueError as error:  # what scores cannot be made with, such as an embedding model: the trials are done
         session.say(f"No report: {error}")
 
 

@@ -66,23 +66,26 @@ def comparisons(
     A target that explains itself (the explainer has its name) is compared with every other explainer that was
     `trained`, and each of these with itself under each control and with every baseline: all other names. Both sides
     answered the same questions. Seeds of training are paired where both sides have them and their mean is compared; a
-    baseline without seeds stands against every seed of the other. Intervals hold the draw of the groups, and that of
-    the seeds where there are several (`intervals.spread_over_seeds`). p-values are those of `intervals.swap_test`, or
-    with several seeds of the t test over them where that is larger; below 1 / (permutations + 1), which swaps cannot
-    tell, they are those of the t test. `p_holm` corrects over the matrix: all comparisons of one task, fraction,
-    contrast and metric on the same kind of part.
+    baseline without seeds stands against every seed of the other, and sides without a seed in common are not compared.
+    Intervals hold the draw of the groups, and that of the seeds where there are several
+    (`intervals.spread_over_seeds`). p-values are those of `intervals.swap_test`, or with several seeds of the t test
+    over them where that is larger; below 1 / (permutations + 1), which swaps cannot tell, they are those of the t test.
+    `p_holm` corrects over the matrix: all comparisons of one task, fraction, contrast and metric on the same kind of
+    part.
 
     Both sides know the same fraction of the training data; what knows none (fraction 0) stands against every fraction.
     A metric that an answer of one side does not have (a judge gave no mark) is left out for the question on both.
 
     Raises:
-        BadInput: two sides answered different questions, or trained explainers have no seed in common.
+        BadInput: two sides answered different questions.
     """
     rows: list[dict[str, Any]] = []
     measure = partial(_measure, by=by, metrics=measured(graded), resamples=resamples, seed=seed)
     for (task, target, fraction), sides in _measured(graded, measure).items():
         for contrast in _contrasts(target, sides, trained):
-            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, measure)
+            one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, measure)
+            if not one:
+                continue
             identity = {
                 "task": task,
                 "target": target,
@@ -180,7 +183,8 @@ def pilot(
     (`intervals.questions_needed`). One seed of training tells nothing of how much seeds differ.
 
     Raises:
-        ValueError: one of the two answered no question of this task and target, or not by this metric and part.
+        ValueError: one of the two answered no question of this task and target, or not by this metric and part, or
+            they have no seed in common.
         BadInput: as `comparisons`.
     """
     of_target = graded.filter((pc.field("task") == task) & (pc.field("target") == target))
@@ -191,7 +195,9 @@ def pilot(
         if Who(name) not in sides:
             raise ValueError(f"no answers of {name!r} to {task} questions about {target!r}: score some first")
     contrast = Contrast("difference", Who(explainer), Who(against))
-    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, target, measure)
+    one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, measure)
+    if not one:
+        raise ValueError(f"{explainer!r} and {against!r} of {target!r} have no seed in common: nothing is paired")
     at = one[0].tally.parts.index(_part(one[0].tally, metric, by))
     part = one[0].tally.parts[at]
     observed = np.array([[a.values[at] - b.values[at]] for a, b in zip(one, other, strict=True)])
@@ -258,13 +264,15 @@ def _contrasts(target: str, sides: dict[Who, Seeds], trained: Sequence[str]) -> 
 
 
 def _paired(
-    one: Seeds, other: Seeds, contrast: Contrast, target: str, measure: Callable[[pa.Table], Measured]
+    one: Seeds, other: Seeds, contrast: Contrast, measure: Callable[[pa.Table], Measured]
 ) -> tuple[list[Measured], list[Measured]]:
-    """Both sides, one entry per seed, each metric on the questions that all have it for."""
+    """Both sides, one entry per seed, each metric on the questions that all have it for; none without such a seed."""
     if contrast.kind == "over_baseline" and len(other) == 1:
         sides = [*one.values(), *(list(other.values()) * len(one))]
     else:
-        shared = _shared_seeds(one, other, contrast, target)
+        shared = sorted(set(one) & set(other))
+        if not shared:
+            return [], []
         sides = [side[seed] for side in (one, other) for seed in shared]
     tables = [side.rows for side in sides]
     _check_same_questions(tables)
@@ -285,17 +293,6 @@ def _scored_by_all(tables: Sequence[pa.Table]) -> list[pa.Table]:
             blank = [pc.if_else(kept, table[field.name], pa.scalar(None, field.type)) for table in tables]
             tables = [table.set_column(at, field, column) for table, column in zip(tables, blank, strict=True)]
     return tables
-
-
-def _shared_seeds(one: Seeds, other: Seeds, contrast: Contrast, target: str) -> list[int]:
-    shared = sorted(set(one) & set(other))
-    if not shared:
-        raise BadInput(
-            f"{contrast.kind} on {target!r}: {contrast.one.explainer!r} has seeds {sorted(one)}, "
-            f"{contrast.other.explainer!r} under {contrast.other.control!r} has {sorted(other)}; "
-            "pairs need a seed in common: train or score both with the same seeds"
-        )
-    return shared
 
 
 def _compared(one: list[Measured], other: list[Measured], permutations: int, seed: int) -> Iterator[dict[str, Any]]:

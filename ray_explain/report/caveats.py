@@ -209,7 +209,8 @@ def _unlike_seeds(data: ReportData, scores: Scores) -> str:
         return ""
     return (
         f" Explainers do not have the same seeds on {'; '.join(told)}: a score is the mean over those that it has, a "
-        "difference over those that both sides have, so that scores need not subtract to it."
+        "difference over those that both sides have, so that scores need not subtract to it; with none in common they "
+        "are not compared."
     )
 
 

@@ -131,9 +131,15 @@ def test_a_baseline_without_seeds_stands_against_every_seed(world):
     assert (row["difference"], row["seeds"]) == (pytest.approx(0.4), 2)
 
 
-def test_trained_explainers_without_a_common_seed_are_refused(world):
-    with pytest.raises(BadInput, match=r"'a' has seeds \[0\], 'b' under 'none' has \[1\]"):
-        compare(world.graded("a", 0.5), world.graded("b", 0.5, seed=1))
+def test_trained_explainers_without_a_common_seed_are_not_compared_and_others_are(world):
+    """At a share of the data where trials failed, say: the other shares have their report all the same."""
+    unlike = [world.graded("a", 0.5, fraction=0.1), world.graded("b", 0.5, seed=1, fraction=0.1)]
+    assert not compare(*unlike).num_rows
+    found = compare(*unlike, *[world.graded(name, 0.5) for name in "ab"], world.graded("majority", 0.2, fraction=0.1))
+    kinds = {(row["fraction"], row["contrast"]) for row in found.to_pylist()}
+    assert kinds == {(1.0, "self_minus_cross"), (0.1, "over_baseline")}
+    with pytest.raises(ValueError, match="'a' and 'b' of 'a' have no seed in common"):
+        pilot(pa.concat_tables(unlike), task="patching", target="a", explainer="a", against="b", fraction=0.1, seed=0)
 
 
 def test_answers_to_different_questions_are_not_compared(world):
