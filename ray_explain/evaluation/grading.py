@@ -41,9 +41,9 @@ GRADED = pa.schema(
         pa.field("logprob", pa.float32()),  # of the answer, summed over its tokens
     ]
 )
-# By what the best of several descriptions is chosen: of a fixed vocabulary, and before that of free ones.
-_OF_FIXED = ("exact", "correlation", "judged", "embedding", "detection", "similarity")
-_OF_FREE = ("simulated", "judged", "embedding")
+# What marks free descriptions, the most telling first.
+OF_FREE_TEXT = ("simulated", "judged", "embedding", "detection")
+_OF_FIXED = ("exact", "correlation", "judged", "embedding", "similarity")  # those of a fixed vocabulary
 _ASKED = ("question_id", "case_id", "group", "task", "answer", "answers", "layers", "role", "stratum", "changed")
 
 
@@ -184,7 +184,7 @@ def best_of(graded: pa.Table, names: Sequence[str], name: str) -> pa.Table:
     SelfIE's scales: an advantage that no real answer has.
     """
     of_fixed_vocabulary = graded["correlation"].null_count < graded.num_rows
-    scored = _OF_FIXED if of_fixed_vocabulary else (*_OF_FREE, *_OF_FIXED)
+    scored = _OF_FIXED if of_fixed_vocabulary else (*OF_FREE_TEXT, *_OF_FIXED)
     best: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {}
     for row in graded.filter(pc.is_in(graded["explainer"], pa.array(names, pa.string()))).to_pylist():
         value = tuple(-1.0 if row[column] is None else float(row[column]) for column in scored)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from ray_explain import records
 from ray_explain.evaluation import intervals
-from ray_explain.evaluation.grading import GRADED, grade, rows_of, series_of
+from ray_explain.evaluation.grading import GRADED, OF_FREE_TEXT, grade, rows_of, series_of
 
 __all__ = ["BY", "GRADED", "METRICS", "Metric", "Part", "Tally", "grade", "headline", "scores", "tally"]
 
@@ -140,8 +140,6 @@ def measured(graded: pa.Table) -> list[Metric]:
 
 # What holds an answer against a right one; other metrics of features hold it against what the vector does.
 OF_LABELS = ("exact_match", "similarity", "correlation", "embedding", "judged")
-# What marks free descriptions, the most telling first.
-_OF_FREE_TEXT = ("simulated", "judged", "embedding")
 
 
 def headline(task: str, known: Collection[str]) -> str:
@@ -153,7 +151,7 @@ def headline(task: str, known: Collection[str]) -> str:
     """
     if task != "features" or "correlation" in known:
         return "exact_match"
-    return next((name for name in _OF_FREE_TEXT if name in known), "exact_match")
+    return next((name for name in OF_FREE_TEXT if name in known), "exact_match")
 
 
 def tally(graded: pa.Table, by: Sequence[str], metrics: Sequence[Metric]) -> Tally:

@@ -161,8 +161,9 @@ def _without_labels(data: ReportData, scores: Scores) -> Caveat | None:
     return Caveat(
         title="Some vectors have no label.",
         text=f"Nobody described them, so answers about them are scored by {names} alone: {'; '.join(told)} "
-        f"questions. Over all questions, {names} count them in; other metrics, and the gold descriptions, are of the "
-        "labelled vectors alone. tables.md has each origin of vectors apart: compare with the gold descriptions there.",
+        f"questions. Over all questions they count towards {names}; other metrics, and the gold descriptions, are of "
+        "the labelled vectors alone. tables.md has each origin of vectors apart: compare with the gold "
+        "descriptions there.",
     )
 
 

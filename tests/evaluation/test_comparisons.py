@@ -2,10 +2,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_explain import records
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.comparisons import comparisons, corrected, pilot, self_advantage
 from ray_explain.evaluation.intervals import alike_bound, questions_needed
-from ray_explain.evaluation.metrics import grade
+from ray_explain.evaluation.metrics import GRADED, grade
 
 N = 240
 
@@ -288,6 +289,15 @@ WITHOUT_THE_HARD = [mark - 0.1 if mark > 0.5 else None for mark in MARKS]
 def test_what_one_side_has_no_score_for_is_left_out_on_both(marked):
     row = find(compare(marked("a", MARKS), marked("b", WITHOUT_THE_HARD)), metric="judged", by="all")
     assert (row["difference"], row["n"], row["n_groups"]) == (pytest.approx(0.1), 10, 10)
+
+
+def test_vectors_without_labels_have_an_advantage_where_a_detector_alone_marks_answers(marked):
+    told = {True: MARKS, False: [mark - 0.1 for mark in MARKS]}
+    graded = pa.concat_tables([marked(e, told[e == t], t) for e in "ab" for t in "ab"])
+    bare = dict.fromkeys(("exact", "similarity", "judged"))
+    rows = [row | bare | {"detection": row["judged"]} for row in graded.to_pylist()]
+    (row,) = self_advantage(records.rows_table(rows, GRADED), seed=0, resamples=100)
+    assert (row["metric"], row["difference"]) == ("detection", pytest.approx(0.1))
 
 
 def test_what_one_explainer_of_a_target_has_no_score_for_is_left_out_of_an_advantage(marked):

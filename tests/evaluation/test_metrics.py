@@ -187,6 +187,8 @@ def test_five_thousand_answers_are_scored_with_two_thousand_resamples_in_five_se
         ("features", {"exact_match", "similarity", "correlation", "judged", "embedding"}, "exact_match"),
         ("features", {"exact_match", "similarity", "judged", "embedding", "simulated"}, "simulated"),
         ("features", {"exact_match", "similarity", "judged", "embedding"}, "judged"),
+        ("features", {"exact_match", "similarity", "detection"}, "detection"),
+        ("features", {"detection"}, "detection"),  # vectors that nobody described
         ("features", {"exact_match", "similarity"}, "exact_match"),
     ],
 )

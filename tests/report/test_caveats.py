@@ -46,7 +46,7 @@ def test_figures_that_rest_on_vectors_without_labels_are_told(report, score_row)
     text = told(report(scores=unlabelled(score_row), comparisons=[]))
     assert (
         "scored by simulator correlation alone: feature descriptions, target llama: stratum activation 8, "
-        "stratum sae 1 questions. Over all questions, simulator correlation count" in text
+        "stratum sae 1 questions. Over all questions they count towards simulator correlation;" in text
     )
 
 
