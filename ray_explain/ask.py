@@ -403,7 +403,7 @@ def _told(receipt: Any, known: Known) -> str:
     lines = [
         ("asked", receipt.question),
         ("explanation", (receipt.answer or "(nothing)") + sure),
-        ("measured", receipt.measured or "what the vector responds to on texts:"),
+        ("measured", receipt.measured or "where the vector is strongest on texts:"),
         *[("", detail) for detail in receipt.details],
         ("", f"on the target {known.target}, {known.place['model']}"),
         ("verdict", verdict),

@@ -317,7 +317,7 @@ def test_a_vector_is_tried_on_the_corpus_of_its_experiment(
     np.save(tmp_path / "v.npy", vector)
     assert ask([*evaluated.arguments, "--vector", str(tmp_path / "v.npy"), "--layer", str(row["layer"])]) == 0
     again = capsys.readouterr().out
-    assert "what the vector responds to on texts:" in again and "verdict      open: no description" in again
+    assert "where the vector is strongest on texts:" in again and "verdict      open: no description" in again
 
     def responds(text: str) -> list[str]:
         return [line for line in text.splitlines() if "responds to " in line]
