@@ -186,6 +186,7 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from ray_explain.evaluation import receipts
+    from ray_explain.ground_truth.positions import UNKNOWN_TOKEN
     from ray_explain.models import files_fingerprint
 
     disable_progress_bar()
@@ -225,16 +226,15 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
             )
             return witness.patches(cases, tokenizer)[0]
         except receipts.Unusable as error:
-            unknown = _unknown(tokenizer, [text for text in (arguments.prompt, arguments.source) if text])
-            raise BadInput(f"this cannot be measured: {error}{unknown}") from error
+            asked = [text for text in (arguments.prompt, arguments.source) if text]
+            which = _unknown(tokenizer, asked) if str(error) == UNKNOWN_TOKEN else ""
+            raise BadInput(f"this cannot be measured: {error}{which}") from error
         except ValueError as error:
             raise BadInput(str(error)) from error
 
 
 def _unknown(tokenizer: Any, texts: Sequence[str]) -> str:
     """What a target does not know of these texts, to be said after the reason; nothing where it knows all."""
-    if not texts or tokenizer.unk_token_id is None:
-        return ""
     read = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     found = [
         text[start:end]
