@@ -115,7 +115,9 @@ def log_folder(experiment: Experiment) -> Path:
 def _log_of_a_plan() -> Path:
     """There only after an error. What lies below the storage stays that of what was done, not of what might be."""
     path = storage.own_scratch() / _log_name()
-    _log_to(logging.FileHandler(path, delay=True), logging.ERROR)
+    handler = logging.FileHandler(path, delay=True)
+    handler.setLevel(logging.ERROR)  # not that of all logging: others in this process go on to say what they say
+    _log_to(handler)
     return path
 
 
@@ -123,9 +125,9 @@ def _log_name() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}.log"
 
 
-def _log_to(handler: logging.Handler, level: int) -> None:
+def _log_to(handler: logging.Handler) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def _start_log(experiment: Experiment) -> Path:
@@ -139,7 +141,7 @@ def _start_log(experiment: Experiment) -> Path:
     except OSError as error:
         print(f"cannot write to {folder}: {error.strerror}; set another `storage`", file=sys.stderr)
         raise SystemExit(1) from error
-    _log_to(handler, logging.INFO)
+    _log_to(handler)
     return path
 
 

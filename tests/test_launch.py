@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -228,6 +229,7 @@ def test_every_job_works_below_home_when_submitted_and_ends_an_error_with_a_sent
     said, details = capsys.readouterr().err.splitlines()
     assert said == "failed: KeyError: 'lost'"
     assert "in failing" in Path(details.removeprefix("(details in ").removesuffix(")")).read_text()
+    assert logging.getLogger().isEnabledFor(logging.WARNING)  # no job takes the voice of what else runs in its process
 
 
 def test_no_job_is_left_out() -> None:
