@@ -102,6 +102,12 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
+def same_everywhere(place: str) -> str:
+    """A folder of this machine by its absolute path, since Ray Train and Tune move their workers to another directory;
+    the hub id of a model and what is remote as they are."""
+    return absolute(place) if Path(place).is_dir() else place
+
+
 class _PatientS3(fs.S3FileSystem):
     """Arrow's S3 with more retries. Pickled, it is only the bucket's name: each process looks into its own environment
     for endpoint and credentials (Arrow's own pickle forgets retries and region)."""
