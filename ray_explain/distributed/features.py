@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,6 +12,9 @@ from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, finished
 from ray_explain.config import LocalConfig, SimulatorConfig
 from ray_explain.distributed.feature_plan import FeaturePlan
+from ray_explain.distributed.models import d_model, n_layers, tokenizer_of
+from ray_explain.distributed.session import Session
+from ray_explain.distributed.sources import checked, released_features
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import cases, corpora, neuronpedia
 from ray_explain.ground_truth.activations import difference_cases, text_cases
@@ -20,14 +23,11 @@ from ray_explain.ground_truth.features import split_features
 from ray_explain.stages import Result
 from ray_explain.world.corpus import documents
 
-if TYPE_CHECKING:
-    from ray_explain.distributed.experiment import Session
-
 TARGET_SLICE = 1  # rows of layers and shards: each is much work
 READ_AT_A_TIME = 256  # features of a released data set, with their windows
 
 
-def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> None:
+def make_features(session: Session, layers_of: dict[str, Sequence[int]]) -> None:
     """The effects of the task `features` for these targets, at these layers of each; and those of the vectors that
     nothing describes.
 
@@ -50,7 +50,7 @@ def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> No
     _run(session, [step.effects_job() for step in steps])
 
 
-def _search(session: "Session", steps: Sequence["_Steps"]) -> None:
+def _search(session: Session, steps: Sequence["_Steps"]) -> None:
     """The exemplars, found on a corpus."""
     for step in steps:
         step.make_inputs()
@@ -64,7 +64,7 @@ def _search(session: "Session", steps: Sequence["_Steps"]) -> None:
         step.check_alignment()
 
 
-def corpus_of(session: "Session", target: str) -> Artifact:
+def corpus_of(session: Session, target: str) -> Artifact:
     """The windows of the features' corpus; made now where no feature was looked at on them.
 
     Raises:
@@ -75,7 +75,7 @@ def corpus_of(session: "Session", target: str) -> Artifact:
     return steps.plan.windows()
 
 
-def score_answers(session: "Session", plan: FeaturePlan, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
+def score_answers(session: Session, plan: FeaturePlan, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
     """`answered` (`simulations.answered`) with scores, as the effects' descriptions have them.
 
     Args:
@@ -96,7 +96,7 @@ def _told() -> Iterator[None]:
         raise BadInput(f"`ground_truth.features`: {error}") from error
 
 
-def _run(session: "Session", jobs: Sequence[Any]) -> None:
+def _run(session: Session, jobs: Sequence[Any]) -> None:
     if jobs and session.missing([job.artifact for job in jobs]):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -107,7 +107,7 @@ def _run(session: "Session", jobs: Sequence[Any]) -> None:
 class _Steps:
     """The steps for one target's features, or for some of its vectors that nothing describes."""
 
-    def __init__(self, session: "Session", plan: FeaturePlan, layers: Sequence[int]) -> None:
+    def __init__(self, session: Session, plan: FeaturePlan, layers: Sequence[int]) -> None:
         self.session, self.plan, self.target, self.layers = session, plan, plan.target, list(layers)
         self.section, self.place = plan.section, session.plan.target_place(plan.target)
 
@@ -210,7 +210,6 @@ class _Steps:
         return self.score_job(self.plan.descriptions(), self.plan.effects(), judged=not self.plan.is_unlabelled)
 
     def score_job(self, source: Artifact, made: Artifact, *, judged: bool = True) -> Any:
-        from ray_explain.distributed.experiment import d_model
         from ray_explain.ground_truth.description_scores import ScoreStage
 
         config = self._directions() | {
@@ -279,8 +278,6 @@ class _Steps:
         return section.model_dump() | {"cache": f"{self.session.plan.root}/endpoint_replies"}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from ray_explain.distributed.experiment import tokenizer_of
-
         return tokenizer_of(self.session.plan, self.target)
 
     def _windows(self) -> pa.Table | Result:
@@ -295,8 +292,6 @@ class _Steps:
         return (document.text for document, _ in zip(stream, range(n), strict=False))
 
     def _released_features(self) -> Iterator[Result]:
-        from ray_explain.distributed.experiment import released_features
-
         plan, bare = self.session.plan, self.plan.is_unlabelled
         wanted = bare or not self.plan.takes_labels
         parts = released_features(plan, self.target, self.section, self.layers, unlabelled=wanted)
@@ -323,14 +318,10 @@ class _Steps:
         return (labelled(part, descriptions) for part in parts)
 
     def _labels(self) -> Result:
-        from ray_explain.distributed.experiment import n_layers
-
         return neuronpedia.labels(self.plan.export(), self.layers, n_layers(self.session.plan, self.target))
 
     def _places(self) -> pa.Table | Result:
         """Activations are of other windows than the last ones, differences of pairs of prompts."""
-        from ray_explain.distributed.experiment import checked
-
         tokenizer, n, seed = self._tokenizer(), self.section.per_layer, self.session.plan.experiment.seed
         assert n is not None
         if self.section.source == "activations":

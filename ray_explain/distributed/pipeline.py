@@ -14,17 +14,13 @@ from rich.table import Table
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, Manifest, commit, finished, versions
 from ray_explain.config import Task
-from ray_explain.distributed.experiment import (
-    Session,
-    evaluate,
-    export_ground_truth,
-    make_ground_truth,
-    make_models,
-    marked,
-    train_explainers,
-)
+from ray_explain.distributed.evaluation import evaluate, marked
+from ray_explain.distributed.explainers import train_explainers
+from ray_explain.distributed.ground_truth import export_ground_truth, make_ground_truth
+from ray_explain.distributed.models import make_models
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.power import say_power
+from ray_explain.distributed.session import Session
 from ray_explain.distributed.training_plan import plan_training
 from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage

@@ -31,23 +31,18 @@ from rich.table import Table
 from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
+from ray_explain.distributed.answers import answer_jobs, make_asked
 from ray_explain.distributed.capacity import check_capacity, fleet
 from ray_explain.distributed.checks import check_worker, code_here, way_out
-from ray_explain.distributed.experiment import (
-    TABLE,
-    Session,
-    align,
-    answer_jobs,
-    check_asked,
-    make_asked,
-    make_ground_truth,
-    train_run,
-)
+from ray_explain.distributed.explainers import align, train_run
+from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.halting import verdicts_here
 from ray_explain.distributed.pipeline import make_report
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.progress import watching
+from ray_explain.distributed.questions import check_asked
 from ray_explain.distributed.run_stages import StageJob, make_here
+from ray_explain.distributed.session import TABLE, Session
 from ray_explain.distributed.train import TrainRun, fit
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.evaluation.grading import grade

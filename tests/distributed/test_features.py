@@ -16,17 +16,13 @@ from transformers import AutoTokenizer
 from ray_explain import records, storage
 from ray_explain.artifacts import finish, finished
 from ray_explain.config import Experiment
-from ray_explain.distributed.experiment import (
-    Session,
-    _graded,
-    evaluate,
-    export_ground_truth,
-    make_asked,
-    make_ground_truth,
-)
+from ray_explain.distributed.answers import make_asked
+from ray_explain.distributed.evaluation import _graded, evaluate
 from ray_explain.distributed.feature_plan import FeaturePlan
 from ray_explain.distributed.features import score_answers
+from ray_explain.distributed.ground_truth import export_ground_truth, make_ground_truth
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.session import Session
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.metrics import headline, measured
 from ray_explain.evaluation.simulations import GOLD, answered, gold_answers

@@ -10,8 +10,10 @@ from ray_explain import records, storage
 from ray_explain.artifacts import finished
 from ray_explain.config import Experiment
 from ray_explain.distributed import run_stages
-from ray_explain.distributed.experiment import Session, make_ground_truth, train_explainers
+from ray_explain.distributed.explainers import train_explainers
+from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.session import Session
 from ray_explain.errors import BadInput
 from ray_explain.interventions.hooks import Patch, writing
 from ray_explain.models import load_model

@@ -297,7 +297,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(sweep.ray, "get", lambda value: value)
     here = SimpleNamespace(remote=sweep._evaluate._function)
     monkeypatch.setattr(sweep, "_evaluate", SimpleNamespace(options=lambda **_: here))
-    monkeypatch.setattr("ray_explain.distributed.experiment.Session.start_ray", lambda _: None)
+    monkeypatch.setattr("ray_explain.distributed.session.Session.start_ray", lambda _: None)
     monkeypatch.setattr("ray_explain.distributed.run_stages.run_stages", make_here)
     return made
 
