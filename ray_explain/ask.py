@@ -182,7 +182,6 @@ def _is_text_only(folder: str) -> bool:
 
 def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     """Raises: BadInput: there is no such layer, position, role, span or feature, or another target."""
-    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from ray_explain.evaluation import receipts
@@ -190,14 +189,8 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     from ray_explain.models import files_fingerprint
 
     disable_progress_bar()
-    place = {"revision": known.place["revision"]}
     with storage.local_folder(known.place["model"]) as folder:
-        try:
-            shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, **place).get_text_config()
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BadInput(f"no model can be read at {known.place['model']!r}: {reason}") from error
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **place)
+        shape, tokenizer = _read_target(folder, known.place)
         sidecar = _sidecar(known.folder)
         weights = files_fingerprint(folder, known.place["revision"])
         sidecar.check(d_target=shape.hidden_size, target_weights=weights)
@@ -208,29 +201,48 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
                 wording=next(iter(sidecar.wordings)),
                 seed=known.experiment.seed if known.experiment else 0,
             )
-            if kind == "ablation":
-                case = receipts.ablation_of(arguments.prompt, arguments.hint, _kind_of_spans(known.experiment))
-                return witness.ablations(case, tokenizer)[0]
-            if kind == "features":
-                return _about_vector(arguments, known, witness, shape.num_hidden_layers, shape.hidden_size)
-            block = _block(arguments.layer, shape.num_hidden_layers, known.target)
-            cases = receipts.patch_of(
-                tokenizer,
-                arguments.prompt,
-                arguments.source,
-                block=block,
-                position=arguments.position,
-                source_position=arguments.source_position,
-                subjects=(arguments.subject, arguments.source_subject),
-                change=_change(known.experiment),
-            )
-            return witness.patches(cases, tokenizer)[0]
+            return _measured(arguments, kind, known, witness, shape, tokenizer)
         except receipts.Unusable as error:
             asked = [text for text in (arguments.prompt, arguments.source) if text]
             which = _unknown(tokenizer, asked) if str(error) == UNKNOWN_TOKEN else ""
             raise BadInput(f"this cannot be measured: {error}{which}") from error
         except ValueError as error:
             raise BadInput(str(error)) from error
+
+
+def _read_target(folder: str, place: dict[str, Any]) -> tuple[Any, Any]:
+    """Text config and tokenizer of the target at `place`, whose files are in `folder`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    how = {"trust_remote_code": False, "revision": place["revision"]}
+    try:
+        shape = AutoConfig.from_pretrained(folder, **how).get_text_config()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"no model can be read at {place['model']!r}: {reason}") from error
+    return shape, AutoTokenizer.from_pretrained(folder, **how)
+
+
+def _measured(arguments: argparse.Namespace, kind: str, known: Known, witness: Any, shape: Any, tokenizer: Any) -> Any:
+    """The receipt of a question of this kind."""
+    from ray_explain.evaluation import receipts
+
+    if kind == "features":
+        return _about_vector(arguments, known, witness, shape)
+    if kind == "ablation":
+        case = receipts.ablation_of(arguments.prompt, arguments.hint, _kind_of_spans(known.experiment))
+        return witness.ablations(case, tokenizer)[0]
+    cases = receipts.patch_of(
+        tokenizer,
+        arguments.prompt,
+        arguments.source,
+        block=_block(arguments.layer, shape.num_hidden_layers, known.target),
+        position=arguments.position,
+        source_position=arguments.source_position,
+        subjects=(arguments.subject, arguments.source_subject),
+        change=_change(known.experiment),
+    )
+    return witness.patches(cases, tokenizer)[0]
 
 
 def _unknown(tokenizer: Any, texts: Sequence[str]) -> str:
@@ -288,16 +300,16 @@ class _Vector(NamedTuple):
     case_id: str | None = None  # of a feature of the experiment
 
 
-def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, n_layers: int, d_model: int) -> Any:
+def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, shape: Any) -> Any:
     from ray_explain.evaluation import receipts
 
     if arguments.feature is not None:
         one = _feature(arguments.feature, known)
     else:
-        layer, last = _block(arguments.layer, n_layers, known.target)
+        layer, last = _block(arguments.layer, shape.num_hidden_layers, known.target)
         if layer != last:
             raise BadInput(f"--layer {arguments.layer}: a vector belongs to one layer")
-        one = _Vector(layer, _vector(arguments.vector, d_model))
+        one = _Vector(layer, _vector(arguments.vector, shape.hidden_size))
     corpus = _corpus(known)
     if corpus is None:
         return _tried_on_the_world(known, witness, one)
@@ -382,9 +394,8 @@ def _feature(name: str, known: Known) -> _Vector:
     found = described.filter(here)["case_id"]
     if not len(found):
         of_layer = described.filter(pc.equal(described["layer"], int(layer)))["feature_id"].to_pylist()
-        there = (
-            f"layer {layer} has {', '.join(map(str, of_layer[:8]))}, ..." if of_layer else "no feature of that layer"
-        )
+        some = ", ".join(map(str, of_layer[:8]))
+        there = f"layer {layer} has {some}, ..." if of_layer else "no feature of that layer"
         raise BadInput(f"--feature {name}: no such feature of {known.target} was described; {there}")
     row = questions.filter(pc.equal(questions["case_id"], found[0]))
     return _Vector(int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py(), found[0].as_py())
