@@ -54,8 +54,20 @@ def answer_jobs(plan: Plan) -> list[Any]:
 
     evaluate, longest = plan.experiment.evaluate, plan.experiment.train.max_tokens
     common = {"max_new_tokens": evaluate.max_new_tokens, "batch_size": evaluate.batch_size, "max_tokens": longest}
-    injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
-    jobs: list[tuple[Any, str, dict[str, Any], Artifact]] = []
+    return [
+        StageJob(
+            stage=SelfieStage if "scales" in own else AnswerStage,
+            config=common | own | {"d_target": d_model(plan, target)},
+            source=plan.path(answers.parents[-1]),
+            artifact=answers,
+            expands="scales" in own,
+        )
+        for target, own, answers in [*_of_explainers(plan), *_of_untrained(plan)]
+    ]
+
+
+def _of_explainers(plan: Plan) -> Iterator[tuple[str, dict[str, Any], Artifact]]:
+    """Target, config and artifact of the answers of each explainer on each task."""
     targets = {name: target_of(plan, name) for name in plan.experiment.targets}
     for run in plan.runs():
         own: dict[str, Any] = {
@@ -66,21 +78,16 @@ def answer_jobs(plan: Plan) -> list[Any]:
             "target_weights": targets[run.target]["weights"],
         }
         own |= {"text_only": True} if run.text_only else {}
-        jobs += [(AnswerStage, run.target, own, plan.answers(run, task)) for task in run.asked]
+        yield from ((run.target, own, plan.answers(run, task)) for task in run.asked)
+
+
+def _of_untrained(plan: Plan) -> Iterator[tuple[str, dict[str, Any], Artifact]]:
+    """The same of targets that are asked without any training."""
+    injection = plan.experiment.train.injection.model_dump(exclude={"projection"})
     for one in plan.untrained():
         own = {"explainer": one.way, **plan.model_place(one.target), "injection": injection}
-        own |= {"max_tokens": longest * (one.shots + 1)} if one.shots else {}
+        own |= {"max_tokens": plan.experiment.train.max_tokens * (one.shots + 1)} if one.shots else {}
         if one.way == SELFIE:
-            own |= {"scales": evaluate.selfie, "brief": plan.experiment.ground_truth.wording == "brief"}
-        stage = SelfieStage if one.way == SELFIE else AnswerStage
-        jobs.append((stage, one.target, own, plan.untrained_answers(one)))
-    return [
-        StageJob(
-            stage=stage,
-            config=common | own | {"d_target": d_model(plan, target)},
-            source=plan.path(answers.parents[-1]),
-            artifact=answers,
-            expands=stage is SelfieStage,
-        )
-        for stage, target, own, answers in jobs
-    ]
+            brief = plan.experiment.ground_truth.wording == "brief"
+            own |= {"scales": plan.experiment.evaluate.selfie, "brief": brief}
+        yield one.target, own, plan.untrained_answers(one)
