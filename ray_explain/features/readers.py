@@ -317,12 +317,7 @@ def _llama_scope(folder: Path) -> Layout:
             f"{folder}: a transcoder from {config['hook_point_in']} to {config['hook_point_out']}, not an SAE"
         )
     layer, site = _hook(config["hook_point_in"])
-    root = math.sqrt(config["d_model"])
-    normalisation, scale = {
-        "dataset-wise": lambda: ("scale", root / config["dataset_average_activation_norm"]["in"]),
-        "token-wise": lambda: ("token_norm", root),
-        "inference": lambda: ("none", 1.0),
-    }[config["norm_activation"]]()
+    normalisation, scale = _llama_scope_normalisation(config)
     return Layout(
         weights=folder / "checkpoints" / "final.safetensors",
         **_linear("decoder.bias"),
@@ -338,6 +333,15 @@ def _llama_scope(folder: Path) -> Layout:
             "declared": {"l0": float(config["top_k"])} if "top_k" in config else {},
         },
     )
+
+
+def _llama_scope_normalisation(config: dict[str, Any]) -> tuple[str, float]:
+    root = math.sqrt(config["d_model"])
+    return {
+        "dataset-wise": lambda: ("scale", root / config["dataset_average_activation_norm"]["in"]),
+        "token-wise": lambda: ("token_norm", root),
+        "inference": lambda: ("none", 1.0),
+    }[config["norm_activation"]]()
 
 
 def _gemma_scope(folder: Path) -> Layout:
