@@ -7,7 +7,7 @@ line of explanations has `layer` (the source, such as "19-llamascope-res-131k"),
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -58,11 +58,34 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
     if "{layer}" in path:  # one by one: the descriptions of all layers are gigabytes as Python's objects
         parts = [labels(path.replace("{layer}", str(layer)), [layer], n_layers) for layer in sorted(layers)]
         return Result(pa.concat_tables(part.table for part in parts), [lost for part in parts for lost in part.dropped])
-    files = _files(path)
+    files, dropped = _files(path), list[tuple[str, str]]()
+    lines = _rows([file for file in files if "/activations/" not in file], dropped)
+    found = _descriptions(lines, path, layers, n_layers, dropped)
+    tokens = _top_tokens([file for file in files if "/activations/" in file], set(layers), dropped)
+    rows = [
+        {
+            "layer": layer,
+            "feature_id": number,
+            "description": text,
+            "origin": found[layer, number, text],
+            "top_tokens": sorted(tokens.get((layer, number), ())),
+        }
+        for layer, number, text in sorted(found)
+    ]
+    return Result(records.rows_table(rows, LABELS), dropped)
+
+
+def _descriptions(
+    lines: Iterable[tuple[str, dict[str, Any]]],
+    path: str,
+    layers: Sequence[int],
+    n_layers: int,
+    dropped: list[tuple[str, str]],
+) -> dict[tuple[int, int, str], str]:
+    """Layer, feature and description -> the model that wrote it."""
     found: dict[tuple[int, int, str], str] = {}
-    dropped: list[tuple[str, str]] = []
     sources: dict[int, str] = {}
-    for place, row in _rows([file for file in files if "/activations/" not in file], dropped):
+    for place, row in lines:
         layer, number = _feature(row)
         text = row.get("description")
         if layer is None or number is None:
@@ -81,18 +104,7 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
                 several = f"{sources[layer]!r} and {source!r}"
                 raise BadInput(f"the export {path} has layer {layer} of several SAEs, {several}: keep one of them")
             found[layer, number, text.strip()] = str(row.get("explanationModelName") or "neuronpedia")
-    tokens = _top_tokens([file for file in files if "/activations/" in file], set(layers), dropped)
-    rows = [
-        {
-            "layer": layer,
-            "feature_id": number,
-            "description": text,
-            "origin": found[layer, number, text],
-            "top_tokens": sorted(tokens.get((layer, number), ())),
-        }
-        for layer, number, text in sorted(found)
-    ]
-    return Result(records.rows_table(rows, LABELS), dropped)
+    return found
 
 
 def read_labels(folder: str, layer: int, low: int, high: int) -> list[dict[str, Any]]:
