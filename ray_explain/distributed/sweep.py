@@ -260,9 +260,8 @@ def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
 
 def _run(trials: Sequence[Trial], plan: Plan, n: int, cells: Mapping[str, int]) -> dict[str, str]:
     """Run the trials, `n` at a time; returns why some failed, by name. `cells` are those of all trials of the sweep."""
-    rules, outcomes, heard = plan.experiment.sweep, _Outcomes(), f"{plan.root}/sweep/reports"
-    system, logs = storage.filesystem(f"{plan.root}/tensorboard")
-    verdicts = verdicts_here()
+    rules, outcomes, verdicts = plan.experiment.sweep, _Outcomes(), verdicts_here()
+    heard = f"{plan.root}/sweep/reports"
     with watching() as board:
         known = {"trials": {trial.name: trial for trial in trials}, "root": plan.root, "verdicts": verdicts}
         trainable = tune.with_parameters(
@@ -277,20 +276,25 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int, cells: Mapping[str, int]) 
                 trial_name_creator=_name_of,
                 trial_dirname_creator=_name_of,
             ),
-            run_config=tune.RunConfig(
-                name=f"sweep-{time.strftime('%Y%m%d-%H%M%S')}",
-                storage_path=logs,
-                storage_filesystem=system,
-                callbacks=[outcomes],
-                failure_config=tune.FailureConfig(max_failures=_RESTARTS),
-                verbose=0,
-            ),
+            run_config=_run_config(plan.root, outcomes),
         ).fit()
     ray.kill(verdicts)
     lost = {trial.name for trial in trials if ended(trial, plan.root) is None} - set(outcomes.failures)
     return outcomes.failures | {
         name: f"its process died, more often than it is started again: {outcomes.deaths.get(name, '')}" for name in lost
     }
+
+
+def _run_config(root: str, outcomes: "_Outcomes") -> tune.RunConfig:
+    system, logs = storage.filesystem(f"{root}/tensorboard")
+    return tune.RunConfig(
+        name=f"sweep-{time.strftime('%Y%m%d-%H%M%S')}",
+        storage_path=logs,
+        storage_filesystem=system,
+        callbacks=[outcomes],
+        failure_config=tune.FailureConfig(max_failures=_RESTARTS),
+        verbose=0,
+    )
 
 
 def _name_of(trial: Any) -> str:
