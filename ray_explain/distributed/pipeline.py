@@ -112,18 +112,23 @@ def _report_data(session: Session, notes: Sequence[str]) -> ReportData:
         ),
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
-        run={
-            "versions": versions() | {"commit": commit()},
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-            },
-            "sizes": _sizes(manifests),
-            "seconds": _seconds(manifests),
-        },
+        run=_run_facts(manifests),
         notes=[*notes, *_notes(plan)],
     )
+
+
+def _run_facts(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """Which code ran where, how much it made, and for how long."""
+    return {
+        "versions": versions() | {"commit": commit()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        },
+        "sizes": _sizes(manifests),
+        "seconds": _seconds(manifests),
+    }
 
 
 def _notes(plan: Plan) -> list[str]:
