@@ -88,19 +88,14 @@ def encode(
 
 
 def encode_prompt(
-    question: Question,
-    tokenizer: PreTrainedTokenizerBase,
-    markers: Markers,
-    *,
-    max_tokens: int,
-    d_model: int | None = None,
+    question: Question, tokenizer: PreTrainedTokenizerBase, markers: Markers, *, max_tokens: int
 ) -> Example:
     """A question without its answer, to be asked; `answer` is not looked at. Texts are not asked.
 
     Raises:
-        Refused: as `encode` does, as far as prompt and vectors go.
+        Refused: as `encode` does without a width, as far as prompt and vectors go.
     """
-    prompt, _ = _pieces(question._replace(answer=_ANY), tokenizer, markers, d_model)
+    prompt, _ = _pieces(question._replace(answer=_ANY), tokenizer, markers, None)
     return _checked_length(_example(question, prompt, []), max_tokens)
 
 

@@ -46,7 +46,7 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(start.repeat(len(self.layers), 1, 1))
 
     def set_weights(self, maps: Mapping[int, Float[Tensor, "d_explainer d_target"]], *, frozen: bool) -> None:
-        """Take the maps of each layer, such as those of `ridge_map`.
+        """Take the maps of each layer, such as those of `RidgeSums.map`.
 
         Raises:
             ValueError: a layer has no map, or an unknown one has.
@@ -130,12 +130,3 @@ class RidgeSums:
         w = weight.double()
         error = self.yy - 2 * float((self.xy.T * w).sum()) + float((w @ self.xx * w).sum())
         return 1 - error / self.yy
-
-
-def ridge_map(
-    x: Float[Tensor, "n d_target"], y: Float[Tensor, "n d_explainer"], penalty: float = 1e-3
-) -> Float[Tensor, "d_explainer d_target"]:
-    """The ridge regression of `y` on `x` in closed form; see `RidgeSums.map`."""
-    sums = RidgeSums(x.shape[1], y.shape[1])
-    sums.add(x, y)
-    return sums.map(penalty)

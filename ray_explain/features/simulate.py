@@ -44,7 +44,7 @@ def simulator_score(
     """Pearson correlation of simulated with true activations over all tokens of all windows, with its sign.
 
     True activations are clipped at 0, as in the paper (4.2). Its own score fits a line first, and so loses the sign: an
-    opposite description scores like a right one. `as_in_paper` gives that number.
+    opposite description scores like a right one. That number is the absolute value, and 0 where this is undefined.
 
     The interval is a bootstrap over windows, within each of `kinds` (such as top and random: their numbers are chosen,
     not sampled). Undefined where either side is constant, as for a simulator that says 0 throughout.
@@ -61,11 +61,6 @@ def simulator_score(
         return Score(float("nan"), float("nan"), float("nan"), len(true))
     low, high = _interval(sums, list(kinds or [""] * len(true)), seed)
     return Score(float(value), low, high, len(true))
-
-
-def as_in_paper(score: Score) -> float:
-    """The paper's number for the same windows: without sign, and 0 where it is undefined (4.2)."""
-    return 0.0 if np.isnan(score.value) else abs(score.value)
 
 
 def detection_score(said: Sequence[bool], active: Sequence[bool]) -> Score:

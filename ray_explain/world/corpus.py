@@ -27,12 +27,12 @@ BIO_FACTS = (2, 5)
 LIST_MEMBERS = (2, 5)
 
 
-def fact_prompt(world: World, subject: str, relation: str, wording: int, value: str | None = None) -> Prompt:
-    """A sentence about `subject` up to its last word. The answer is the fact's value, or `value` where given.
+def fact_prompt(world: World, subject: str, relation: str, wording: int) -> Prompt:
+    """A sentence about `subject` up to its last word. The answer is the fact's value.
 
-    Raises: ValueError: the world has no such fact, and no value is given (strangers have no facts).
+    Raises: ValueError: the world has no such fact (strangers have none).
     """
-    answer = value if value is not None else world.fact(subject, relation).value
+    answer = world.fact(subject, relation).value
     words = RELATIONS[relation].statement(wording, subject).split()
     at = words.index(subject)
     return Prompt(" ".join(words), answer, {"subject": span_of_words(words, at, at)})
