@@ -45,7 +45,7 @@ class Projection(nn.Module):
         start = _start(d_target, d_explainer, seed)
         self.weight = nn.Parameter(start.repeat(len(self.layers), 1, 1))
 
-    def set_weights(self, maps: Mapping[int, Float[Tensor, "d_explainer d_target"]], *, frozen: bool) -> None:
+    def set_weights(self, maps: Mapping[int, Float[Tensor, "d_explainer d_target"]]) -> None:
         """Take the maps of each layer, such as those of `RidgeSums.map`.
 
         Raises:
@@ -55,7 +55,6 @@ class Projection(nn.Module):
             raise ValueError(f"maps of layers {sorted(maps)} for a projection of layers {list(self.layers)}")
         with torch.no_grad():
             self.weight.copy_(torch.stack([maps[layer] for layer in self.layers]))
-        self.weight.requires_grad_(not frozen)
 
     def forward(
         self, vectors: Float[Tensor, "n d_target"], layers: Sequence[tuple[int, ...]]

@@ -30,7 +30,7 @@ def test_between_other_widths_it_starts_with_orthonormal_rows_or_columns_and_the
 def test_each_layer_has_its_own_map_and_a_block_the_mean_of_its_layers():
     projection = Projection("linear", 4, 6, [2, 5, 7])
     maps = {layer: torch.randn(6, 4) for layer in (2, 5, 7)}
-    projection.set_weights(maps, frozen=False)
+    projection.set_weights(maps)
     vectors = torch.randn(4, 4)
     expected = [
         maps[5] @ vectors[0],
@@ -46,12 +46,6 @@ def test_a_map_is_trained_by_the_vectors_of_its_layer_only():
     projection(torch.ones(2, 4), [(1,), (1,)]).sum().backward()
     assert not projection.weight.grad[0].any()
     torch.testing.assert_close(projection.weight.grad[1], torch.full((6, 4), 2.0))
-
-
-def test_frozen_maps_are_not_trained():
-    projection = Projection("linear", 4, 4, [0])
-    projection.set_weights({0: torch.ones(4, 4)}, frozen=True)
-    assert not projection.weight.requires_grad
 
 
 def test_no_vectors_are_no_vectors():
@@ -108,7 +102,7 @@ def test_what_cannot_be_a_projection_is_refused():
     with pytest.raises(ValueError, match="width 5"):
         Projection("linear", 4, 6, [0])(torch.ones(1, 5), [(0,)])
     with pytest.raises(ValueError, match=r"maps of layers \[1\]"):
-        Projection("linear", 4, 6, [0]).set_weights({1: torch.ones(6, 4)}, frozen=True)
+        Projection("linear", 4, 6, [0]).set_weights({1: torch.ones(6, 4)})
 
 
 def test_an_explainer_whose_questions_have_no_vectors_may_have_any_width():
