@@ -20,6 +20,7 @@ from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.questions import check_asked
 from ray_explain.distributed.session import TABLE, Session
+from ray_explain.endpoints import Chat, Endpoint
 from ray_explain.errors import JobFailed
 from ray_explain.evaluation.baselines import baselines
 from ray_explain.evaluation.comparisons import comparisons
@@ -173,7 +174,6 @@ def _marks(session: Session) -> list[Callable[[pa.Table, pa.Table, pa.Table], pa
 
         found.append(partial(compared, encoder=sentence_encoder(evaluate.embedding)))
     if evaluate.judge is not None:
-        from ray_explain.endpoints import Chat, Endpoint
         from ray_explain.evaluation.judges import Judge, judged
 
         endpoint = Endpoint(cache=f"{session.plan.root}/judge", **evaluate.judge.model_dump(exclude={"kind"}))

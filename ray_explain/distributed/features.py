@@ -17,9 +17,12 @@ from ray_explain.distributed.session import Session
 from ray_explain.distributed.sources import checked, released_features
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import cases, corpora, neuronpedia
-from ray_explain.ground_truth.activations import difference_cases, text_cases
-from ray_explain.ground_truth.exemplars import shards
+from ray_explain.ground_truth.activations import ActivationStage, difference_cases, text_cases
+from ray_explain.ground_truth.describers import DescribeStage, ImportStage, labelled
+from ray_explain.ground_truth.dictionaries import DictionaryStage
+from ray_explain.ground_truth.exemplars import MergeStage, SearchStage, shards
 from ray_explain.ground_truth.features import split_features
+from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
 from ray_explain.stages import Result
 from ray_explain.world.corpus import documents
 
@@ -153,14 +156,10 @@ class _Steps:
             raise ValueError(f"no feature has exemplars in {self.plan.released_folder} ({reasons})")
 
     def vector_jobs(self) -> list[Any]:
-        from ray_explain.ground_truth.activations import ActivationStage
-
         places, vectors = self.plan.places(), self.plan.vectors()
         return [] if places is None or vectors is None else [self._job(ActivationStage, self.place, places, vectors)]
 
     def feature_job(self) -> Any:
-        from ray_explain.ground_truth.dictionaries import DictionaryStage
-
         source, made = self.session.plan.cases("features", self.target), self.plan.features()
         return self._job(DictionaryStage, self._dictionary(), source, made, rows=TARGET_SLICE, expands=True)
 
@@ -171,15 +170,11 @@ class _Steps:
         return shards(features, n, positions=positions, kept=sum(sizes.values()))
 
     def search_job(self) -> Any:
-        from ray_explain.ground_truth.exemplars import SearchStage
-
         config = self._dictionary() | self._exemplars() | {"features": self._path(self.plan.features())}
         shards, found = self.plan.shards(), self.plan.found()
         return self._job(SearchStage, config, shards, found, rows=TARGET_SLICE, expands=True)
 
     def merge_job(self) -> Any:
-        from ray_explain.ground_truth.exemplars import MergeStage
-
         config = self.place | self._exemplars() | {"found": self._path(self.plan.found())} | self._corpus()
         return self._job(MergeStage, config, self.plan.features(), self.plan.exemplars(), expands=True)
 
@@ -194,8 +189,6 @@ class _Steps:
 
     def describe_jobs(self) -> list[Any]:
         """None where nothing is described anew."""
-        from ray_explain.ground_truth.describers import DescribeStage, ImportStage
-
         if self.plan.takes_labels:
             return []
         labels = self.plan.labels()
@@ -299,16 +292,12 @@ class _Steps:
         return tested if bare else parts
 
     def _released_exemplars(self, features: Artifact) -> Iterator[Result]:
-        from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
-
         sizes = self.section.exemplars.model_dump(include={"top", "random"})
         bare = self.plan.takes_labels and not self.plan.is_unlabelled
         read = ReleasedExemplars(self.plan.released_folder, self._tokenizer(), **sizes, bare=bare)
         return (read.of(part) for part in storage.read_batches(self._path(features), READ_AT_A_TIME))
 
     def _labelled(self) -> Iterator[Result]:
-        from ray_explain.ground_truth.describers import labelled
-
         descriptions, features = records.DESCRIPTIONS.empty_table(), self.plan.vectors()
         assert features is not None
         if not self.plan.is_unlabelled:

@@ -14,6 +14,7 @@ from ray_explain.distributed.plan import Plan
 from ray_explain.distributed.questions import make_questions
 from ray_explain.distributed.session import Session
 from ray_explain.distributed.sources import cases_of, feature_layers, released_effects
+from ray_explain.ground_truth.features import FeatureStage
 from ray_explain.ground_truth.released_exemplars import write_exemplars
 from ray_explain.ground_truth.released_files import write_folder
 
@@ -58,7 +59,6 @@ def _is_taken_over(plan: Plan, task: Task) -> bool:
 def _stage_job(plan: Plan, task: Task, target: str) -> Any:
     from ray_explain.distributed.run_stages import StageJob
     from ray_explain.ground_truth.ablation import AblationStage
-    from ray_explain.ground_truth.features import FeatureStage
     from ray_explain.ground_truth.patching import PatchingStage
 
     config = plan.target_place(target)
