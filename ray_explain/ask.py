@@ -247,12 +247,15 @@ def _measured(arguments: argparse.Namespace, kind: str, known: Known, witness: A
 
 def _unknown(tokenizer: Any, texts: Sequence[str]) -> str:
     """What a target does not know of these texts, to be said after the reason; nothing where it knows all."""
+    from ray_explain.explainer.examples import unknown_id
+
+    unknown = unknown_id(tokenizer)
     read = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     found = [
         text[start:end]
         for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"])
         for token, (start, end) in zip(ids, offsets)
-        if token == tokenizer.unk_token_id and start < end
+        if token == unknown and start < end
     ]
     return "".join(f"{', ' if i else ': '}{word!r}" for i, word in enumerate(dict.fromkeys(found)))
 

@@ -112,6 +112,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(ids - {None})
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for what a tokenizer cannot read; None where it reads all. Such ones, of bytes (GPT-2,
+    Pythia, OLMo 2), give their end token that name too: in a text it is one, as where a chat begins with it."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
+
+
 def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises: BadInput: no token ends an answer, so that an explainer could not learn where to stop."""
     end = _framed(_ANY, tokenizer)[1][0] if tokenizer.chat_template else tokenizer.eos_token_id
@@ -249,7 +256,7 @@ def _check_tokens(
 ) -> None:
     if not answer:
         _refuse(question, "no answer", f"{question.answer!r} gives no token")
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = set(tokenizer.all_special_ids) - {unknown_id(tokenizer)}
     if special & set(answer):
         _refuse(question, "special token in the answer", f"{question.answer!r}")
     found = [token for token in prompt if token in markers.ids]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_explain.questions.asking import asked, plain_columns
-from ray_explain.questions.wordings import Wording, drawing
+from ray_explain.questions.wordings import ANSWERED, Wording, drawing
 from ray_explain.stages import Result
 
 
@@ -29,7 +29,7 @@ def ablation_questions(
 
 def _question(effect: dict[str, Any], said: Callable[[str], str], wording: Wording) -> dict[str, Any]:
     word = effect["ablated_answer" if effect["changed"] else "full_answer"].strip()
-    answer = wording.effect(effect["changed"], word if wording.brief else f"Answer: {word}")
+    answer = wording.effect(effect["changed"], word if wording.brief else ANSWERED.format(word=word))
     return {
         **{name: effect[name] for name in ("case_id", "group", "split", "stratum", "changed")},
         "task": "ablation",

@@ -202,6 +202,14 @@ def test_an_end_token_inside_an_answer_is_refused(tokenizer):
     assert refused.value.reason == "special token in the answer"
 
 
+def test_an_end_token_inside_an_answer_is_refused_where_it_is_called_unknown_too(new_tokenizer):
+    tokenizer = new_tokenizer("gpt2_base")
+    tokenizer.unk_token = tokenizer.eos_token
+    with pytest.raises(Refused, match="special token in the answer"):
+        answer = f"the {tokenizer.eos_token} output"
+        encode(QUESTION._replace(answer=answer), tokenizer, markers_of(tokenizer), max_tokens=100)
+
+
 def test_the_longest_example_allowed_is_allowed(tokenizer):
     markers = markers_of(tokenizer)
     length = len(encode(QUESTION, tokenizer, markers, max_tokens=100).input_ids)
