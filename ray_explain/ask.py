@@ -375,7 +375,8 @@ def _vector(path: str, d_model: int) -> np.ndarray:
 
 
 def _feature(name: str, known: Known) -> _Vector:
-    """A feature of the experiment."""
+    """A feature of the experiment. Of all others no vector stays in memory, nor a text."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     from ray_explain import records
@@ -391,8 +392,9 @@ def _feature(name: str, known: Known) -> _Vector:
     tables = [plan.effects("features", known.target), plan.questions("features", known.target)]
     if any(finished(table, plan.root) is None for table in tables):
         raise BadInput("--feature: the features of this experiment are not made yet: run jobs/ground_truth.py first")
-    effects, questions = (storage.read_table(plan.path(table)) for table in tables)
-    described = effects.filter(pc.is_in(effects["case_id"], questions["case_id"].combine_chunks()))
+    effects = storage.read_table(plan.path(tables[0]), ["case_id", "layer", "feature_id"])
+    asked = storage.read_table(plan.path(tables[1]), ["case_id"])["case_id"]
+    described = effects.filter(pc.is_in(effects["case_id"], asked.combine_chunks()))
     here = pc.and_(pc.equal(described["layer"], int(layer)), pc.equal(described["feature_id"], int(number)))
     found = described.filter(here)["case_id"]
     if not len(found):
@@ -400,7 +402,7 @@ def _feature(name: str, known: Known) -> _Vector:
         some = ", ".join(map(str, of_layer[:8]))
         there = f"layer {layer} has {some}, ..." if of_layer else "no feature of that layer"
         raise BadInput(f"--feature {name}: no such feature of {known.target} was described; {there}")
-    row = questions.filter(pc.equal(questions["case_id"], found[0]))
+    row = pa.concat_tables(storage.read_rows(plan.path(tables[1]), np.array([pc.index(asked, found[0]).as_py()])))
     return _Vector(int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py(), found[0].as_py())
 
 

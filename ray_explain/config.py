@@ -25,6 +25,7 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 Kind = Literal["replace", "add", "zero", "mean"]
 Control = Literal["shuffled", "no_vector", "other_layer", "random"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a path
+BASELINE_NAMES = r"majority|untrained|zero-shot|\d+-shot"  # those that a `Name` can be; the others hold spaces
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # path, s3:// path or hub id
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -519,7 +520,18 @@ class Experiment(Section):
                     raise ValueError(
                         f"`{key}` names {name!r}, which is not among `models`{_nearest(name, self.models)}"
                     )
+        for name in self.explainers:
+            if re.fullmatch(BASELINE_NAMES, name):
+                raise ValueError(
+                    f"`explainers` names {name!r}, as a baseline is called, and their scores would be taken for each "
+                    "other's: give this model another name"
+                )
+        named = [(pairing.explainer, pairing.target) for pairing in self.pairings]
         for pairing in self.pairings:
+            if named.count((pairing.explainer, pairing.target)) > 1:
+                raise ValueError(
+                    f"`pairings` has {pairing.explainer!r} of {pairing.target!r} twice: put all overrides in one"
+                )
             if pairing.target not in self.targets or pairing.explainer not in self.explainers:
                 raise ValueError(
                     f"`pairings` has {pairing.explainer!r} of {pairing.target!r}: not among the explainers and targets"

@@ -5,11 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs import ask
-from ray_explain.ask import _kind_of_spans
+from ray_explain import records, storage
+from ray_explain.artifacts import finish
+from ray_explain.ask import Known, _feature, _kind_of_spans
 from ray_explain.config import read_experiment
+from ray_explain.distributed.plan import Plan
+from ray_explain.errors import BadInput
+from ray_explain.storage import read_table
 from tests.test_launch import ROOT, write_config
 
 QUESTION = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
@@ -85,3 +92,27 @@ def test_a_span_is_asked_about_as_the_experiments_questions_are(tmp_path: Path, 
     config = write_config(tmp_path, "anywhere", storage="runs/x", ground_truth={"ablation": ablation})
     assert _kind_of_spans(read_experiment(config, ["train.mixtures=[[ablation]]"])) == kind
     assert _kind_of_spans(None) == "hint"
+
+
+def test_one_feature_is_found_without_reading_the_vectors_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, "features", storage=str(tmp_path), ground_truth={"features": {}})
+    plan = Plan(read_experiment(config))
+    target, vectors = plan.experiment.targets[0], np.arange(12, dtype=np.float32).reshape(3, 1, 4)
+    ids, texts = ["a", "b", "c"], [["one"], ["two", "2"], ["three"]]
+    questions = {
+        "case_id": pa.array(ids),
+        "answers": pa.array(texts),
+        "vectors": records.vectors_array(list(vectors), 4),
+    }
+    effects = {"case_id": ids[::-1], "layer": [2, 2, 1], "feature_id": [17, 5, 17]}
+    for artifact, table in ((plan.questions, questions), (plan.effects, effects)):
+        storage.write_table(pa.table(table), f"{plan.path(artifact('features', target))}/part.parquet")
+        finish(artifact("features", target), plan.root)
+    monkeypatch.setattr(storage, "read_table", lambda uri, columns: read_table(uri, columns))  # whole tables: an error
+    found = _feature("2/5", Known("", target, {}, plan.experiment))
+    assert (found.layer, found.case_id, list(found.right)) == (2, "b", ["two", "2"])
+    assert found.vector.tolist() == [4, 5, 6, 7]
+    with pytest.raises(BadInput, match=r"no such feature of .* layer 1 has 17"):
+        _feature("1/5", Known("", target, {}, plan.experiment))

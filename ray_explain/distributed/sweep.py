@@ -481,16 +481,20 @@ class _Outcomes(tune.Callback):
 def best_settings(trials: Sequence[Trial], root: str, rules: SweepConfig) -> dict[tuple[str, str], dict[str, Any]]:
     """(explainer, target) -> the settings that did best, by the mean of `rules.metric` over its runs.
 
-    Judged are runs on the largest fraction of the data, and settings whose runs all came to their end before those
-    of which some did not. Held-out questions that are scored play no part in it.
+    Judged are a pairing's runs on the largest fraction on which one came to its end, and settings whose runs all did
+    before those of which some did not. Held-out questions that are scored play no part in it, nor do runs without
+    vectors: they are a control of the explainer, and have its settings.
     """
-    largest = max(trial.run.fraction for trial in trials)
+    done = [(trial.run, trial, made) for trial in trials if (made := finished(trial.train.artifact, root)) is not None]
+    judged: dict[tuple[str, str], tuple[bool, float]] = {}
+    for run, *_ in done:
+        pair = (run.explainer, run.target)
+        judged[pair] = max(judged.get(pair, (False, 0.0)), (not run.text_only, run.fraction))
     seen: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for trial in trials:
-        done = finished(trial.train.artifact, root)
-        if done is not None and trial.run.fraction == largest:
-            value = _metric(done, rules.metric)
-            seen[trial.run.explainer, trial.run.target][json.dumps(trial.parameters, sort_keys=True)].append(value)
+    for run, trial, made in done:
+        pair = (run.explainer, run.target)
+        if (not run.text_only, run.fraction) == judged[pair]:
+            seen[pair][json.dumps(trial.parameters, sort_keys=True)].append(_metric(made, rules.metric))
     sign = 1 if rules.metric == "loss" else -1
 
     def rank(values: list[float]) -> tuple[int, float]:

@@ -194,8 +194,8 @@ class Scores:
         for row in self.explainers(task, target) or self.rows(task, target):
             for metric in self.metrics(task):
                 every = self.get(task, target, row, metric).n
-                changed = self.get(task, target, row, metric, "changed=true")
-                if every and changed.seeds:
+                changed, unchanged = (self.get(task, target, row, metric, f"changed={it}") for it in ("true", "false"))
+                if every and (changed.seeds or unchanged.seeds):  # a class that does not occur has no score
                     return changed.n / every
         return None
 
