@@ -20,8 +20,8 @@ from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
 from ray_explain.features.simulate import pad_of
 from ray_explain.ground_truth.chats import chat_prompt
+from ray_explain.ground_truth.corpora import rows_about
 from ray_explain.ground_truth.exemplars import EXEMPLARS
-from ray_explain.ground_truth.neuronpedia import read_labels
 from ray_explain.interventions.tokens import token_batch
 from ray_explain.models import load_model
 from ray_explain.stages import Result
@@ -214,11 +214,9 @@ class ImportStage:
 
     def _labels(self, table: pa.Table) -> dict[tuple[int, int], list[dict[str, str]]]:
         found: dict[tuple[int, int], list[dict[str, str]]] = {}
-        for layer in pc.unique(table["layer"]).to_pylist():
-            numbers = table.filter(pc.field("layer") == layer)["feature_id"].to_pylist()
-            for row in read_labels(self._folder, layer, min(numbers), max(numbers)):
-                told = {"description": row["description"], "origin": row["origin"]}
-                found.setdefault((row["layer"], row["feature_id"]), []).append(told)
+        for row in rows_about(self._folder, table).to_pylist():
+            told = {"description": row["description"], "origin": row["origin"]}
+            found.setdefault((row["layer"], row["feature_id"]), []).append(told)
         return found
 
 
@@ -227,6 +225,7 @@ def labelled(exemplars: pa.Table, descriptions: pa.Table) -> Result:
     them. A feature without any is dropped, unless it is one of the test split on whose windows answers can be scored.
     """
     told: dict[str, list[dict[str, str]]] = {}
+    descriptions = descriptions.filter(pc.is_in(descriptions["case_id"], pc.unique(exemplars["case_id"])))
     for row in descriptions.select(["case_id", "description", "origin"]).to_pylist():
         told.setdefault(row.pop("case_id"), []).append(row)
     features = exemplars.to_pylist()
