@@ -158,8 +158,19 @@ def shown(windows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def held_out(windows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The windows that descriptions are scored on: the top ones that no describer saw, random ones and near misses."""
-    return [window for window in windows if window["kind"] != "top" or window["rank"] % 2 == 1]
+    """The windows that descriptions are scored on: the top ones that no describer saw, random ones and near misses.
+
+    Each text once: corpora repeat themselves, so that a text may be among the shown ones too, and where a feature is
+    seldom off, its random windows and near misses are the same.
+    """
+    known = {tuple(window["tokens"]) for window in shown(windows)}
+    found = []
+    for window in windows:
+        text = tuple(window["tokens"])
+        if text not in known:
+            known.add(text)
+            found.append(window)
+    return found
 
 
 class DescribeStage:
@@ -230,11 +241,13 @@ def labelled(exemplars: pa.Table, descriptions: pa.Table) -> Result:
         told.setdefault(row.pop("case_id"), []).append(row)
     features = exemplars.to_pylist()
     own = [told.get(feature["case_id"], []) for feature in features]
-    return _described(features, own, [feature["split"] == "test" and _can_score(feature) for feature in features])
+    kept = [feature["split"] == "test" and can_score(held_out(feature["windows"])) for feature in features]
+    return _described(features, own, kept)
 
 
-def _can_score(feature: dict[str, Any]) -> bool:
-    return any(window["kind"] == "top" for window in held_out(feature["windows"]))
+def can_score(windows: Sequence[dict[str, Any]]) -> bool:
+    """Whether these windows (`held_out`) tell a description from another: in some of them the feature is on."""
+    return any(window["kind"] == "top" for window in windows)
 
 
 def _described(

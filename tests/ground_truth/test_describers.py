@@ -73,6 +73,14 @@ def test_a_describer_sees_every_second_top_window_and_no_other(endpoint, section
     assert len(shown(windows)) + len(held_out(windows)) == len(windows)
 
 
+def test_windows_to_score_on_hold_each_text_once_and_none_that_a_describer_saw():
+    words = [["the", "dog"], ["the", "dog"], ["a", "dog"], ["my", "dog"]]
+    tops = [window("top", rank, own, [0.0, 1.0]) for rank, own in enumerate(words)]
+    off = [window(kind, 0, own, [0.0]) for kind in ("random", "near") for own in (["cat"], [kind])]
+    kept = [(one["kind"], "".join(one["tokens"])) for one in held_out(tops + off)]
+    assert kept == [("top", " my dog"), ("random", " cat"), ("random", " random"), ("near", " near")]
+
+
 def test_several_candidates_are_kept_once_each(endpoint, section):
     endpoint.script = lambda prompt, n: f"Description: dogs {n % 2}"
     made = describing(section | {"threads": 1}, candidates=3)(table_of([feature(0, "dog")]))
@@ -198,6 +206,17 @@ def test_of_a_feature_without_windows_nothing_is_asked_and_its_descriptions_stay
     (without,), (told,) = made.table["descriptions"].to_pylist()
     assert told["score"] > 0.95 and told["detection"] == 1
     assert without["gold"] and all(without[name] is None for name in ("score", "score_n", "detection", "detection_n"))
+    assert not any("responds to: dog" in body["messages"][-1]["content"] for _, body, _ in endpoint.asked)
+
+
+def test_a_feature_that_is_on_in_no_window_to_score_on_is_unscored_and_nothing_is_asked(endpoint, scoring):
+    """No description of it could be right or wrong there: a correlation with zeros is no 0."""
+    endpoint.script = knowing
+    once = feature(0, "dog", n=1)  # its only window is shown to describers
+    made = ScoreStage(scoring)(described([once, feature(1, "cat")], [["dog"], ["cat"]]))
+    (alone,), (told,) = made.table["descriptions"].to_pylist()
+    assert told["score"] > 0.95 and told["detection"] == 1
+    assert alone["gold"] and all(alone[name] is None for name in ("score", "score_n", "detection", "detection_n"))
     assert not any("responds to: dog" in body["messages"][-1]["content"] for _, body, _ in endpoint.asked)
 
 
