@@ -62,8 +62,8 @@ DESCRIBED = pa.schema(
 class Replies(Protocol):
     """A language model, wherever it runs."""
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
-        """What `read` makes of the reply to each request; None where none came that it could read."""
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
+        """What `read` makes of each request and the reply to it; None where none came that it could read."""
         ...
 
     def usage_so_far(self) -> Mapping[str, float]:
@@ -77,7 +77,7 @@ class EndpointModel:
     def __init__(self, endpoint: Endpoint) -> None:
         self._chat = Chat(endpoint)
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
         """Raises: BadInput, JobFailed: as `Chat.replies`."""
         return self._chat.replies(asks, read)
 
@@ -94,14 +94,14 @@ class LocalModel:
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._counts = {"asked": 0, "unanswered": 0}
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
         found: dict[Ask, T | None] = {}
         for warm in (False, True):  # sampled replies one by one, so that each depends on its own request alone
             some = list(dict.fromkeys(ask for ask in asks if (ask.temperature > 0) == warm))
             size = 1 if warm else self._batch_size
             for start in range(0, len(some), size):
                 batch = some[start : start + size]
-                found |= zip(batch, map(read, self._generated(batch)), strict=True)
+                found |= zip(batch, map(read, batch, self._generated(batch)), strict=True)
         self._counts["asked"] += len(found)
         self._counts["unanswered"] += sum(reply is None for reply in found.values())
         return [found[ask] for ask in asks]
@@ -189,7 +189,7 @@ class DescribeStage:
     def __call__(self, table: pa.Table) -> Result:
         features = table.to_pylist()
         asks = [self._ask(feature["windows"], i) for feature in features for i in range(self._candidates)]
-        replies = iter(self._model.replies(asks, description_in))
+        replies = iter(self._model.replies(asks, lambda _, reply: description_in(reply)))
         told = []
         for _ in features:
             own = dict.fromkeys(text for text in (next(replies) for _ in range(self._candidates)) if text)

@@ -78,12 +78,8 @@ def verdicts(model: Replies, asked: Sequence[tuple[str, Texts]]) -> list[list[bo
 
 def lists_of_numbers(model: Replies, asks: Sequence[tuple[Ask, int]], top: int) -> list[list[float] | None]:
     """The replies to requests for JSON lists of so many numbers, from 0 to `top`; None for any other."""
-    found: dict[tuple[Ask, int], list[float] | None] = {}
-    for length in sorted({length for _, length in asks}):
-        some = [ask for ask, own in asks if own == length]
-        replies = model.replies(some, partial(numbers_in, length=length, top=top))
-        found |= {(ask, length): reply for ask, reply in zip(some, replies, strict=True)}
-    return [found[one] for one in asks]
+    lengths = dict(asks)
+    return model.replies([ask for ask, _ in asks], lambda ask, reply: numbers_in(reply, length=lengths[ask], top=top))
 
 
 def numbers_in(reply: str, *, length: int, top: int) -> list[float] | None:
