@@ -27,7 +27,7 @@ from ray_explain.stages import Result
 from ray_explain.world.corpus import documents
 
 TARGET_SLICE = 1  # rows of layers and shards: each is much work
-READ_AT_A_TIME = 256  # features of a released data set, with their windows
+READ_AT_A_TIME = 256  # features, with their windows
 
 
 def make_features(session: Session, layers_of: dict[str, Sequence[int]]) -> None:
@@ -182,8 +182,8 @@ class _Steps:
         """Raises: BadInput: the export is of other features."""
         labels = self.plan.labels()
         if labels is not None and self.session.missing([self.plan.descriptions()]):
-            exemplars = self.session.table(self.plan.exemplars())
-            measured = neuronpedia.check_alignment(exemplars, self._path(labels))
+            parts = storage.read_batches(self._path(self.plan.exemplars()), READ_AT_A_TIME)
+            measured = neuronpedia.check_alignment(parts, self._path(labels))
             told = ", ".join(f"{name} {value:g}" for name, value in measured.items())
             self.session.say(f"Neuronpedia's export and {self.target}: {told}")
 

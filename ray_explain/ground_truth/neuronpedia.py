@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.fs as fs
 from scipy.stats import binomtest
 
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import public_files
-from ray_explain.ground_truth.corpora import opened, rows_where
+from ray_explain.ground_truth.corpora import opened, rows_about
 from ray_explain.ground_truth.jsonl import json_object
 from ray_explain.ground_truth.positions import Unusable
 from ray_explain.stages import Result
@@ -107,16 +106,9 @@ def _descriptions(
     return found
 
 
-def read_labels(folder: str, layer: int, low: int, high: int) -> list[dict[str, Any]]:
-    """The rows of a table LABELS about features `low` to `high` of a layer."""
-    number = ds.field("feature_id")
-    wanted = (ds.field("layer") == layer) & (number >= low) & (number <= high)
-    return rows_where(folder, wanted).to_pylist()  # type: ignore[no-any-return]
-
-
-def check_alignment(exemplars: pa.Table, folder: str) -> dict[str, float]:
+def check_alignment(exemplars: Iterable[pa.Table], folder: str) -> dict[str, float]:
     """Whether the export's features are ours: the share of features whose top tokens it names, as its ids say and with
-    ids that are off by one or two.
+    ids that are off by one or two. Each part of the exemplars is read and let go before the next.
 
     What it names are its own top tokens, or else the words of its descriptions.
 
@@ -125,16 +117,17 @@ def check_alignment(exemplars: pa.Table, folder: str) -> dict[str, float]:
     """
     hits: dict[int, list[bool]] = {offset: [] for offset in OFFSETS}
     of_tokens = False
-    for feature in exemplars.select(["layer", "feature_id", "windows"]).to_pylist():
-        number, own = feature["feature_id"], _ours(feature["windows"])
-        near = read_labels(folder, feature["layer"], number + OFFSETS[0], number + OFFSETS[-1])
-        named: dict[int, set[str]] = {}
-        for row in near:
+    for part in exemplars:
+        named: dict[tuple[int, int], set[str]] = {}
+        for row in rows_about(folder, part, OFFSETS).to_pylist():
             of_tokens = of_tokens or bool(row["top_tokens"])
-            named.setdefault(row["feature_id"] - number, set()).update(_named(row))
-        if own and all(offset in named for offset in OFFSETS):
-            for offset in OFFSETS:
-                hits[offset].append(bool(own & named[offset]))
+            named.setdefault((row["layer"], row["feature_id"]), set()).update(_named(row))
+        for feature in part.select(["layer", "feature_id", "windows"]).to_pylist():
+            own, at = _ours(feature["windows"]), (feature["layer"], feature["feature_id"])
+            near = {offset: named.get((at[0], at[1] + offset)) for offset in OFFSETS}
+            if own and None not in near.values():
+                for offset, words in near.items():
+                    hits[offset].append(bool(own & (words or set())))
     n = len(hits[0])
     if n < ENOUGH:
         return {"aligned features": n}
