@@ -184,6 +184,7 @@ def bytewise(tmp_path_factory):
 def test_a_vector_of_any_target_is_tried_on_windows_of_a_corpus(bytewise, tmp_path, monkeypatch, most, read):
     """Where transformers' own hidden states have most of it: first tokens left out, windows spread over the corpus."""
     monkeypatch.setattr(receipts, "WINDOWS", most)
+    monkeypatch.setattr(receipts, "STRONGEST", 4)
     tokenizer = AutoTokenizer.from_pretrained(bytewise["model"])
     model = AutoModelForCausalLM.from_pretrained(bytewise["model"])
     windows = windows_of_texts(TEXTS, tokenizer, n=90, tokens=40)
@@ -197,8 +198,8 @@ def test_a_vector_of_any_target_is_tried_on_windows_of_a_corpus(bytewise, tmp_pa
         product = hidden[0, 1:] @ torch.tensor(vector)
         expected.append((product.max().item(), tokenizer.decode(ids[1 + int(product.argmax())]).strip(), TEXTS[number]))
     best = sorted(expected, reverse=True)[:4]
-    found = strongest_windows(bytewise, str(tmp_path / "windows"), windows.num_rows, vector, 1, strongest=4)
-    assert len({value for value, _, _ in best}) == 4
+    found = strongest_windows(bytewise, str(tmp_path / "windows"), windows.num_rows, vector, 1)
+    assert len({value for value, _, _ in best}) == len(found) == 4
     assert [token for token, _ in found] == [token for _, token, _ in best]
     assert all(text in whole and token in text for (token, text), (_, _, whole) in zip(found, best))
 
