@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -71,3 +72,22 @@ def test_explainers_are_not_trained_on_what_has_no_words(tmp_path: Path, world_t
     with Session(plan) as session, pytest.raises(BadInput, match=r"kind` = 'add': `wording` 'brief'.*ground_truth\.py"):
         train_explainers(session)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_target_answers_with_a_special_token_is_measured_but_not_asked(
+    tmp_path: Path, world_target: Path
+) -> None:
+    plan = plan_of(tmp_path, world_target, "paper")
+    with Session(plan) as session:
+        make_ground_truth(session)
+        effects, questions = (plan.path(made("patching", "tiny")) for made in (plan.effects, plan.questions))
+        table, end = storage.read_table(effects), load_model(str(world_target)).tokenizer.eos_token
+        for name in ("base_answer", "patched_answer"):
+            column = pa.array([end] * table.num_rows)
+            table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
+        for name in storage.list_files(effects, ".parquet"):
+            storage.remove_file(f"{effects}/{name}")
+        storage.write_table(table, f"{effects}/all.parquet")
+        storage.remove(questions)
+        with pytest.raises(BadInput, match=r"'train' is empty \(32 dropped: the answer is a special token"):
+            make_ground_truth(session)
