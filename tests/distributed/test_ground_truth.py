@@ -1,5 +1,6 @@
 """From the experiment's file to the questions: the stages run in this process, no Ray is started."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_stages, "run_stages", run_stages.make_here)
 
 
-def plan_of(folder: Path, target: Path, wording: str, **patching: Any) -> Plan:
+def plan_of(folder: Path, target: Path, wording: str, ablation: Any = None, **patching: Any) -> Plan:
     values = {
         "name": "kinds",
         "storage": str(folder),
@@ -34,6 +35,7 @@ def plan_of(folder: Path, target: Path, wording: str, **patching: Any) -> Plan:
         "ground_truth": {
             "wording": wording,
             "patching": {"cases": {"train": 24, "test": 8}, "blocks": 2, **patching},
+            "ablation": ablation,
         },
     }
     return Plan(Experiment.model_validate(values))
@@ -91,3 +93,12 @@ def test_what_the_target_answers_with_a_special_token_is_measured_but_not_asked(
         storage.remove(questions)
         with pytest.raises(BadInput, match=r"'train' is empty \(32 dropped: the answer is a special token"):
             make_ground_truth(session)
+
+
+def test_lines_that_are_all_one_group_are_told_what_would_part_them(tmp_path: Path, world_target: Path) -> None:
+    lines = [{"prompt": f"{word} . sentiment :", "span": [0, len(word)]} for word in ("bread", "beer", "tea", "milk")]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    section = {"source": "jsonl", "path": str(tmp_path / "lines.jsonl"), "cases": {"train": 4, "test": 4}}
+    plan = plan_of(tmp_path / "run", world_target, "paper", ablation=section)
+    with Session(plan) as session, pytest.raises(BadInput, match=r"ablation.*is empty; .* with groups of their own"):
+        make_ground_truth(session)
