@@ -498,6 +498,8 @@ class Experiment(Section):
     @classmethod
     def _storage_is_a_place(cls, storage: str) -> str:
         scheme, remote, rest = storage.partition("://")
+        if storage.startswith("s3:") and not remote:
+            raise ValueError("not of the form s3://bucket/folder")
         if not remote or scheme == "file":
             return storage
         if scheme != "s3":
@@ -824,7 +826,7 @@ _Loader.add_implicit_resolver(
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise BadInput(f"override {override!r} is not of the form key.path=value, such as train.learning_rate=1e-4")
     *parents, last = key.split(".")
     here: Any = values
@@ -846,6 +848,10 @@ def _told(fault: Any, section: type[BaseModel]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"`{where}` is missing"
+    if fault["type"] == "union_tag_not_found":
+        return f"`{where}.kind` is missing"
+    if fault["type"] == "model_type":
+        return f"`{where}`{_shown(fault['input'])}: it is a section, which has keys; give some, or leave it out"
     if not where or fault["type"] == "value_error":
         return f"`{where}`: {message}" if where else message
     return f"`{where}`{_shown(fault['input'])}: {message[0].lower()}{message[1:]}"
@@ -863,6 +869,8 @@ def _place(section: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, lis
     """
     parts, inside, is_kind = list[str](), [section], False
     for part in loc:
+        if part == "[key]":  # pydantic's way to say that the key itself is wrong
+            continue
         if is_kind:
             inside = [one for one in inside if part in get_args(one.model_fields["kind"].annotation)]
             is_kind = False

@@ -1,8 +1,9 @@
-"""Checks the YAML file of a cluster before `ray up` spends money (`python -m ray_explain.distributed.cluster_file`)."""
+"""Checks the YAML file of a cluster before `ray up` spends money."""
 
+import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def _schema_faults(config: dict[str, Any]) -> Iterator[str]:
         validate_config(prepare_config(config))
     except jsonschema.ValidationError as error:
         yield f"`{'.'.join(map(str, error.absolute_path))}`: {error.message}"
-    except (ValueError, KeyError, AttributeError) as error:
+    except KeyError as error:
+        yield f"`{error.args[0]}` is missing"
+    except (ValueError, AttributeError, NotImplementedError) as error:
         yield str(error)
 
 
@@ -124,16 +127,17 @@ def _gpu_faults(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"`available_node_types.{name}.min_workers`: 0 lets machines go that nobody uses"
 
 
-def main(argv: list[str]) -> int:
-    """Exit code: 0 if each file is fine, else 2."""
-    for path in argv:
-        try:
-            check_cluster_file(path)
-        except BadInput as error:
-            print(f"bad input: {error}", file=sys.stderr)
-            return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 if the file is fine, else 2."""
+    parser = argparse.ArgumentParser(prog="python -m ray_explain.distributed.cluster_file", description=__doc__)
+    parser.add_argument("file", help="such as cluster.yaml")
+    try:
+        check_cluster_file(parser.parse_args(argv).file)
+    except BadInput as error:
+        print(f"bad input: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

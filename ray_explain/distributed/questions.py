@@ -17,6 +17,7 @@ from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
 from ray_explain.ground_truth.features import split_features
 from ray_explain.ground_truth.mmlu import saying
+from ray_explain.ground_truth.outcomes import special_answers
 from ray_explain.ground_truth.positions import words_of_tokens
 from ray_explain.questions.ablation import ablation_questions
 from ray_explain.questions.features import features_questions
@@ -70,11 +71,11 @@ def _questions(session: Session, task: Task, target: str) -> Result:
         effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
         counts = {"cases before balancing": before, "cases after balancing": after}
     tokenizer = tokenizer_of(plan, target)
+    how: dict[str, Any] = {"wording": wording, "seed": seed, "special": special_answers(tokenizer)}
     if task == "patching":
-        made = patching_questions(effects, partial(words_of_tokens, tokenizer), wording=wording, seed=seed)
+        made = patching_questions(effects, partial(words_of_tokens, tokenizer), **how)
     else:
-        width = d_model(plan, target)
-        made = ablation_questions(effects, saying(tokenizer), d_model=width, wording=wording, seed=seed)
+        made = ablation_questions(effects, saying(tokenizer), d_model=d_model(plan, target), **how)
     check_splits(plan, f"{task} of {target}", made)
     return made._replace(measured=counts)
 

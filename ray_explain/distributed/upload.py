@@ -1,10 +1,8 @@
-"""What `make submit` sends: the files of `ray job submit --working-dir .`, compressed, which Ray does not do by itself.
+"""What `make submit` sends: the files of `ray job submit --working-dir .`, compressed, which Ray does not do itself."""
 
-python -m ray_explain.distributed.upload ARCHIVE.zip
-"""
-
-import sys
+import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -22,5 +20,12 @@ def pack(folder: str | Path, archive: str | Path) -> None:
                 made.writestr(entry, given.read(entry), ZIP_DEFLATED)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pack the folder that it is called from."""
+    parser = argparse.ArgumentParser(prog="python -m ray_explain.distributed.upload", description=__doc__)
+    parser.add_argument("archive", help="zip file to write")
+    pack(".", parser.parse_args(argv).archive)
+
+
 if __name__ == "__main__":
-    pack(".", sys.argv[1])
+    main()
