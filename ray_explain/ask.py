@@ -296,11 +296,15 @@ def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:
     return block
 
 
+_LEARNED = "a training question: the explainer may have learned this very answer"
+
+
 class _Vector(NamedTuple):
     layer: int
     vector: np.ndarray
     right: Sequence[str] = ()  # descriptions, where some are known
     case_id: str | None = None  # of a feature of the experiment
+    learned: bool = False  # whether it is in the training split of the experiment
 
 
 def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, shape: Any) -> Any:
@@ -315,9 +319,11 @@ def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, sha
         one = _Vector(layer, _vector(arguments.vector, shape.hidden_size))
     corpus = _corpus(known)
     if corpus is None:
-        return _tried_on_the_world(known, witness, one)
-    strongest = receipts.strongest_windows(known.place, *corpus, one.vector, one.layer)
-    return witness.feature(one.vector, one.layer, one.right, _responds(strongest), case_id=one.case_id)
+        receipt = _tried_on_the_world(known, witness, one)
+    else:
+        strongest = receipts.strongest_windows(known.place, *corpus, one.vector, one.layer)
+        receipt = witness.feature(one.vector, one.layer, one.right, _responds(strongest), case_id=one.case_id)
+    return receipt._replace(details=(*receipt.details, _LEARNED)) if one.learned else receipt
 
 
 def _corpus(known: Known) -> tuple[str, int] | None:
@@ -403,7 +409,8 @@ def _feature(name: str, known: Known) -> _Vector:
         there = f"layer {layer} has {some}, ..." if of_layer else "no feature of that layer"
         raise BadInput(f"--feature {name}: no such feature of {known.target} was described; {there}")
     row = pa.concat_tables(storage.read_rows(plan.path(tables[1]), np.array([pc.index(asked, found[0]).as_py()])))
-    return _Vector(int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py(), found[0].as_py())
+    vector, learned = records.vectors_of(row["vectors"])[0][0], row["split"][0].as_py() == "train"
+    return _Vector(int(layer), vector, row["answers"][0].as_py(), found[0].as_py(), learned)
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------
