@@ -97,7 +97,7 @@ class Simulator:
 
     def of_ids(self, description: str, windows: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " pos"]]:
         """The activation, 0 to 10, that the description lets expect on each token of each window."""
-        prefix = self._tokenizer(prompt(description))["input_ids"]
+        prefix = opening(self._tokenizer, prompt(description))
         rows = [prefix + [self._special.get(token, token) for token in window] for window in windows]
         values: list[np.ndarray] = []
         for start in range(0, len(rows), self._batch_windows):
@@ -134,6 +134,14 @@ class Simulator:
 def pad_of(tokenizer: Any) -> int:
     """The id that rows are padded with; a tokenizer may have none of its own."""
     return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def opening(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that is to go on: with the special ones that the tokenizer puts before it, but none behind."""
+    read = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    added = read["special_tokens_mask"]
+    behind = next((n for n, special in enumerate(reversed(added)) if not special), 0)
+    return list(read["input_ids"][: len(added) - behind])
 
 
 def prompt(description: str) -> str:

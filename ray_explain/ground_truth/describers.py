@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
-from ray_explain.features.simulate import pad_of
+from ray_explain.features.simulate import opening, pad_of
 from ray_explain.ground_truth.chats import chat_prompt
 from ray_explain.ground_truth.corpora import rows_about
 from ray_explain.ground_truth.exemplars import EXEMPLARS
@@ -138,8 +138,7 @@ class LocalModel:
             text = chat_prompt(self._tokenizer, user=ask.prompt, system=ask.system or None)
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
-            text = f"{ask.system}\n\n{ask.prompt}".strip() + "\n"
-            ids = self._tokenizer(text, verbose=False)["input_ids"]
+            ids = opening(self._tokenizer, f"{ask.system}\n\n{ask.prompt}".strip() + "\n")
         most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         return ids[-(most - ask.max_tokens) :] if most else ids  # type: ignore[no-any-return]
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ray_explain.features import simulate
@@ -254,6 +255,15 @@ def test_the_description_matters(model, tokenizer):
     simulator = Simulator(model, tokenizer)
     one, other = (simulator.of_ids(description, [[5, 9, 3]])[0] for description in ("cats", "w7 and w8"))
     assert np.abs(one - other).max() > 1e-3
+
+
+def test_no_end_of_text_stands_between_description_and_window(model, tokenizer):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = TemplateProcessing(single="$A w9", special_tokens=[("w9", core.token_to_id("w9"))])
+    ending = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="[UNK]")
+    assert ending("cats")["input_ids"] == [*tokenizer("cats")["input_ids"], core.token_to_id("w9")]
+    own, others = (Simulator(model, one).of_ids("cats and w9", [[5, 9, 3]])[0] for one in (ending, tokenizer))
+    np.testing.assert_allclose(own, others, rtol=1e-4)
 
 
 def test_another_tokenizers_pieces_get_the_values_of_their_characters(model, tokenizer):

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_explain import records, storage
@@ -310,6 +311,14 @@ def test_a_local_model_says_what_transformers_would(local, world_target):
     ids = tokenizer("question :\n", return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert local.replies([Ask("question :", max_tokens=5)], whole) == [tokenizer.decode(out, skip_special_tokens=True)]
+
+
+def test_a_plain_request_ends_in_no_end_of_text(local, world_target):
+    tokenizer = AutoTokenizer.from_pretrained(world_target)
+    end = ("the", tokenizer.convert_tokens_to_ids("the"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A the", special_tokens=[end])
+    ids = LocalModel(local._model, tokenizer)._ids(Ask("question :", max_tokens=2))
+    assert tokenizer.decode(ids).split() == ["question", ":"]
 
 
 def test_a_chat_model_reads_the_request_as_a_chat(world_target):
