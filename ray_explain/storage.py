@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 from jaxtyping import Int
+from safetensors import SafetensorError
 
 from ray_explain.errors import BadInput, JobFailed
 
@@ -102,6 +103,12 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
+def same_everywhere(place: str) -> str:
+    """A folder of this machine by its absolute path, since Ray Train and Tune move their workers to another directory;
+    the hub id of a model and what is remote as they are."""
+    return absolute(place) if Path(place).is_dir() else place
+
+
 class _PatientS3(fs.S3FileSystem):
     """Arrow's S3 with more retries. Pickled, it is only the bucket's name: each process looks into its own environment
     for endpoint and credentials (Arrow's own pickle forgets retries and region)."""
@@ -162,19 +169,26 @@ def whole_file(uri: str) -> Iterator[Any]:
     Raises:
         JobFailed: the disk is full; nothing is left at `uri`.
     """
-    made = _whole_remote_file(uri) if is_remote(uri) else _whole_local_file(uri)
-    with _told_if_full(uri, "another `storage`"), made as stream:
+    remote = is_remote(uri)
+    made = _whole_remote_file(uri) if remote else _whole_local_file(uri)
+    with told_if_full(tempfile.gettempdir() if remote else uri, is_scratch=remote), made as stream:
         yield stream
 
 
 @contextmanager
-def _told_if_full(place: str, other: str) -> Iterator[None]:
-    """Raises: JobFailed: the disk is full."""
+def told_if_full(place: str, *, is_scratch: bool) -> Iterator[None]:
+    """`place` is a temporary one if `is_scratch`, else below the storage.
+
+    Raises:
+        JobFailed: its disk is full, or the user's share of it.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:  # of which safetensors' and those of whole trees have no number
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in full and not any(os.strerror(one) in str(error) for one in full):
             raise
+        other = "TMPDIR to a folder of a larger one" if is_scratch else "another `storage`"
         raise JobFailed(f"no space left on the disk of {place}: free some, or set {other}") from error
 
 
@@ -222,7 +236,7 @@ def _download(uri: str, file: str) -> None:
         JobFailed: the disk is full.
     """
     with (
-        _told_if_full(file, "TMPDIR to a folder of a larger one"),
+        told_if_full(file, is_scratch=True),
         open(file, "wb") as into,
         _opened(uri) as source,
         ThreadPoolExecutor(_PIECES_AT_ONCE) as threads,
@@ -462,10 +476,15 @@ def own_scratch() -> Path:
 
 @contextmanager
 def new_folder(uri: str) -> Iterator[str]:
-    """A local folder to fill with files; when the block ends well they stand at `uri`, in place of what was there."""
+    """A local folder to fill with files; when the block ends well they stand at `uri`, in place of what was there.
+
+    Raises:
+        JobFailed: the disk is full.
+    """
     if is_remote(uri):
         with tempfile.TemporaryDirectory() as folder:
-            yield folder
+            with told_if_full(folder, is_scratch=True):
+                yield folder
             remove(uri)
             upload_folder(folder, uri)
         return
@@ -473,7 +492,8 @@ def new_folder(uri: str) -> Iterator[str]:
     draft = f"{final}.{uuid.uuid4().hex[:8]}.draft"
     os.makedirs(draft)
     try:
-        yield draft
+        with told_if_full(uri, is_scratch=False):
+            yield draft
         shutil.rmtree(final, ignore_errors=True)
         os.replace(draft, final)
     except BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from safetensors import SafetensorError
 
 from ray_explain import storage
 from ray_explain.artifacts import MANIFEST, Artifact, finish, finished
@@ -83,6 +84,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError("killed")
     assert Path(place, "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_a_model_fills_is_told_and_left_as_it_was(tmp_path: Path) -> None:
+    def fill(place: str) -> None:
+        with storage.new_folder(place):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(JobFailed, match=r"no space left on the disk of .*/model: free some, or set another `storage`"):
+        fill(f"{tmp_path}/model")
+    with pytest.raises(JobFailed, match=r"no space left on the disk of .*, or set TMPDIR"):
+        fill("s3://bucket/model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_for_a_bucket_fills_the_disk_of_temporary_files() -> None:
+    with pytest.raises(JobFailed, match="or set TMPDIR"), storage.whole_file("s3://bucket/table"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
 
 @pytest.mark.parametrize("name", ["../../etc", "a/b", "", ".hidden", "s3://b", "a\n", ".."])

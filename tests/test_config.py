@@ -124,6 +124,11 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("train.injection={mode: add, layer: 4}", ["train.injection.layer", "has no layer 4", "numbered from 0"]),
         ("sweep.parameters={injection: [{}, {mode: add, layer: '4'}]}", ["train.injection.layer", "no layer 4"]),
         ("train={offload: true, zero_stage: 0}", ["`offload`", "`zero_stage` 1, 2 or 3"]),
+        ("train=", ["`train` = None: it is a section"]),
+        ("train.lora=true", ["`train.lora` = True: it is a section"]),
+        ("train.weights={patchin: 2}", ["`train.weights.patchin` = 'patchin'", "'patching'"]),
+        ("ground_truth.features.simulator={path: x}", ["`ground_truth.features.simulator.kind` is missing"]),
+        (".epochs=3", ["'.epochs=3' is not of the form key.path=value"]),
         ("name=../escape", ["name", "../escape"]),
         ("seed.x=3", ["seed", "holds no keys"]),
         ("learning_rate", ["key.path=value"]),
@@ -281,7 +286,7 @@ def test_credentials_in_an_address_are_refused_without_being_repeated(config: st
         ("evaluate.api_key=5ecret", "`evaluate.api_key`: no such key"),
         ("evaluate.Secret=5ecret", "`evaluate.Secret`: no such key"),
         ("evaluate.adress=http://5ecret@host", "`evaluate.adress`: no such key"),
-        ("evaluate.judge=http://5ecret@host", "`evaluate.judge`: input should be"),
+        ("evaluate.judge=http://5ecret@host", "`evaluate.judge`: it is a section"),
         ("ground_truth.features.describer={kind: chat, address: http://5ecret@host}", "found using 'kind'"),
     ],
 )
@@ -304,7 +309,9 @@ def test_credentials_in_the_storage_are_refused_without_being_repeated(config: s
     assert "key:" not in str(refused.value) and "access_key=" not in str(refused.value)
 
 
-@pytest.mark.parametrize("storage", ["s3://", "s3://bucket/../other", "s3://bucket//x", "http://bucket/x"])
+@pytest.mark.parametrize(
+    "storage", ["s3://", "s3://bucket/../other", "s3://bucket//x", "s3:/bucket/x", "http://bucket/x"]
+)
 def test_a_storage_that_is_no_place_is_refused(config: str, storage: str) -> None:
     with pytest.raises(BadInput, match="`storage`: "):
         read_experiment(config, [f"storage={storage}"])

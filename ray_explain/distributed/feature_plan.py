@@ -165,7 +165,8 @@ class FeaturePlan:
         """Where published SAEs lie, as `dictionaries.dictionary` wants it."""
         if self.section.sae is None:
             return None
-        return {"path": self._own(self.section.sae.path), "revision": self.section.sae.revision}
+        path = storage.same_everywhere(self._own(self.section.sae.path))
+        return {"path": path, "revision": self.section.sae.revision}
 
     def export(self) -> str:
         """The folder of Neuronpedia's export."""

@@ -266,8 +266,10 @@ class _Steps:
         }
 
     def _model(self, section: Any) -> dict[str, Any] | None:
-        if section is None or isinstance(section, LocalConfig | SimulatorConfig):
-            return None if section is None else section.model_dump()
+        if section is None:
+            return None
+        if isinstance(section, LocalConfig | SimulatorConfig):
+            return section.model_dump() | {"path": storage.same_everywhere(section.path)}
         return section.model_dump() | {"cache": f"{self.session.plan.root}/endpoint_replies"}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -86,7 +86,7 @@ class Plan:
     def model_place(self, name: str) -> dict[str, Any]:
         """Config of `load_model` for it: model (folder or hub id), revision, dtype."""
         config = self.experiment.models[name]
-        place = config.path if config.path is not None else self.path(self.model(name))
+        place = self.path(self.model(name)) if config.path is None else storage.same_everywhere(config.path)
         return {"model": place, "revision": config.revision, "dtype": config.dtype}
 
     def target_place(self, name: str) -> dict[str, Any]:

@@ -211,7 +211,8 @@ def _report(engine: Any, state: dict[str, Any], metrics: dict[str, float], scrat
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     folder = scratch / f"{rank}-{state['step']}"
     folder.mkdir(parents=True)
-    save_share(engine, str(folder), state)
+    with storage.told_if_full(str(folder), is_scratch=True):
+        save_share(engine, str(folder), state)
     ray.train.report(
         metrics,
         checkpoint=ray.train.Checkpoint.from_directory(folder),

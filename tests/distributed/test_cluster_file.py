@@ -63,6 +63,8 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("head_node_type", "boss", "must be one of"),
     ("available_node_types.gpu_spot.min_workers", 9, "min_workers"),
     ("available_node_types.gpu_spot.min_workers", 1, "0 lets machines go"),
+    ("provider", None, "`provider` is missing"),
+    ("provider.type", "awss", "Unsupported node provider: awss"),
     ("provider.region", None, "a region is needed"),
     ("provider.region", "us-east", "a region is needed"),
     ("provider.availability_zone", "us-west-2a", "not in 'us-east-1'"),

@@ -122,6 +122,18 @@ def test_questions_that_showed_the_marks_of_a_chat_template_are_made_anew(chat: 
     assert "prompts" not in plan().questions("ablation", "llama").config
 
 
+def test_workers_find_a_model_at_a_relative_path_wherever_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    models = {"llama": {"path": "models/llama"}, "qwen3": {"path": "Qwen/Qwen3-0.6B"}}
+    here = plan(models=models, train={"mixtures": [["patching"]]})
+    assert here.model_place("llama")["model"] == str(tmp_path / "models" / "llama")
+    assert here.model_place("qwen3")["model"] == "Qwen/Qwen3-0.6B"
+    assert here.model("llama").config["path"] == "models/llama"
+
+
 def test_how_much_memory_rows_may_take_reaches_the_target_and_no_fingerprint():
     less, unset = plan(cluster={"memory_budget": 4096}), plan(cluster={"actors": 4})
     assert less.target_place("llama")["memory_budget"] == 4096
