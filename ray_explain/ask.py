@@ -214,13 +214,13 @@ def _read_target(folder: str, place: dict[str, Any]) -> tuple[Any, Any]:
     """Text config and tokenizer of the target at `place`, whose files are in `folder`."""
     from transformers import AutoConfig, AutoTokenizer
 
-    how = {"trust_remote_code": False, "revision": place["revision"]}
+    revision = place["revision"]
     try:
-        shape = AutoConfig.from_pretrained(folder, **how).get_text_config()
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, revision=revision).get_text_config()
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"no model can be read at {place['model']!r}: {reason}") from error
-    return shape, AutoTokenizer.from_pretrained(folder, **how)
+    return shape, AutoTokenizer.from_pretrained(folder, trust_remote_code=False, revision=revision)
 
 
 def _measured(arguments: argparse.Namespace, kind: str, known: Known, witness: Any, shape: Any, tokenizer: Any) -> Any:
