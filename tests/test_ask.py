@@ -131,5 +131,5 @@ def test_a_feature_that_the_explainer_was_trained_on_is_told_to_be_one(
     monkeypatch.setattr("ray_explain.ask._tried_on_the_world", lambda *_: receipt)
     monkeypatch.setattr("ray_explain.ask._feature", lambda *_: _Vector(2, np.ones(4), ["a dog"], "c", learned))
     known = Known("", "target", {"model": "here"}, None)
-    told = _told(_about_vector(Namespace(feature="2/17"), known, None, 4, 4), known)
+    told = _told(_about_vector(Namespace(feature="2/17"), known, None, None), known)
     assert "verdict      confirmed" in told and ("a training question" in told) is learned
