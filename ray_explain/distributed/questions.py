@@ -1,17 +1,19 @@
 """The questions about the ground truth."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from ray_explain import storage
 from ray_explain.config import Task
 from ray_explain.distributed.feature_plan import describes
 from ray_explain.distributed.models import d_model, tokenizer_of
 from ray_explain.distributed.plan import Plan
 from ray_explain.distributed.session import Session
-from ray_explain.distributed.sources import check_found, check_splits
+from ray_explain.distributed.sources import check_found
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth.balance import balanced
 from ray_explain.ground_truth.directions import grouped_by_direction
@@ -40,7 +42,7 @@ def make_questions(session: Session) -> None:
         if task == "features":
             session.make_parts(plan.questions(task, target), partial(_features_questions, session, target))
         else:
-            session.make_table(plan.questions(task, target), lambda k=task, t=target: _questions(session, k, t))  # type: ignore[misc]
+            session.make_parts(plan.questions(task, target), partial(_questions, session, task, target))
 
 
 def _is_asked(plan: Plan, task: Task) -> bool:
@@ -61,23 +63,41 @@ def check_asked(plan: Plan) -> None:
             )
 
 
-def _questions(session: Session, task: Task, target: str) -> Result:
-    """Raises: BadInput: the training split or the one to be evaluated is empty."""
-    plan = session.plan
-    wording, seed = plan.experiment.ground_truth.wording, plan.experiment.seed
-    effects, counts = session.table(plan.effects(task, target)), dict[str, Any]()
-    balance = plan.balance(task)
-    if balance is not None:
-        effects, before, after = balanced(effects, balance.by, at_most=balance.at_most, seed=seed)
-        counts = {"cases before balancing": before, "cases after balancing": after}
-    tokenizer = tokenizer_of(plan, target)
-    how: dict[str, Any] = {"wording": wording, "seed": seed, "special": special_answers(tokenizer)}
+def _questions(session: Session, task: Task, target: str) -> Iterator[Result]:
+    """Questions about patches or removals part by part, so that no more than a part of all vectors is in memory.
+
+    Raises:
+        BadInput: the training split or the one to be evaluated is empty.
+    """
+    plan, splits, dropped = session.plan, set[str](), list[tuple[str, str]]()
+    kept, counts = _kept_by_balance(session, task, target)
+    ask = _asking(plan, task, target)
+    for part in storage.read_batches(plan.path(plan.effects(task, target))):
+        made = ask(part if kept is None else part.filter(pc.is_in(part["case_id"], kept)))
+        splits.update(made.table.column("split").to_pylist())
+        dropped += made.dropped
+        yield made._replace(measured=counts)
+    check_found(plan, f"{task} of {target}", splits, dropped)
+
+
+def _asking(plan: Plan, task: Task, target: str) -> Callable[[pa.Table], Result]:
+    """What turns effects of a task into questions."""
+    tokenizer, truth = tokenizer_of(plan, target), plan.experiment.ground_truth
+    how: dict[str, Any] = {"wording": truth.wording, "seed": plan.experiment.seed}
+    how["special"] = special_answers(tokenizer)
     if task == "patching":
-        made = patching_questions(effects, partial(words_of_tokens, tokenizer), **how)
-    else:
-        made = ablation_questions(effects, saying(tokenizer), d_model=d_model(plan, target), **how)
-    check_splits(plan, f"{task} of {target}", made)
-    return made._replace(measured=counts)
+        return partial(patching_questions, tokens_of=partial(words_of_tokens, tokenizer), **how)
+    return partial(ablation_questions, said=saying(tokenizer), d_model=d_model(plan, target), **how)
+
+
+def _kept_by_balance(session: Session, task: Task, target: str) -> tuple[pa.ChunkedArray | None, dict[str, Any]]:
+    """The ids of the cases that balancing keeps, None for all; and how many of each kind there were and are."""
+    plan, balance = session.plan, session.plan.balance(task)
+    if balance is None:
+        return None, {}
+    told = session.table(plan.effects(task, target), ["case_id", "split", *balance.by])
+    kept, before, after = balanced(told, balance.by, at_most=balance.at_most, seed=plan.experiment.seed)
+    return kept["case_id"], {"cases before balancing": before, "cases after balancing": after}
 
 
 def _features_questions(session: Session, target: str) -> Iterator[Result]:

@@ -147,4 +147,5 @@ def check_found(plan: Plan, what: str, splits: set[str], dropped: Sequence[tuple
         if split not in splits:
             reasons = Counter(reason for _, reason in dropped).most_common(3)
             why = f" ({', '.join(f'{count} dropped: {reason}' for reason, count in reasons)})" if reasons else ""
-            raise BadInput(f"{what}: split {split!r} is empty{why}; give more cases, or lines with this `split`")
+            way_out = "give more cases, or lines with this `split` or with groups of their own"
+            raise BadInput(f"{what}: split {split!r} is empty{why}; {way_out}")

@@ -104,3 +104,29 @@ def test_lines_that_are_all_one_group_are_told_what_would_part_them(tmp_path: Pa
     plan = plan_of(tmp_path / "run", world_target, "paper", ablation=section)
     with Session(plan) as session, pytest.raises(BadInput, match=r"ablation.*is empty; .* with groups of their own"):
         make_ground_truth(session)
+
+
+@pytest.mark.parametrize("balance", [None, {"by": ["changed"]}])
+def test_questions_are_made_with_a_part_of_the_vectors_in_memory_and_are_the_same(
+    tmp_path: Path, world_target: Path, monkeypatch: pytest.MonkeyPatch, balance: Any
+) -> None:
+    plan = plan_of(tmp_path, world_target, "paper", balance=balance)
+    questions, effects = (plan.path(made("patching", "tiny")) for made in (plan.questions, plan.effects))
+    with Session(plan) as session:
+        make_ground_truth(session)
+        whole, sizes, read, every = storage.read_table(questions), list[int](), storage.read_batches, storage.read_table
+
+        def narrow(uri: str, columns: list[str] | None = None) -> pa.Table:
+            assert columns and "vectors" not in columns
+            return every(uri, columns)
+
+        told = finished(plan.questions("patching", "tiny"), plan.root)
+        storage.remove(questions)
+        with monkeypatch.context() as few:
+            few.setattr(storage, "read_batches", lambda uri: (sizes.append(t.num_rows) or t for t in read(uri, 5)))
+            few.setattr(storage, "read_table", narrow)
+            make_ground_truth(session)
+    assert sum(sizes) == storage.read_table(effects).num_rows and max(sizes) == 5
+    assert storage.read_table(questions).equals(whole) and whole.num_rows
+    again = finished(plan.questions("patching", "tiny"), plan.root)
+    assert again is not None and told is not None and (again.rows, again.measured) == (told.rows, told.measured)
