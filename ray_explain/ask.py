@@ -164,12 +164,12 @@ def _of_folder(arguments: argparse.Namespace, task: str) -> Known:
 
 
 def _asks(plan: Any, task: Any, target: str, parents: Sequence[str]) -> bool:
-    """Whether an explainer with these `parents` was trained on the questions of a plan: several experiments may have
-    one storage, and the config that lies there is of the last."""
+    """Whether an explainer with these `parents` was trained on the questions of a plan, or that cannot be told: several
+    experiments may have one storage, and the config that lies there is of the last."""
     try:
         return task in plan.experiment.tasks and plan.questions(task, target).fingerprint in parents
     except BadInput:  # files that its cases are from are gone
-        return False
+        return True
 
 
 def _sidecar(folder: str) -> Any:
