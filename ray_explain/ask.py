@@ -37,6 +37,7 @@ class Known(NamedTuple):
     place: dict[str, Any]  # config of `ground_truth.target.Target`
     experiment: Experiment | None  # that it is from, where that is known
     text_only: bool = False  # trained without vectors, and asked so
+    foreign: bool = False  # trained on other questions than the experiment's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +111,7 @@ def _known(arguments: argparse.Namespace, task: str) -> Known:
     """Raises: BadInput: there is no such explainer, or its target is not known."""
     if (arguments.explainer is None) == (arguments.config is None):
         raise BadInput("give either --explainer (its folder) or --config (the experiment it is from)")
-    return _of_config(arguments, task) if arguments.config is not None else _of_folder(arguments)
+    return _of_config(arguments, task) if arguments.config is not None else _of_folder(arguments, task)
 
 
 def _of_config(arguments: argparse.Namespace, task: str) -> Known:
@@ -136,14 +137,15 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
     return Known(plan.path(artifact), target, plan.model_place(target), plan.experiment)
 
 
-def _of_folder(arguments: argparse.Namespace) -> Known:
+def _of_folder(arguments: argparse.Namespace, task: str) -> Known:
     """An explainer by its folder: below the storage of the experiment it is from, or anywhere with --target."""
     from ray_explain.distributed.plan import Plan
 
     folder = storage.absolute(lasting(arguments.explainer)).rstrip("/")
     if storage.is_remote(folder):
         storage.check_endpoint()
-    sidecar, text_only = _sidecar(folder), _is_text_only(folder)
+    sidecar, manifest = _sidecar(folder), _manifest(folder)
+    text_only = bool(manifest["config"].get("text_only"))
     root = folder.rsplit("/", 2)[0]
     config = Path(root, "config.yaml")
     experiment = read_experiment(str(config), [f"storage={root}"]) if config.exists() else None
@@ -156,7 +158,18 @@ def _of_folder(arguments: argparse.Namespace) -> Known:
             f"{folder} explains {sidecar.target!r}, and no experiment beside it ({config}) says where that is: give "
             "--target, its folder or hub id"
         )
-    return Known(folder, target, Plan(experiment).model_place(target), experiment, text_only)
+    plan = Plan(experiment)
+    foreign = bool(manifest["parents"]) and not _asks(plan, task, target, manifest["parents"])
+    return Known(folder, target, plan.model_place(target), experiment, text_only, foreign)
+
+
+def _asks(plan: Any, task: Any, target: str, parents: Sequence[str]) -> bool:
+    """Whether an explainer with these `parents` was trained on the questions of a plan, or that cannot be told: several
+    experiments may have one storage, and the config that lies there is of the last."""
+    try:
+        return task in plan.experiment.tasks and plan.questions(task, target).fingerprint in parents
+    except BadInput:  # files that its cases are from are gone
+        return True
 
 
 def _sidecar(folder: str) -> Any:
@@ -170,11 +183,12 @@ def _sidecar(folder: str) -> Any:
             raise Mismatch(str(error).replace(here, folder)) from error
 
 
-def _is_text_only(folder: str) -> bool:
+def _manifest(folder: str) -> dict[str, Any]:
+    """Of an explainer's folder; empty where it was saved by other means."""
     from ray_explain.artifacts import MANIFEST
 
-    manifest = f"{folder}/{MANIFEST}"
-    return storage.exists(manifest) and bool(storage.read_json(manifest)["config"].get("text_only"))
+    path = f"{folder}/{MANIFEST}"
+    return storage.read_json(path) if storage.exists(path) else {"config": {}, "parents": []}
 
 
 # -- the question -----------------------------------------------------------------------------------------------------
@@ -296,6 +310,9 @@ def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:
     return block
 
 
+_FOREIGN = (
+    "it was not trained on such questions of the config beside it; if that is of another experiment, give --config"
+)
 _LEARNED = "a training question: the explainer may have learned this very answer"
 
 
@@ -429,6 +446,7 @@ def _told(receipt: Any, known: Known) -> str:
         ("measured", receipt.measured or "where the vector is strongest on texts:"),
         *[("", detail) for detail in receipt.details],
         ("", f"on the target {known.target}, {known.place['model']}"),
+        *([("", _FOREIGN)] if known.foreign else []),
         ("verdict", verdict),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)

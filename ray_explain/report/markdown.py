@@ -69,7 +69,7 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
             _unscored(it, labelled if metric in OF_LABELS else whole, whole) if by == "all" else it.text
             for it, (metric, by) in zip(estimates, columns)
         ]
-        differ = scores.seeds_differ(task, target) and row.kind in ("self", "cross")
+        differ = scores.seeds_differ(task, target) and row.has_seeds
         seeds = f", {numbers.seeds_label(scores.seeds(task, target, row))}" if differ else ""
         lines.append([_name(row) + seeds, *texts, numbers.count(whole), _unreadable(estimates)])
     share = data.share_text(task, target)

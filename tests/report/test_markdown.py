@@ -28,6 +28,16 @@ def test_the_table_of_a_target_has_the_numbers_of_the_scores(report, score_row) 
     assert cells(text, "qwen3, seeds 0, 1")[1:] == ["–", "412", "15 of 824"]
 
 
+def test_a_control_without_vectors_of_other_seeds_is_told_to_be_of_these(report, score_row) -> None:
+    """Its score and the explainer's do not subtract to their difference, which is of the seeds that both have."""
+    seeds = [("llama", 0), ("llama", 1), ("text only", 1), ("majority", 0)]
+    rows = [score_row("patching", "llama", name, seed=seed) for name, seed in seeds]
+    text = tables(report(scores=rows, comparisons=[], examples=[]))
+    assert cells(text, "trained without vectors, seed 1") and cells(text, "llama (self), seeds 0, 1")
+    assert cells(text, "majority class")
+    assert "Explainers do not have the same seeds on activation patching of llama" in text
+
+
 def test_every_comparison_is_there_with_three_decimals(report, comparison_row) -> None:
     row = comparison_row(
         "self_minus_cross", "patching", "llama", "llama", "qwen3", 0.2134, p_value=0.0123, p_holm=0.0246
