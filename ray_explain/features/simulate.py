@@ -142,7 +142,7 @@ def pad_of(tokenizer: Any) -> int:
 
 
 def opening(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that is to go on: with the special ones that the tokenizer puts before it, but none behind."""
+    """The tokens of a text that is to go on, with the special ones that its tokenizer puts before it, none behind."""
     read = tokenizer(text, return_special_tokens_mask=True, verbose=False)
     added = read["special_tokens_mask"]
     behind = next((n for n, special in enumerate(reversed(added)) if not special), 0)
