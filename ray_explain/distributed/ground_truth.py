@@ -82,48 +82,56 @@ def _stage_job(plan: Plan, task: Task, target: str) -> Any:
 
 def export_ground_truth(session: Session) -> None:
     """The effects in the schemas of the paper's released data sets, below `released/` in the storage; features with
-    their exemplars, where those were looked for."""
+    their exemplars, where those were looked for, and vectors that nothing describes in a folder for each kind."""
     plan = session.plan
     make_ground_truth(session)
     for target, task in plan.target_tasks():
-        place = f"{plan.root}/released/{target}/{task}"
-        try:
-            with storage.new_folder(place) as folder:
-                told = _export(session, target, task, folder)
-        except ValueError as error:
-            session.say(f"{task} of {target}: not written: {error}")
-            continue
-        counts = ", ".join(
-            f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
-        )
-        session.say(f"{task} of {target}: {counts} in {place}")
+        _export_to(session, target, task, task)
+        for own in plan.unlabelled(task, target):
+            _export_to(session, target, task, f"{task}_{own.section.vectors or own.section.source}", own)
 
 
-def _export(session: Session, target: str, task: Task, folder: str) -> dict[str, tuple[int, int]]:
+def _export_to(session: Session, target: str, task: Task, name: str, unlabelled: FeaturePlan | None = None) -> None:
+    place = f"{session.plan.root}/released/{target}/{name}"
+    try:
+        with storage.new_folder(place) as folder:
+            told = _export(session, target, task, folder, unlabelled)
+    except ValueError as error:
+        session.say(f"{name} of {target}: not written: {error}")
+        return
+    counts = ", ".join(
+        f"{split} {n:,} rows" + (f" ({left} left out)" if left else "") for split, (n, left) in told.items()
+    )
+    session.say(f"{name} of {target}: {counts} in {place}")
+
+
+def _export(
+    session: Session, target: str, task: Task, folder: str, unlabelled: FeaturePlan | None
+) -> dict[str, tuple[int, int]]:
     """What was written and left out, by split.
 
     Raises:
         ValueError: the effects have no place in the released schema.
     """
-    plan, effects = session.plan, session.table(session.plan.effects(task, target))
+    plan = session.plan
+    effects = session.table(unlabelled.effects() if unlabelled else plan.effects(task, target))
     section, tokenizer = getattr(plan.experiment.ground_truth, task), tokenizer_of(plan, target)
     mmlu = section.path if getattr(section, "source", None) == "mmlu" else None
-    has_exemplars = task == "features" and describes(section)
+    has_exemplars = task == "features" and (unlabelled is not None or describes(section))
     told = write_folder(effects, task, folder, tokenizer, mmlu=mmlu, listed=has_exemplars)
     if has_exemplars:
-        _export_exemplars(session, target, effects, folder)
+        _export_exemplars(session, unlabelled or FeaturePlan(plan, target), effects, folder)
     return told
 
 
-def _export_exemplars(session: Session, target: str, effects: pa.Table, folder: str) -> None:
-    plan, section = session.plan, session.plan.experiment.ground_truth.features
-    assert section is not None
+def _export_exemplars(session: Session, own: FeaturePlan, effects: pa.Table, folder: str) -> None:
+    plan, section, target = session.plan, own.section, own.target
     about = {
         "hf_model_id": plan.model_place(target)["model"],
         "hf_dataset_configs": [{"hf_dataset_id": section.path or section.corpus.path or "the synthetic world"}],
         "seed": plan.experiment.seed,
     }
-    exemplars = session.table(FeaturePlan(plan, target).exemplars())
+    exemplars = session.table(own.exemplars())
     n, left_out = write_exemplars(exemplars, effects, folder, tokenizer_of(plan, target), about=about)
     lost = "".join(f", {count:,} left out: {reason}" for reason, count in left_out.items())
     session.say(f"features of {target}: {n:,} windows of exemplars{lost}")

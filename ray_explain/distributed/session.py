@@ -103,8 +103,8 @@ class Session:
         return pa.concat_tables(storage.read_rows(self.plan.path(artifact), rows))
 
     def parts(self, artifact: Artifact) -> Iterator[pa.Table]:
-        """The rows of a finished table, file by file."""
-        return storage.read_tables(self.plan.path(artifact))
+        """The rows of a finished table, some at a time: what was made on the driver lies in one file."""
+        return storage.read_batches(self.plan.path(artifact))
 
     def make_table(self, artifact: Artifact, make: Callable[[], pa.Table | Result]) -> None:
         """A table that is made on the driver, unless it is there."""
