@@ -37,6 +37,7 @@ class Known(NamedTuple):
     place: dict[str, Any]  # config of `ground_truth.target.Target`
     experiment: Experiment | None  # that it is from, where that is known
     text_only: bool = False  # trained without vectors, and asked so
+    foreign: bool = False  # trained on other questions than the experiment's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +111,7 @@ def _known(arguments: argparse.Namespace, task: str) -> Known:
     """Raises: BadInput: there is no such explainer, or its target is not known."""
     if (arguments.explainer is None) == (arguments.config is None):
         raise BadInput("give either --explainer (its folder) or --config (the experiment it is from)")
-    return _of_config(arguments, task) if arguments.config is not None else _of_folder(arguments)
+    return _of_config(arguments, task) if arguments.config is not None else _of_folder(arguments, task)
 
 
 def _of_config(arguments: argparse.Namespace, task: str) -> Known:
@@ -136,14 +137,15 @@ def _of_config(arguments: argparse.Namespace, task: str) -> Known:
     return Known(plan.path(artifact), target, plan.model_place(target), plan.experiment)
 
 
-def _of_folder(arguments: argparse.Namespace) -> Known:
+def _of_folder(arguments: argparse.Namespace, task: str) -> Known:
     """An explainer by its folder: below the storage of the experiment it is from, or anywhere with --target."""
     from ray_explain.distributed.plan import Plan
 
     folder = storage.absolute(lasting(arguments.explainer)).rstrip("/")
     if storage.is_remote(folder):
         storage.check_endpoint()
-    sidecar, text_only = _sidecar(folder), _is_text_only(folder)
+    sidecar, manifest = _sidecar(folder), _manifest(folder)
+    text_only = bool(manifest["config"].get("text_only"))
     root = folder.rsplit("/", 2)[0]
     config = Path(root, "config.yaml")
     experiment = read_experiment(str(config), [f"storage={root}"]) if config.exists() else None
@@ -156,7 +158,18 @@ def _of_folder(arguments: argparse.Namespace) -> Known:
             f"{folder} explains {sidecar.target!r}, and no experiment beside it ({config}) says where that is: give "
             "--target, its folder or hub id"
         )
-    return Known(folder, target, Plan(experiment).model_place(target), experiment, text_only)
+    plan = Plan(experiment)
+    foreign = bool(manifest["parents"]) and not _asks(plan, task, target, manifest["parents"])
+    return Known(folder, target, plan.model_place(target), experiment, text_only, foreign)
+
+
+def _asks(plan: Any, task: Any, target: str, parents: Sequence[str]) -> bool:
+    """Whether an explainer with these `parents` was trained on the questions of a plan, or that cannot be told: several
+    experiments may have one storage, and the config that lies there is of the last."""
+    try:
+        return task in plan.experiment.tasks and plan.questions(task, target).fingerprint in parents
+    except BadInput:  # files that its cases are from are gone
+        return True
 
 
 def _sidecar(folder: str) -> Any:
@@ -170,11 +183,12 @@ def _sidecar(folder: str) -> Any:
             raise Mismatch(str(error).replace(here, folder)) from error
 
 
-def _is_text_only(folder: str) -> bool:
+def _manifest(folder: str) -> dict[str, Any]:
+    """Of an explainer's folder; empty where it was saved by other means."""
     from ray_explain.artifacts import MANIFEST
 
-    manifest = f"{folder}/{MANIFEST}"
-    return storage.exists(manifest) and bool(storage.read_json(manifest)["config"].get("text_only"))
+    path = f"{folder}/{MANIFEST}"
+    return storage.read_json(path) if storage.exists(path) else {"config": {}, "parents": []}
 
 
 # -- the question -----------------------------------------------------------------------------------------------------
@@ -182,7 +196,6 @@ def _is_text_only(folder: str) -> bool:
 
 def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     """Raises: BadInput: there is no such layer, position, role, span or feature, or another target."""
-    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from ray_explain.evaluation import receipts
@@ -190,14 +203,8 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
     from ray_explain.models import files_fingerprint
 
     disable_progress_bar()
-    place = {"revision": known.place["revision"]}
     with storage.local_folder(known.place["model"]) as folder:
-        try:
-            shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, **place).get_text_config()
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BadInput(f"no model can be read at {known.place['model']!r}: {reason}") from error
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **place)
+        shape, tokenizer = _read_target(folder, known.place)
         sidecar = _sidecar(known.folder)
         weights = files_fingerprint(folder, known.place["revision"])
         sidecar.check(d_target=shape.hidden_size, target_weights=weights)
@@ -208,23 +215,7 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
                 wording=next(iter(sidecar.wordings)),
                 seed=known.experiment.seed if known.experiment else 0,
             )
-            if kind == "ablation":
-                case = receipts.ablation_of(arguments.prompt, arguments.hint, _kind_of_spans(known.experiment))
-                return witness.ablations(case, tokenizer)[0]
-            if kind == "features":
-                return _about_vector(arguments, known, witness, shape.num_hidden_layers, shape.hidden_size)
-            block = _block(arguments.layer, shape.num_hidden_layers, known.target)
-            cases = receipts.patch_of(
-                tokenizer,
-                arguments.prompt,
-                arguments.source,
-                block=block,
-                position=arguments.position,
-                source_position=arguments.source_position,
-                subjects=(arguments.subject, arguments.source_subject),
-                change=_change(known.experiment),
-            )
-            return witness.patches(cases, tokenizer)[0]
+            return _measured(arguments, kind, known, witness, shape, tokenizer)
         except receipts.Unusable as error:
             asked = [text for text in (arguments.prompt, arguments.source) if text]
             which = _unknown(tokenizer, asked) if str(error) == UNKNOWN_TOKEN else ""
@@ -233,14 +224,52 @@ def _receipt(arguments: argparse.Namespace, kind: str, known: Known) -> Any:
             raise BadInput(str(error)) from error
 
 
+def _read_target(folder: str, place: dict[str, Any]) -> tuple[Any, Any]:
+    """Text config and tokenizer of the target at `place`, whose files are in `folder`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    revision = place["revision"]
+    try:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False, revision=revision).get_text_config()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"no model can be read at {place['model']!r}: {reason}") from error
+    return shape, AutoTokenizer.from_pretrained(folder, trust_remote_code=False, revision=revision)
+
+
+def _measured(arguments: argparse.Namespace, kind: str, known: Known, witness: Any, shape: Any, tokenizer: Any) -> Any:
+    """The receipt of a question of this kind."""
+    from ray_explain.evaluation import receipts
+
+    if kind == "features":
+        return _about_vector(arguments, known, witness, shape)
+    if kind == "ablation":
+        case = receipts.ablation_of(arguments.prompt, arguments.hint, _kind_of_spans(known.experiment))
+        return witness.ablations(case, tokenizer)[0]
+    cases = receipts.patch_of(
+        tokenizer,
+        arguments.prompt,
+        arguments.source,
+        block=_block(arguments.layer, shape.num_hidden_layers, known.target),
+        position=arguments.position,
+        source_position=arguments.source_position,
+        subjects=(arguments.subject, arguments.source_subject),
+        change=_change(known.experiment),
+    )
+    return witness.patches(cases, tokenizer)[0]
+
+
 def _unknown(tokenizer: Any, texts: Sequence[str]) -> str:
     """What a target does not know of these texts, to be said after the reason; nothing where it knows all."""
+    from ray_explain.explainer.examples import unknown_id
+
+    unknown = unknown_id(tokenizer)
     read = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     found = [
         text[start:end]
         for text, ids, offsets in zip(texts, read["input_ids"], read["offset_mapping"])
         for token, (start, end) in zip(ids, offsets)
-        if token == tokenizer.unk_token_id and start < end
+        if token == unknown and start < end
     ]
     return "".join(f"{', ' if i else ': '}{word!r}" for i, word in enumerate(dict.fromkeys(found)))
 
@@ -281,28 +310,37 @@ def _block(text: str, n_layers: int, target: str) -> tuple[int, int]:
     return block
 
 
+_FOREIGN = (
+    "it was not trained on such questions of the config beside it; if that is of another experiment, give --config"
+)
+_LEARNED = "a training question: the explainer may have learned this very answer"
+
+
 class _Vector(NamedTuple):
     layer: int
     vector: np.ndarray
     right: Sequence[str] = ()  # descriptions, where some are known
     case_id: str | None = None  # of a feature of the experiment
+    learned: bool = False  # whether it is in the training split of the experiment
 
 
-def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, n_layers: int, d_model: int) -> Any:
+def _about_vector(arguments: argparse.Namespace, known: Known, witness: Any, shape: Any) -> Any:
     from ray_explain.evaluation import receipts
 
     if arguments.feature is not None:
         one = _feature(arguments.feature, known)
     else:
-        layer, last = _block(arguments.layer, n_layers, known.target)
+        layer, last = _block(arguments.layer, shape.num_hidden_layers, known.target)
         if layer != last:
             raise BadInput(f"--layer {arguments.layer}: a vector belongs to one layer")
-        one = _Vector(layer, _vector(arguments.vector, d_model))
+        one = _Vector(layer, _vector(arguments.vector, shape.hidden_size))
     corpus = _corpus(known)
     if corpus is None:
-        return _tried_on_the_world(known, witness, one)
-    strongest = receipts.strongest_windows(known.place, *corpus, one.vector, one.layer)
-    return witness.feature(one.vector, one.layer, one.right, _responds(strongest), case_id=one.case_id)
+        receipt = _tried_on_the_world(known, witness, one)
+    else:
+        strongest = receipts.strongest_windows(known.place, *corpus, one.vector, one.layer)
+        receipt = witness.feature(one.vector, one.layer, one.right, _responds(strongest), case_id=one.case_id)
+    return receipt._replace(details=(*receipt.details, _LEARNED)) if one.learned else receipt
 
 
 def _corpus(known: Known) -> tuple[str, int] | None:
@@ -360,7 +398,8 @@ def _vector(path: str, d_model: int) -> np.ndarray:
 
 
 def _feature(name: str, known: Known) -> _Vector:
-    """A feature of the experiment."""
+    """A feature of the experiment. Of all others no vector stays in memory, nor a text."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     from ray_explain import records
@@ -376,18 +415,19 @@ def _feature(name: str, known: Known) -> _Vector:
     tables = [plan.effects("features", known.target), plan.questions("features", known.target)]
     if any(finished(table, plan.root) is None for table in tables):
         raise BadInput("--feature: the features of this experiment are not made yet: run jobs/ground_truth.py first")
-    effects, questions = (storage.read_table(plan.path(table)) for table in tables)
-    described = effects.filter(pc.is_in(effects["case_id"], questions["case_id"].combine_chunks()))
+    effects = storage.read_table(plan.path(tables[0]), ["case_id", "layer", "feature_id"])
+    asked = storage.read_table(plan.path(tables[1]), ["case_id"])["case_id"]
+    described = effects.filter(pc.is_in(effects["case_id"], asked.combine_chunks()))
     here = pc.and_(pc.equal(described["layer"], int(layer)), pc.equal(described["feature_id"], int(number)))
     found = described.filter(here)["case_id"]
     if not len(found):
         of_layer = described.filter(pc.equal(described["layer"], int(layer)))["feature_id"].to_pylist()
-        there = (
-            f"layer {layer} has {', '.join(map(str, of_layer[:8]))}, ..." if of_layer else "no feature of that layer"
-        )
+        some = ", ".join(map(str, of_layer[:8]))
+        there = f"layer {layer} has {some}, ..." if of_layer else "no feature of that layer"
         raise BadInput(f"--feature {name}: no such feature of {known.target} was described; {there}")
-    row = questions.filter(pc.equal(questions["case_id"], found[0]))
-    return _Vector(int(layer), records.vectors_of(row["vectors"])[0][0], row["answers"][0].as_py(), found[0].as_py())
+    row = pa.concat_tables(storage.read_rows(plan.path(tables[1]), np.array([pc.index(asked, found[0]).as_py()])))
+    vector, learned = records.vectors_of(row["vectors"])[0][0], row["split"][0].as_py() == "train"
+    return _Vector(int(layer), vector, row["answers"][0].as_py(), found[0].as_py(), learned)
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------
@@ -406,6 +446,7 @@ def _told(receipt: Any, known: Known) -> str:
         ("measured", receipt.measured or "where the vector is strongest on texts:"),
         *[("", detail) for detail in receipt.details],
         ("", f"on the target {known.target}, {known.place['model']}"),
+        *([("", _FOREIGN)] if known.foreign else []),
         ("verdict", verdict),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)

@@ -25,7 +25,19 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 Kind = Literal["replace", "add", "zero", "mean"]
 Control = Literal["shuffled", "no_vector", "other_layer", "random"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a path
+BASELINE_NAMES = r"majority|untrained|zero-shot|\d+-shot"  # those that a `Name` can be; the others hold spaces
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # path, s3:// path or hub id
+
+
+def _none_twice(values: list[Any]) -> list[Any]:
+    """Answers and cases have these names: those of what is given twice could not be told apart."""
+    names = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
+    if len(set(names)) < len(names):
+        raise ValueError(f"names one twice: {', '.join(names)}")
+    return values
+
+
+Different = AfterValidator(_none_twice)
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -128,7 +140,8 @@ class PatchingConfig(Section):
     path: Place | None = None  # of the file, for sources other than the world; released: of the folder, {target} in it
     form: Literal["completion", "choice", "chat"] = "completion"  # of CounterFact's prompts
     cases: Splits
-    blocks: list[tuple[Count, Count]] | Positive = 4  # [first, last] layers, or into how many blocks to cut the model
+    # [first, last] layers, or into how many blocks to cut the model
+    blocks: Annotated[list[tuple[Count, Count]], Different] | Positive = 4
     site: Site = "resid_post"  # this and the next: of cases whose JSON line says nothing else
     kind: Kind = "replace"  # which ones can be asked about depends on `wording`, see questions.wordings.says
     balance: PatchingBalance | None = None
@@ -230,7 +243,7 @@ class FeaturesConfig(Section):
     source: Literal["sae", "neurons", "activations", "differences", "released"] = "sae"
     path: Place | None = None  # released: of the folder, {target} in it
     vectors: Literal["activations", "differences"] | None = None  # released: what its vectors are, if it has some
-    layers: list[Count] | Literal["all"] = "all"
+    layers: Annotated[list[Count], Different] | Literal["all"] = "all"
     sae: SAEConfig | None = None  # trained on the corpus if left out
     per_layer: Positive | None = None  # features of each layer, drawn at random; all of an SAE's if left out
     group: Literal["direction", "feature"] = "direction"  # what splits keep together; direction compares all vectors
@@ -399,10 +412,12 @@ class EvaluateConfig(Section):
     """How explainers are asked and scored."""
 
     split: Literal["validation", "test"] = "test"
-    controls: list[Control] = ["shuffled", "no_vector", "other_layer", "random"]
+    controls: Annotated[list[Control], Different] = ["shuffled", "no_vector", "other_layer", "random"]
     untrained: bool = True  # ask the untrained targets as well
-    shots: list[Count] = [0, 4]  # prompt them with the form of the answer and so many answered examples
-    selfie: list[Annotated[float, Field(gt=0)]] = [1, 5, 10, 25, 50]  # scales at which they are asked SelfIE's question
+    # prompt them with the form of the answer and so many answered examples
+    shots: Annotated[list[Count], Different] = [0, 4]
+    # scales at which they are asked SelfIE's question
+    selfie: Annotated[list[Annotated[float, Field(gt=0)]], Different] = [1, 5, 10, 25, 50]
     batch_size: Positive = 64
     max_new_tokens: Positive = 50
     judge: EndpointConfig | None = None  # marks descriptions, beside exact match
@@ -521,7 +536,18 @@ class Experiment(Section):
                     raise ValueError(
                         f"`{key}` names {name!r}, which is not among `models`{_nearest(name, self.models)}"
                     )
+        for name in self.explainers:
+            if re.fullmatch(BASELINE_NAMES, name):
+                raise ValueError(
+                    f"`explainers` names {name!r}, as a baseline is called, and their scores would be taken for each "
+                    "other's: give this model another name"
+                )
+        named = [(pairing.explainer, pairing.target) for pairing in self.pairings]
         for pairing in self.pairings:
+            if named.count((pairing.explainer, pairing.target)) > 1:
+                raise ValueError(
+                    f"`pairings` has {pairing.explainer!r} of {pairing.target!r} twice: put all overrides in one"
+                )
             if pairing.target not in self.targets or pairing.explainer not in self.explainers:
                 raise ValueError(
                     f"`pairings` has {pairing.explainer!r} of {pairing.target!r}: not among the explainers and targets"

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 UNUSABLE, SILENT, UNREACHABLE = "unusable reply", "no reply in time", "out of reach"
 _BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # asked again
-_MISCONFIGURED = {401, 403, 404, 405}  # no request will fare better
+_MISCONFIGURED = {401, 402, 403, 404, 405}  # no request will fare better; 402: the account is empty
 _LONGEST_PAUSE = 60.0  # seconds, whatever an endpoint asks for
 _CHUNK = 1 << 16
 ENOUGH = 8  # requests of which at least one should have got a reply of use
@@ -85,8 +85,8 @@ class Chat:
         self._lock = threading.Lock()
         self._unheard = 0  # requests in a row, of all threads, that got no reply
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
-        """What `read` makes of the reply to each request; None where no reply came that it could read.
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
+        """What `read` makes of each request and the reply to it; None where no reply came that it could read.
 
         `read` gives None for a reply that cannot be used; the model is then asked again.
 
@@ -102,12 +102,12 @@ class Chat:
             raise self._given_up(len(found))
         return [found[ask] for ask in asks]
 
-    def _reply(self, ask: Ask, read: Callable[[str], T | None]) -> T | None:
+    def _reply(self, ask: Ask, read: Callable[[Ask, str], T | None]) -> T | None:
         self._count(asked=1)
         name = records.content_id(self.endpoint.model, *ask)
         file = f"{self.endpoint.cache}/{name[:2]}/{name}.json"
         kept = _kept(file)
-        made = None if kept is None else read(kept)
+        made = None if kept is None else read(ask, kept)
         if made is not None:
             self._count(cached=1)
             return made
@@ -122,7 +122,7 @@ class Chat:
                 if not reply.again:
                     break
                 continue
-            made = read(reply)
+            made = read(ask, reply)
             if made is not None:
                 storage.write_json({"model": self.endpoint.model, **ask._asdict(), "reply": reply}, file)
                 self._heard(True)
@@ -179,7 +179,8 @@ class Chat:
         if error.code in _MISCONFIGURED:
             raise BadInput(
                 f"the model {self.endpoint.model!r} at {self.endpoint.address} refuses with {error.code} "
-                f"{error.reason}: check the address, the model's name, and the key in ${self.endpoint.key_variable}"
+                f"{error.reason}: check the address, the model's name, the key in ${self.endpoint.key_variable} "
+                "and what its account holds; what was answered is kept"
             ) from error
         again = error.code in _BUSY
         if not again:

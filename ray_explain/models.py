@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from ray_explain.interventions.hooks import Patch, capturing, replacing
 from ray_explain.interventions.layout import Layout, layout_of
 from ray_explain.interventions.patching import clean_logits
 
-log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Disagreement beyond rounding, as a share of the largest magnitude: two ways to compute the same in this dtype.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

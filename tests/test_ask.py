@@ -3,13 +3,22 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs import ask
-from ray_explain.ask import _kind_of_spans
+from ray_explain import records, storage
+from ray_explain.artifacts import finish
+from ray_explain.ask import Known, _about_vector, _feature, _kind_of_spans, _told, _Vector
 from ray_explain.config import read_experiment
+from ray_explain.distributed.plan import Plan
+from ray_explain.errors import BadInput
+from ray_explain.evaluation.receipts import Receipt
+from ray_explain.storage import read_table
 from tests.test_launch import ROOT, write_config
 
 QUESTION = ("--prompt", "the instrument is . hint : guitar . answer :", "--hint", "hint : guitar .")
@@ -85,3 +94,42 @@ def test_a_span_is_asked_about_as_the_experiments_questions_are(tmp_path: Path, 
     config = write_config(tmp_path, "anywhere", storage="runs/x", ground_truth={"ablation": ablation})
     assert _kind_of_spans(read_experiment(config, ["train.mixtures=[[ablation]]"])) == kind
     assert _kind_of_spans(None) == "hint"
+
+
+def test_one_feature_is_found_without_reading_the_vectors_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, "features", storage=str(tmp_path), ground_truth={"features": {}})
+    plan = Plan(read_experiment(config))
+    target, vectors = plan.experiment.targets[0], np.arange(12, dtype=np.float32).reshape(3, 1, 4)
+    ids, texts = ["a", "b", "c"], [["one"], ["two", "2"], ["three"]]
+    questions = {
+        "case_id": pa.array(ids),
+        "answers": pa.array(texts),
+        "split": pa.array(["train", "test", "train"]),
+        "vectors": records.vectors_array(list(vectors), 4),
+    }
+    effects = {"case_id": ids[::-1], "layer": [2, 2, 1], "feature_id": [17, 5, 17]}
+    for artifact, table in ((plan.questions, questions), (plan.effects, effects)):
+        storage.write_table(pa.table(table), f"{plan.path(artifact('features', target))}/part.parquet")
+        finish(artifact("features", target), plan.root)
+    monkeypatch.setattr(storage, "read_table", lambda uri, columns: read_table(uri, columns))  # whole tables: an error
+    found = _feature("2/5", Known("", target, {}, plan.experiment))
+    assert (found.layer, found.case_id, list(found.right)) == (2, "b", ["two", "2"])
+    assert found.vector.tolist() == [4, 5, 6, 7] and not found.learned
+    assert _feature("2/17", Known("", target, {}, plan.experiment)).learned
+    with pytest.raises(BadInput, match=r"no such feature of .* layer 1 has 17"):
+        _feature("1/5", Known("", target, {}, plan.experiment))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_feature_that_the_explainer_was_trained_on_is_told_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, learned: bool
+) -> None:
+    """What confirms its answer may be memory alone."""
+    receipt = Receipt("asked", "a dog", 0.9, "a dog", readable=True, confirmed=True, details=("responds",))
+    monkeypatch.setattr("ray_explain.ask._tried_on_the_world", lambda *_: receipt)
+    monkeypatch.setattr("ray_explain.ask._feature", lambda *_: _Vector(2, np.ones(4), ["a dog"], "c", learned))
+    known = Known("", "target", {"model": "here"}, None)
+    told = _told(_about_vector(Namespace(feature="2/17"), known, None, None), known)
+    assert "verdict      confirmed" in told and ("a training question" in told) is learned

@@ -12,8 +12,12 @@ from pydantic import BaseModel, ValidationError
 from ray_explain.config import Experiment, Kind, Site, _Loader, _types_in, read_experiment
 from ray_explain.distributed.feature_plan import describes
 from ray_explain.errors import BadInput
+from ray_explain.evaluation.baselines import BASELINES
+from ray_explain.evaluation.simulations import GOLD
 from ray_explain.ground_truth.splits import TEST_SHARE, VALIDATION_SHARE
 from ray_explain.interventions import hooks, layout
+from ray_explain.questions.prompting import BEST_SELFIE, selfie_label, shots_label
+from ray_explain.records import TEXT_ONLY
 from ray_explain.world.facts import World
 
 SMALL = {
@@ -65,6 +69,11 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("targets=[llamma]", ["targets", "llamma", "`llama`"]),
         ("targets=[llama, llama]", ["targets", "twice"]),
         ("fractions=[0.5, 0.5]", ["fractions", "twice"]),
+        ("evaluate.controls=[shuffled, shuffled]", ["`evaluate.controls`", "names one twice: shuffled, shuffled"]),
+        ("evaluate.shots=[4, 4]", ["`evaluate.shots`", "names one twice"]),
+        ("evaluate.selfie=[5, 1, 5.0000001]", ["`evaluate.selfie`", "names one twice: 5, 1, 5"]),
+        ("ground_truth.features.layers=[1, 2, 1]", ["`ground_truth.features.layers`", "names one twice: 1, 2, 1"]),
+        ("ground_truth.patching.blocks=[[0, 1], [0, 1]]", ["`ground_truth.patching.blocks`", "names one twice"]),
         ("fractions=[0]", ["fractions", "greater than 0"]),
         ("ground_truth.patching.blocks=[[0, 7]]", ["[0, 7]", "4 layers", "numbered from 0"]),
         ("ground_truth.features.layers=[4]", ["no layer 4", "numbered from 0"]),
@@ -105,6 +114,10 @@ def test_a_pairing_overrides_training_for_itself_alone(config: str) -> None:
         ("pairings=[{explainer: llama, target: qwen3, train: {worker: 2}}]", ["'llama' of 'qwen3'", "`workers`"]),
         ("pairings=[{explainer: gpt, target: qwen3}]", ["'gpt'"]),
         ("pairings=[{explainer: llama, target: qwen3, train: {text_only: true}}]", ["text_only is no setting of one"]),
+        (
+            "pairings=[{explainer: llama, target: qwen3}, {explainer: llama, target: qwen3, train: {epochs: 2}}]",
+            ["`pairings` has 'llama' of 'qwen3' twice", "all overrides in one"],
+        ),
         ("train.injection.mode=add", ["train.injection`: mode 'add' with layer None", "`add` needs one"]),
         ("train.injection.layer=1", ["train.injection`: mode 'replace' with layer 1", "`replace` has none"]),
         ("train.injection={mode: add, layer: 1, scale: unit}", ["mode 'add' with scale 'unit'", "leave `scale` out"]),
@@ -156,6 +169,17 @@ def test_only_models_of_the_synthetic_world_can_have_its_texts_replayed(config: 
         read_experiment(config, foreign)
     spared = "pairings=[{explainer: llama, target: qwen3, train: {replay: 0}}]"
     assert read_experiment(config, [*foreign, spared]).train_config("qwen3", "qwen3").replay == 0.5
+
+
+def test_no_explainer_can_be_called_as_a_baseline_is(config: str) -> None:
+    """Scores are told apart by names alone: the baseline would be pooled with it, as another seed."""
+    names = [*BASELINES, GOLD, TEXT_ONLY, BEST_SELFIE, "untrained", shots_label(0), shots_label(4), selfie_label(5)]
+    possible = [name for name in names if re.fullmatch(r"[\w.-]+", name)]  # those of others hold spaces
+    assert possible == ["majority", "untrained", "zero-shot", "4-shot"]
+    for name in possible:
+        taken = [f"models.{name}={{path: /x}}", f"explainers=[llama, {name}]"]
+        with pytest.raises(BadInput, match=rf"{name!r}, as a baseline is called.*another name"):
+            read_experiment(config, taken)
 
 
 def test_only_targets_need_the_layers_that_are_measured(config: str) -> None:

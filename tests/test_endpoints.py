@@ -18,7 +18,7 @@ def asks(*prompts):
     return [Ask(prompt, max_tokens=5) for prompt in prompts]
 
 
-def number(reply):
+def number(_, reply):
     return int(reply) if reply.isdigit() else None
 
 
@@ -168,8 +168,8 @@ def test_a_request_that_is_refused_for_what_it_says_is_not_repeated(endpoint, pl
     assert chat.usage.failures == {"400": 1}
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_model_or_address_stops_the_work(endpoint, place, status):
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_a_wrong_key_model_or_address_or_an_empty_account_stops_the_work(endpoint, place, status):
     endpoint.script = lambda prompt, n: status
     with pytest.raises(BadInput, match=rf"'m' at {endpoint.address} refuses with {status} .* \$TEST_CHAT_KEY"):
         Chat(place).replies(asks("a"), number)

@@ -132,14 +132,11 @@ def test_the_self_check_passes_and_leaves_nothing_behind():
     assert loading._count_hooks(model) == hooks
 
 
-def test_soft_capped_logits_pass_the_self_check_in_half_precision():
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "head_dim": 8}
-    config = hf.Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=3.0)
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)  # so large that the cap rounds otherwise than our float32
-    self_check(model, "tiny")
+def test_the_self_check_allows_the_rounding_of_the_models_own_dtype(monkeypatch):
+    monkeypatch.setattr(loading, "clean_logits", lambda m, prompts: real_clean_logits(m, prompts) + 0.01)
+    self_check(tiny_llama().bfloat16(), "tiny")
+    with pytest.raises(ModelError, match="logits of the fast path differ by"):
+        self_check(tiny_llama(), "tiny")
 
 
 def broken_capture(monkeypatch, model):

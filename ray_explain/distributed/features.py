@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,22 +12,25 @@ from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, finished
 from ray_explain.config import LocalConfig, SimulatorConfig
 from ray_explain.distributed.feature_plan import FeaturePlan
+from ray_explain.distributed.models import d_model, n_layers, tokenizer_of
+from ray_explain.distributed.session import Session
+from ray_explain.distributed.sources import checked, released_features
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import cases, corpora, neuronpedia
-from ray_explain.ground_truth.activations import difference_cases, text_cases
-from ray_explain.ground_truth.exemplars import shards
+from ray_explain.ground_truth.activations import ActivationStage, difference_cases, text_cases
+from ray_explain.ground_truth.describers import DescribeStage, ImportStage, labelled
+from ray_explain.ground_truth.dictionaries import DictionaryStage
+from ray_explain.ground_truth.exemplars import MergeStage, SearchStage, shards
 from ray_explain.ground_truth.features import split_features
+from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
 from ray_explain.stages import Result
 from ray_explain.world.corpus import documents
 
-if TYPE_CHECKING:
-    from ray_explain.distributed.experiment import Session
-
 TARGET_SLICE = 1  # rows of layers and shards: each is much work
-READ_AT_A_TIME = 256  # features of a released data set, with their windows
+READ_AT_A_TIME = 256  # features, with their windows
 
 
-def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> None:
+def make_features(session: Session, layers_of: dict[str, Sequence[int]]) -> None:
     """The effects of the task `features` for these targets, at these layers of each; and those of the vectors that
     nothing describes.
 
@@ -50,7 +53,7 @@ def make_features(session: "Session", layers_of: dict[str, Sequence[int]]) -> No
     _run(session, [step.effects_job() for step in steps])
 
 
-def _search(session: "Session", steps: Sequence["_Steps"]) -> None:
+def _search(session: Session, steps: Sequence["_Steps"]) -> None:
     """The exemplars, found on a corpus."""
     for step in steps:
         step.make_inputs()
@@ -64,7 +67,7 @@ def _search(session: "Session", steps: Sequence["_Steps"]) -> None:
         step.check_alignment()
 
 
-def corpus_of(session: "Session", target: str) -> Artifact:
+def corpus_of(session: Session, target: str) -> Artifact:
     """The windows of the features' corpus; made now where no feature was looked at on them.
 
     Raises:
@@ -75,7 +78,7 @@ def corpus_of(session: "Session", target: str) -> Artifact:
     return steps.plan.windows()
 
 
-def score_answers(session: "Session", plan: FeaturePlan, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
+def score_answers(session: Session, plan: FeaturePlan, answers: Sequence[Artifact], answered: pa.Table) -> pa.Table:
     """`answered` (`simulations.answered`) with scores, as the effects' descriptions have them.
 
     Args:
@@ -96,7 +99,7 @@ def _told() -> Iterator[None]:
         raise BadInput(f"`ground_truth.features`: {error}") from error
 
 
-def _run(session: "Session", jobs: Sequence[Any]) -> None:
+def _run(session: Session, jobs: Sequence[Any]) -> None:
     if jobs and session.missing([job.artifact for job in jobs]):
         from ray_explain.distributed.run_stages import run_stages
 
@@ -107,7 +110,7 @@ def _run(session: "Session", jobs: Sequence[Any]) -> None:
 class _Steps:
     """The steps for one target's features, or for some of its vectors that nothing describes."""
 
-    def __init__(self, session: "Session", plan: FeaturePlan, layers: Sequence[int]) -> None:
+    def __init__(self, session: Session, plan: FeaturePlan, layers: Sequence[int]) -> None:
         self.session, self.plan, self.target, self.layers = session, plan, plan.target, list(layers)
         self.section, self.place = plan.section, session.plan.target_place(plan.target)
 
@@ -153,14 +156,10 @@ class _Steps:
             raise ValueError(f"no feature has exemplars in {self.plan.released_folder} ({reasons})")
 
     def vector_jobs(self) -> list[Any]:
-        from ray_explain.ground_truth.activations import ActivationStage
-
         places, vectors = self.plan.places(), self.plan.vectors()
         return [] if places is None or vectors is None else [self._job(ActivationStage, self.place, places, vectors)]
 
     def feature_job(self) -> Any:
-        from ray_explain.ground_truth.dictionaries import DictionaryStage
-
         source, made = self.session.plan.cases("features", self.target), self.plan.features()
         return self._job(DictionaryStage, self._dictionary(), source, made, rows=TARGET_SLICE, expands=True)
 
@@ -171,15 +170,11 @@ class _Steps:
         return shards(features, n, positions=positions, kept=sum(sizes.values()))
 
     def search_job(self) -> Any:
-        from ray_explain.ground_truth.exemplars import SearchStage
-
         config = self._dictionary() | self._exemplars() | {"features": self._path(self.plan.features())}
         shards, found = self.plan.shards(), self.plan.found()
         return self._job(SearchStage, config, shards, found, rows=TARGET_SLICE, expands=True)
 
     def merge_job(self) -> Any:
-        from ray_explain.ground_truth.exemplars import MergeStage
-
         config = self.place | self._exemplars() | {"found": self._path(self.plan.found())} | self._corpus()
         return self._job(MergeStage, config, self.plan.features(), self.plan.exemplars(), expands=True)
 
@@ -187,15 +182,13 @@ class _Steps:
         """Raises: BadInput: the export is of other features."""
         labels = self.plan.labels()
         if labels is not None and self.session.missing([self.plan.descriptions()]):
-            exemplars = self.session.table(self.plan.exemplars())
-            measured = neuronpedia.check_alignment(exemplars, self._path(labels))
+            parts = storage.read_batches(self._path(self.plan.exemplars()), READ_AT_A_TIME)
+            measured = neuronpedia.check_alignment(parts, self._path(labels))
             told = ", ".join(f"{name} {value:g}" for name, value in measured.items())
             self.session.say(f"Neuronpedia's export and {self.target}: {told}")
 
     def describe_jobs(self) -> list[Any]:
         """None where nothing is described anew."""
-        from ray_explain.ground_truth.describers import DescribeStage, ImportStage
-
         if self.plan.takes_labels:
             return []
         labels = self.plan.labels()
@@ -210,7 +203,6 @@ class _Steps:
         return self.score_job(self.plan.descriptions(), self.plan.effects(), judged=not self.plan.is_unlabelled)
 
     def score_job(self, source: Artifact, made: Artifact, *, judged: bool = True) -> Any:
-        from ray_explain.distributed.experiment import d_model
         from ray_explain.ground_truth.description_scores import ScoreStage
 
         config = self._directions() | {
@@ -281,8 +273,6 @@ class _Steps:
         return section.model_dump() | {"cache": f"{self.session.plan.root}/endpoint_replies"}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from ray_explain.distributed.experiment import tokenizer_of
-
         return tokenizer_of(self.session.plan, self.target)
 
     def _windows(self) -> pa.Table | Result:
@@ -297,8 +287,6 @@ class _Steps:
         return (document.text for document, _ in zip(stream, range(n), strict=False))
 
     def _released_features(self) -> Iterator[Result]:
-        from ray_explain.distributed.experiment import released_features
-
         plan, bare = self.session.plan, self.plan.is_unlabelled
         wanted = bare or not self.plan.takes_labels
         parts = released_features(plan, self.target, self.section, self.layers, unlabelled=wanted)
@@ -306,16 +294,12 @@ class _Steps:
         return tested if bare else parts
 
     def _released_exemplars(self, features: Artifact) -> Iterator[Result]:
-        from ray_explain.ground_truth.released_exemplars import ReleasedExemplars
-
         sizes = self.section.exemplars.model_dump(include={"top", "random"})
         bare = self.plan.takes_labels and not self.plan.is_unlabelled
         read = ReleasedExemplars(self.plan.released_folder, self._tokenizer(), **sizes, bare=bare)
         return (read.of(part) for part in storage.read_batches(self._path(features), READ_AT_A_TIME))
 
     def _labelled(self) -> Iterator[Result]:
-        from ray_explain.ground_truth.describers import labelled
-
         descriptions, features = records.DESCRIPTIONS.empty_table(), self.plan.vectors()
         assert features is not None
         if not self.plan.is_unlabelled:
@@ -325,14 +309,10 @@ class _Steps:
         return (labelled(part, descriptions) for part in parts)
 
     def _labels(self) -> Result:
-        from ray_explain.distributed.experiment import n_layers
-
         return neuronpedia.labels(self.plan.export(), self.layers, n_layers(self.session.plan, self.target))
 
     def _places(self) -> pa.Table | Result:
         """Activations are of other windows than the last ones, differences of pairs of prompts."""
-        from ray_explain.distributed.experiment import checked
-
         tokenizer, n, seed = self._tokenizer(), self.section.per_layer, self.session.plan.experiment.seed
         assert n is not None
         if self.section.source == "activations":

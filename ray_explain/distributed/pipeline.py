@@ -14,17 +14,13 @@ from rich.table import Table
 from ray_explain import storage
 from ray_explain.artifacts import Artifact, Manifest, commit, finished, versions
 from ray_explain.config import Task
-from ray_explain.distributed.experiment import (
-    Session,
-    evaluate,
-    export_ground_truth,
-    make_ground_truth,
-    make_models,
-    marked,
-    train_explainers,
-)
+from ray_explain.distributed.evaluation import evaluate, marked
+from ray_explain.distributed.explainers import train_explainers
+from ray_explain.distributed.ground_truth import export_ground_truth, make_ground_truth
+from ray_explain.distributed.models import make_models
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.power import say_power
+from ray_explain.distributed.session import Session
 from ray_explain.distributed.training_plan import plan_training
 from ray_explain.evaluation.calibration import calibrations
 from ray_explain.evaluation.comparisons import self_advantage
@@ -116,29 +112,39 @@ def _report_data(session: Session, notes: Sequence[str]) -> ReportData:
         ),
         targets={target: _target_facts(session, target) for target in plan.experiment.targets},
         provenance=manifests,
-        run={
-            "versions": versions() | {"commit": commit()},
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-            },
-            "sizes": _sizes(manifests),
-            "seconds": _seconds(manifests),
-        },
+        run=_run_facts(manifests),
         notes=[*notes, *_notes(plan)],
     )
 
 
+def _run_facts(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """Which code ran where, how much it made, and for how long."""
+    return {
+        "versions": versions() | {"commit": commit()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        },
+        "sizes": _sizes(manifests),
+        "seconds": _seconds(manifests),
+    }
+
+
 def _notes(plan: Plan) -> list[str]:
     """What a reader has to know before the numbers."""
-    judge = marked(plan)
-    if not judge.get("unscored"):
-        return []
-    return [
-        f"The judge gave no mark for {judge['unscored']:,} of {judge['answers']:,} answers: these are unscored, and "
-        "left out of its score. jobs/evaluate.py asks for them again."
-    ]
+    notes, judge = list[str](), marked(plan)
+    if plan.experiment.evaluate.split == "validation":
+        notes.append(
+            "Scored on the validation questions: where these chose among settings or explainers too (`sweep.metric`, "
+            "`train.keep: best`), new questions may be answered worse."
+        )
+    if judge.get("unscored"):
+        notes.append(
+            f"The judge gave no mark for {judge['unscored']:,} of {judge['answers']:,} answers: these are unscored, "
+            "and left out of its score. jobs/evaluate.py asks for them again."
+        )
+    return notes
 
 
 def _target_facts(session: Session, target: str) -> dict[str, Any]:
@@ -182,14 +188,19 @@ def _examples(session: Session, graded: pa.Table, headlines: Mapping[Task, str])
     plan = session.plan
     told = {(one["task"], one["target"], one["explainer"], one["seed"], one["fraction"]) for one in series_of(graded)}
     for target, task in plan.target_tasks():
-        questions = {row["question_id"]: row for row in _without_vectors(session, task, target)}
-        for run in shown_runs(plan, task, target, told):
+        chosen = {
+            run: examples_of(rows_of(graded, _series(run, task)), headlines[task])
+            for run in shown_runs(plan, task, target, told)
+        }
+        ids = [one.question_id for those in chosen.values() for one in those]
+        asked = _rows_about(ids, session.table(plan.questions(task, target), ["question_id", "prompt", "answer"]))
+        questions = {row["question_id"]: row for row in asked}
+        for run, those in chosen.items():
             said: dict[str, dict[str, str]] = {}
-            for row in session.table(plan.answers(run, task)).to_pylist():
+            for row in _rows_about(ids, session.table(plan.answers(run, task), ["question_id", "control", "text"])):
                 said.setdefault(row["question_id"], {})[row["control"]] = row["text"]
-            series = {"task": task, "target": target, "explainer": run.explainer, "seed": run.seed, "control": "none"}
-            for chosen in examples_of(rows_of(graded, series), headlines[task]):
-                question, answers = questions[chosen.question_id], said[chosen.question_id]
+            for one in those:
+                question, answers = questions[one.question_id], said[one.question_id]
                 yield WorkedExample(
                     task=task,
                     target=target,
@@ -197,10 +208,14 @@ def _examples(session: Session, graded: pa.Table, headlines: Mapping[Task, str])
                     question=question["prompt"],
                     truth=question["answer"] or NO_LABEL,
                     answer=answers["none"],
-                    right=chosen.right,
-                    score=chosen.score,
+                    right=one.right,
+                    score=one.score,
                     controls={control: text for control, text in answers.items() if control != "none"},
                 )
+
+
+def _series(run: Run, task: Task) -> dict[str, Any]:
+    return {"task": task, "target": run.target, "explainer": run.explainer, "seed": run.seed, "control": "none"}
 
 
 def shown_runs(plan: Plan, task: Task, target: str, told: Container[tuple[str, str, str, int, float]]) -> Iterable[Run]:
@@ -214,8 +229,9 @@ def shown_runs(plan: Plan, task: Task, target: str, told: Container[tuple[str, s
     return first.values()
 
 
-def _without_vectors(session: Session, task: Task, target: str) -> list[dict[str, Any]]:
-    return session.table(session.plan.questions(task, target), ["question_id", "prompt", "answer"]).to_pylist()
+def _rows_about(question_ids: Sequence[str], table: pa.Table) -> list[dict[str, Any]]:
+    """The few rows that are shown, of maybe millions."""
+    return table.filter(pc.is_in(table["question_id"], pa.array(question_ids, pa.string()))).to_pylist()
 
 
 def _say_summary(session: Session, seconds: float, report: str) -> None:

@@ -2,7 +2,7 @@
 
 from ray_explain import storage
 from ray_explain.artifacts import finished
-from ray_explain.distributed.experiment import Session
+from ray_explain.distributed.session import Session
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.power import MOST_SEEDS, Need, Size, sizes
 from ray_explain.report import numbers

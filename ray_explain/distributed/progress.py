@@ -143,33 +143,36 @@ def watching() -> Iterator[Any]:
     """A board for the block's workers to tell, drawn until the block ends. Ray must be running."""
     board = Board.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     console = Console(markup=False)
-    over = threading.Event()
     has_bars = console.is_terminal and not console.is_dumb_terminal
-    drawer: _Bars | _Lines = _Bars(console) if has_bars else _Lines(console)
-
-    n_said = 0
-
-    def draw() -> None:
-        nonlocal n_said
-        states, lines = ray.get(board.all.remote())
-        for line in lines[n_said:]:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-            logger.warning("%s", line)
-        n_said = len(lines)
-        drawer.draw(states)
-
-    def keep_drawing() -> None:
-        while not over.wait(_SECONDS_BETWEEN_LOOKS):
-            draw()
-
-    thread = threading.Thread(target=keep_drawing, daemon=True)
-    with drawer:
-        thread.start()
+    with _Bars(console) if has_bars else _Lines(console) as drawer:
+        drawing = _Drawing(board, console, drawer)
+        drawing.start()
         try:
             yield board
         finally:
-            over.set()
-            thread.join(timeout=10)
+            drawing.over.set()
+            drawing.join(timeout=10)
             if ray.is_initialized():
-                draw()
+                drawing.draw()
                 ray.kill(board)
+
+
+class _Drawing(threading.Thread):
+    """Draws the board until it is `over`, and says each line once, here and in the log."""
+
+    def __init__(self, board: Any, console: Console, drawer: _Bars | _Lines) -> None:
+        super().__init__(daemon=True)
+        self._board, self._console, self._drawer = board, console, drawer
+        self._n_said, self.over = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(_SECONDS_BETWEEN_LOOKS):
+            self.draw()
+
+    def draw(self) -> None:
+        states, lines = ray.get(self._board.all.remote())
+        for line in lines[self._n_said :]:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            logger.warning("%s", line)
+        self._n_said = len(lines)
+        self._drawer.draw(states)

@@ -47,13 +47,14 @@ class StageJob:
 
 
 class _Worker:
-    """An actor: keeps the stage of the job it works on, and changes it when a slice of another job comes."""
+    """An actor: keeps the stage of the job it works on, and where that job's rows lie, until a slice of another job
+    comes."""
 
     def __init__(
         self, jobs: Sequence[StageJob], root: str, code: str, board: Any = None, most_lost: int = _MOST_LOST
     ) -> None:
         self._jobs, self._root, self._code, self._board, self._most_lost = jobs, root, code, board, most_lost
-        self._stage: tuple[int, Stage] | None = None
+        self._stage: tuple[int, Stage, list[tuple[str, int, int]]] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch is one slice: columns job, start, stop; comes back with the cases it dropped, the seconds it took
@@ -92,9 +93,9 @@ class _Worker:
         job = self._jobs[number]
         if self._stage is None or self._stage[0] != number:
             self._stage = None  # the old model goes before the new one comes
-            self._stage = (number, job.stage(job.config))
-        stage = self._stage[1]
-        cases = _rows(job.source, start, stop)
+            self._stage = (number, job.stage(job.config), _row_groups(job.source))
+        _, stage, groups = self._stage
+        cases = _rows(job.source, groups, start, stop)
         table, dropped, measured = stage(conform(cases, stage.schema_in))
         if not job.expands and table.num_rows + len(dropped) != cases.num_rows:
             raise JobFailed(
@@ -130,19 +131,27 @@ def _ranges(folder: str, size: int) -> list[tuple[int, int]]:
 
 
 @storage.patient
-def _rows(folder: str, start: int, stop: int) -> pa.Table:
-    """Rows `start` to `stop` of a table, reading only the row groups they lie in."""
+def _row_groups(folder: str) -> list[tuple[str, int, int]]:
+    """(file, number in it, rows) of each row group of a table, in order, from the footers of its files."""
+    system, path = storage.filesystem(folder)
+    found: list[tuple[str, int, int]] = []
+    for name in storage.list_files(folder, ".parquet"):
+        footer = pq.read_metadata(f"{path}/{name}", filesystem=system)
+        found += [(name, group, footer.row_group(group).num_rows) for group in range(footer.num_row_groups)]
+    return found
+
+
+@storage.patient
+def _rows(folder: str, groups: Iterable[tuple[str, int, int]], start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of a table, reading only those of its row groups that they lie in."""
     system, path = storage.filesystem(folder)
     pieces, seen = [], 0
-    for name in storage.list_files(folder, ".parquet"):
-        with system.open_input_file(f"{path}/{name}") as file:
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):
-                size = parquet.metadata.row_group(group).num_rows
-                low, high = max(start - seen, 0), min(stop - seen, size)
-                if low < high:
-                    pieces.append(parquet.read_row_group(group).slice(low, high - low))
-                seen += size
+    for name, group, size in groups:
+        low, high = max(start - seen, 0), min(stop - seen, size)
+        if low < high:
+            with system.open_input_file(f"{path}/{name}") as file:
+                pieces.append(pq.ParquetFile(file).read_row_group(group).slice(low, high - low))
+        seen += size
     return pa.concat_tables(pieces).replace_schema_metadata(None)
 
 

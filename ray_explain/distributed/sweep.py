@@ -31,23 +31,18 @@ from rich.table import Table
 from ray_explain import records, storage
 from ray_explain.artifacts import Artifact, Manifest, finish, finished
 from ray_explain.config import AshaConfig, ClusterConfig, SweepConfig
+from ray_explain.distributed.answers import answer_jobs, make_asked
 from ray_explain.distributed.capacity import check_capacity, fleet
 from ray_explain.distributed.checks import check_worker, code_here, way_out
-from ray_explain.distributed.experiment import (
-    TABLE,
-    Session,
-    align,
-    answer_jobs,
-    check_asked,
-    make_asked,
-    make_ground_truth,
-    train_run,
-)
+from ray_explain.distributed.explainers import align, train_run
+from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.halting import verdicts_here
 from ray_explain.distributed.pipeline import make_report
 from ray_explain.distributed.plan import Plan, Run
 from ray_explain.distributed.progress import watching
+from ray_explain.distributed.questions import check_asked
 from ray_explain.distributed.run_stages import StageJob, make_here
+from ray_explain.distributed.session import TABLE, Session
 from ray_explain.distributed.train import TrainRun, fit
 from ray_explain.errors import BadInput, JobFailed
 from ray_explain.evaluation.grading import grade
@@ -265,9 +260,8 @@ def concurrent(trials: Iterable[Trial], cluster: ClusterConfig) -> int:
 
 def _run(trials: Sequence[Trial], plan: Plan, n: int, cells: Mapping[str, int]) -> dict[str, str]:
     """Run the trials, `n` at a time; returns why some failed, by name. `cells` are those of all trials of the sweep."""
-    rules, outcomes, heard = plan.experiment.sweep, _Outcomes(), f"{plan.root}/sweep/reports"
-    system, logs = storage.filesystem(f"{plan.root}/tensorboard")
-    verdicts = verdicts_here()
+    rules, outcomes, verdicts = plan.experiment.sweep, _Outcomes(), verdicts_here()
+    heard = f"{plan.root}/sweep/reports"
     with watching() as board:
         known = {"trials": {trial.name: trial for trial in trials}, "root": plan.root, "verdicts": verdicts}
         trainable = tune.with_parameters(
@@ -282,20 +276,25 @@ def _run(trials: Sequence[Trial], plan: Plan, n: int, cells: Mapping[str, int]) 
                 trial_name_creator=_name_of,
                 trial_dirname_creator=_name_of,
             ),
-            run_config=tune.RunConfig(
-                name=f"sweep-{time.strftime('%Y%m%d-%H%M%S')}",
-                storage_path=logs,
-                storage_filesystem=system,
-                callbacks=[outcomes],
-                failure_config=tune.FailureConfig(max_failures=_RESTARTS),
-                verbose=0,
-            ),
+            run_config=_run_config(plan.root, outcomes),
         ).fit()
     ray.kill(verdicts)
     lost = {trial.name for trial in trials if ended(trial, plan.root) is None} - set(outcomes.failures)
     return outcomes.failures | {
         name: f"its process died, more often than it is started again: {outcomes.deaths.get(name, '')}" for name in lost
     }
+
+
+def _run_config(root: str, outcomes: "_Outcomes") -> tune.RunConfig:
+    system, logs = storage.filesystem(f"{root}/tensorboard")
+    return tune.RunConfig(
+        name=f"sweep-{time.strftime('%Y%m%d-%H%M%S')}",
+        storage_path=logs,
+        storage_filesystem=system,
+        callbacks=[outcomes],
+        failure_config=tune.FailureConfig(max_failures=_RESTARTS),
+        verbose=0,
+    )
 
 
 def _name_of(trial: Any) -> str:
@@ -482,16 +481,20 @@ class _Outcomes(tune.Callback):
 def best_settings(trials: Sequence[Trial], root: str, rules: SweepConfig) -> dict[tuple[str, str], dict[str, Any]]:
     """(explainer, target) -> the settings that did best, by the mean of `rules.metric` over its runs.
 
-    Judged are runs on the largest fraction of the data, and settings whose runs all came to their end before those
-    of which some did not. Held-out questions that are scored play no part in it.
+    Judged are a pairing's runs on the largest fraction on which one came to its end, and settings whose runs all did
+    before those of which some did not. Held-out questions that are scored play no part in it, nor do runs without
+    vectors: they are a control of the explainer, and have its settings.
     """
-    largest = max(trial.run.fraction for trial in trials)
+    done = [(trial.run, trial, made) for trial in trials if (made := finished(trial.train.artifact, root)) is not None]
+    judged: dict[tuple[str, str], tuple[bool, float]] = {}
+    for run, *_ in done:
+        pair = (run.explainer, run.target)
+        judged[pair] = max(judged.get(pair, (False, 0.0)), (not run.text_only, run.fraction))
     seen: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for trial in trials:
-        done = finished(trial.train.artifact, root)
-        if done is not None and trial.run.fraction == largest:
-            value = _metric(done, rules.metric)
-            seen[trial.run.explainer, trial.run.target][json.dumps(trial.parameters, sort_keys=True)].append(value)
+    for run, trial, made in done:
+        pair = (run.explainer, run.target)
+        if (not run.text_only, run.fraction) == judged[pair]:
+            seen[pair][json.dumps(trial.parameters, sort_keys=True)].append(_metric(made, rules.metric))
     sign = 1 if rules.metric == "loss" else -1
 
     def rank(values: list[float]) -> tuple[int, float]:

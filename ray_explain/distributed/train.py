@@ -100,18 +100,29 @@ def fit(
     A sweep gives `verdicts`, by which it may stop the training (there is no explainer then), and `callbacks` that take
     up what the workers report.
     """
-    gpus = cluster.gpus_per_worker
-    system, checkpoints = storage.filesystem(f"{root}/ray_train")
-    trainer = ray.train.torch.TorchTrainer(
+    given = {"run": run, "root": root, "board": board, "verdicts": verdicts, "max_dropped": cluster.max_dropped}
+    trainer = _trainer(given, cluster.gpus_per_worker, callbacks)
+    _why_stopped(run, root)  # in an earlier attempt
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        logger.exception("training of %s failed", run.artifact.label)
+        return way_out(error) or str(error).strip().splitlines()[-1]
+    reason = _why_stopped(run, root)
+    if reason is None:
+        # Checkpoints; the explainer is whole, or not wanted any more.
+        storage.remove(f"{root}/ray_train/{run.name}")
+        storage.remove(best_folder(run, root))
+    return reason
+
+
+def _trainer(given: dict[str, Any], gpus: float, callbacks: Sequence[ray.train.UserCallback]) -> Any:
+    """`given` is what the workers get, each of which has as many `gpus`."""
+    run = given["run"]
+    system, checkpoints = storage.filesystem(f"{given['root']}/ray_train")
+    return ray.train.torch.TorchTrainer(
         _on_worker,
-        train_loop_config={
-            "run": run,
-            "root": root,
-            "board": board,
-            "verdicts": verdicts,
-            "code": code_here(),
-            "max_dropped": cluster.max_dropped,
-        },
+        train_loop_config=given | {"code": code_here()},
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.train.workers,
             use_gpu=gpus > 0,
@@ -127,18 +138,6 @@ def fit(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.train.keep_checkpoints),
         ),
     )
-    _why_stopped(run, root)  # in an earlier attempt
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        logger.exception("training of %s failed", run.artifact.label)
-        return way_out(error) or str(error).strip().splitlines()[-1]
-    reason = _why_stopped(run, root)
-    if reason is None:
-        # Checkpoints; the explainer is whole, or not wanted any more.
-        storage.remove(f"{root}/ray_train/{run.name}")
-        storage.remove(best_folder(run, root))
-    return reason
 
 
 def _why_stopped(run: TrainRun, root: str) -> str | None:

@@ -76,10 +76,7 @@ def train_on_worker(run: TrainRun, root: str, board: Any, verdicts: Any, max_dro
 
 def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: float) -> None:
     started, workers = time.monotonic(), dist.get_world_size()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ray.train.torch.get_device())
-        if run.train.offload:  # the host does the optimizer's steps; Ray gives a worker one thread
-            torch.set_num_threads(own_cores())
+    _use_device(offload=run.train.offload)
     scratch = _scratch(run)
     start = start_of(run, workers, read_through_ray)
     told = told_of_dropped(start, run.artifact.label, max_dropped)
@@ -114,6 +111,13 @@ def _train(run: TrainRun, root: str, board: Any, verdicts: Any, max_dropped: flo
     how = {"workers": workers, "zero_stage": train.zero_stage, "resumed_at": state["step"]}
     _save(engine, run, root, start, watch, best, how, time.monotonic() - started)
     watch.close()
+
+
+def _use_device(*, offload: bool) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
+        if offload:  # the host does the optimizer's steps; Ray gives a worker one thread
+            torch.set_num_threads(own_cores())
 
 
 def train_steps(

@@ -11,8 +11,9 @@ from rich.table import Table
 from ray_explain import storage
 from ray_explain.artifacts import finished
 from ray_explain.config import FeaturesConfig, Task, TrainConfig
-from ray_explain.distributed.experiment import Session, d_model, model_config, n_layers
+from ray_explain.distributed.models import d_model, model_config, n_layers
 from ray_explain.distributed.plan import Plan, Run
+from ray_explain.distributed.session import Session
 from ray_explain.distributed.training_setup import micro_batches, projection_kind
 from ray_explain.explainer.batches import n_steps
 from ray_explain.explainer.examples import TEXT_TASK

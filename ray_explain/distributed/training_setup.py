@@ -166,7 +166,7 @@ def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequenc
     projection = Projection(kind, d_target, d_explainer, layers, seed=run.seed)
     if run.alignment is not None:
         maps = read_maps(run.alignment)
-        projection.set_weights({layer: maps[layer] for layer in layers}, frozen=False)
+        projection.set_weights({layer: maps[layer] for layer in layers})
     injection = InjectionConfig(**train.injection.model_dump(exclude={"projection"}))
     with gathered(layout_of(model).embedding.parameters(), train.zero_stage):
         explainer = Explainer(model, markers, projection, injection, train_markers=train.lora is not None)

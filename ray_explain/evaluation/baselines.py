@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from ray_explain import records
 from ray_explain.evaluation.answers import normalise
+from ray_explain.evaluation.embeddings import unit_rows
 
 MAJORITY, MAJORITY_BY = "majority", "majority layer x role"
 NEAREST, NEAREST_BY = "nearest neighbour", "nearest neighbour per layer"
@@ -70,10 +71,10 @@ def _most_similar(
     best = np.full(len(rows), -np.inf, dtype=np.float32)
     nearest = np.zeros(len(rows), dtype=np.int64)
     for numbers, vectors in _chunks(train, candidates):
-        unit = _unit(vectors)
+        unit = unit_rows(vectors)
         for first in range(0, len(rows), _TEST_ROWS):
             part = slice(first, first + _TEST_ROWS)
-            cosines = _unit(test[rows[part]]) @ unit.T
+            cosines = unit_rows(test[rows[part]]) @ unit.T
             at = cosines.argmax(axis=1)
             value = cosines[np.arange(len(at)), at]
             better = value > best[part]
@@ -93,12 +94,6 @@ def _chunks(
             chunk = inside[first : first + _TRAIN_ROWS]
             yield chunk, block[chunk - start]
         start += len(block)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of norm 1; zero stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
 
 
 def _blocks(questions: pa.Table, what: str) -> list[Float[np.ndarray, "block d_model"]]:

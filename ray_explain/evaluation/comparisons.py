@@ -55,7 +55,6 @@ Square = dict[tuple[str, str], list[dict[str, Any]]]  # (explainer, target) -> i
 def comparisons(
     graded: pa.Table,
     *,
-    by: Sequence[str] = BY,
     trained: Sequence[str],
     seed: int,
     resamples: int = 2000,
@@ -80,7 +79,7 @@ def comparisons(
         BadInput: two sides answered different questions.
     """
     rows: list[dict[str, Any]] = []
-    measure = partial(_measure, by=by, metrics=measured(graded), resamples=resamples, seed=seed)
+    measure = partial(_measure, by=BY, metrics=measured(graded), resamples=resamples, seed=seed)
     for (task, target, fraction), sides in _measured(graded, measure).items():
         for contrast in _contrasts(target, sides, trained):
             one, other = _paired(sides[contrast.one], sides[contrast.other], contrast, measure)

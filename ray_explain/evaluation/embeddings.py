@@ -52,7 +52,7 @@ def compared(graded: pa.Table, questions: pa.Table, answers: pa.Table, encoder: 
         for row in rows
     ]
     texts = sorted({text for pair in pairs if pair for text in (pair[0], *pair[1])})
-    unit = dict(zip(texts, _unit(encoder(texts)))) if texts else {}
+    unit = dict(zip(texts, unit_rows(encoder(texts)))) if texts else {}
     cosines = [None if pair is None else _nearest(*pair, unit) for pair in pairs]
     at = graded.column_names.index("embedding")
     return graded.set_column(at, graded.schema.field("embedding"), pa.array(cosines, pa.float64()))
@@ -64,6 +64,7 @@ def _nearest(text: str, right: Sequence[str], unit: dict[str, np.ndarray]) -> fl
     return max(float(unit[text] @ unit[each]) for each in right)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of norm 1; zero stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms > 0, norms, 1)

@@ -119,7 +119,7 @@ class Spread(NamedTuple):
     difference: Float[np.ndarray, " parts"]
     low: Float[np.ndarray, " parts"]
     high: Float[np.ndarray, " parts"]
-    p_value: Float[np.ndarray, " parts"]  # two-sided t test with the same variances as the interval
+    p_value: Float[np.ndarray, " parts"]  # two-sided t test with the same variances as the interval; NaN if undefined
     seed_variance: Float[np.ndarray, " parts"]  # between seeds of training, beyond what the questions explain
 
 
@@ -150,7 +150,8 @@ def spread_over_seeds(
     variance, between = _nanvar(pooled) * finite, np.zeros_like(difference)
     if seeds == 1:
         p_value = _two_sided(np.abs(difference), variance, freedom)
-        return Spread(difference, low, high, np.fmax(p_value, _least_p(n_groups)), between)
+        p_value = np.where(np.isnan(difference), np.nan, np.fmax(p_value, _least_p(n_groups)))
+        return Spread(difference, low, high, p_value, between)
     by_chance = _nanvar(resampled - pooled[:, None]).mean(axis=0) * seeds / (seeds - 1) * finite
     between = observed.var(axis=0, ddof=1)
     scales = np.sqrt(np.maximum(variance - by_chance / seeds, 0)), np.sqrt(between / seeds)
@@ -162,7 +163,7 @@ def spread_over_seeds(
         difference,
         np.maximum(low - widen, reach[0]),
         np.minimum(high + widen, reach[1]),
-        p_value,
+        np.where(np.isnan(difference), np.nan, p_value),
         np.maximum(between - by_chance, 0),
     )
 

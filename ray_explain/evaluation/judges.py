@@ -42,7 +42,8 @@ class Judge:
             BadInput, JobFailed: as `Chat.replies`.
         """
         prompts = [INSTRUCTION.format(predicted=predicted, expected=expected) for predicted, expected in pairs]
-        return self._chat.replies([Ask(prompt, max_tokens=MARK_TOKENS) for prompt in prompts], _mark_in)
+        asks = [Ask(prompt, max_tokens=MARK_TOKENS) for prompt in prompts]
+        return self._chat.replies(asks, lambda _, reply: _mark_in(reply))
 
 
 def judged(graded: pa.Table, questions: pa.Table, answers: pa.Table, judge: Judge) -> pa.Table:

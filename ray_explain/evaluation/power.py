@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from ray_explain.evaluation.comparisons import pilot
-from ray_explain.evaluation.grading import series_of
+from ray_explain.evaluation.grading import rows_of, series_of
 from ray_explain.evaluation.intervals import CONFIDENCE, Pilot, detectable, questions_needed
-from ray_explain.evaluation.metrics import headline, measured
+from ray_explain.evaluation.metrics import METRICS, headline, measured
 from ray_explain.evaluation.shares import Shares
 
 WANTED = (0.02, 0.05, 0.10)  # differences of self and cross in the headline metric
@@ -41,7 +41,7 @@ class Size:
     fraction: float  # of the training data that both know
     metric: str  # the task's headline
     n_tests: int  # of self minus cross on the task, over which p-values are corrected
-    questions: int  # of the pilot
+    questions: int  # of the pilot, that have the metric
     seeds: int
     seed_variance: float | None  # None with one seed, which says nothing of others
     detectable: float | None  # the difference that a study like the pilot finds with probability `POWER`
@@ -70,12 +70,16 @@ def sizes(graded: pa.Table, trained: Sequence[str], *, seed: int, resamples: int
         identity: dict[str, Any] = {"task": task, "target": target, "against": against, "fraction": fraction}
         metric = headline(task, known)
         spread = pilot(graded, **identity, explainer=target, metric=metric, seed=seed, resamples=resamples)
-        yield _size(spread, _questions(graded, task, target), n_seeds, tests[task], **identity, metric=metric)
+        scored = _questions(graded, metric, task=task, target=target, fraction=fraction, explainers=(target, against))
+        yield _size(spread, scored, n_seeds, tests[task], **identity, metric=metric)
 
 
-def _questions(graded: pa.Table, task: str, target: str) -> int:
-    rows = graded.select(["task", "target", "question_id"]).to_pylist()
-    return len({row["question_id"] for row in rows if (row["task"], row["target"]) == (task, target)})
+def _questions(graded: pa.Table, metric: str, *, explainers: tuple[str, str], **of: Any) -> int:
+    """Those whose answers by both explainers all have the metric: what nobody marked tells nothing."""
+    asked = [rows_of(graded, of | {"explainer": name, "control": "none"}) for name in explainers]
+    rows, counted = pa.concat_tables(asked), next(it.counted for it in METRICS if it.name == metric)
+    ids, known = rows["question_id"].to_numpy(zero_copy_only=False), counted(rows)
+    return len(set(ids) - set(ids[~known]))
 
 
 def _size(known: Pilot, questions: int, seeds: int, n_tests: int, **identity: Any) -> Size:

@@ -47,6 +47,7 @@ from ray_explain.world.facts import World
 
 DOCUMENTS = 1000  # of the world, on which a vector is tried
 WINDOWS = 1000  # the same, of another corpus
+STRONGEST = 6  # texts that are shown
 _WINDOWS_AT_A_TIME = 64
 _SHOWN = (12, 5)  # tokens of a window before the strongest one, and from it on
 HERE = {"group": "asked", "split": "test", "stratum": "asked"}  # where a case belongs that is in no data set
@@ -310,9 +311,7 @@ def ablation_of(prompt: str, span: str, kind: str = "hint") -> pa.Table:
     return records.rows_table([case], records.ABLATION_CASES)
 
 
-def responses(
-    target: dict[str, Any], world: World, vector: Float[np.ndarray, " d_model"], layer: int, *, strongest: int = 6
-) -> Responses:
+def responses(target: dict[str, Any], world: World, vector: Float[np.ndarray, " d_model"], layer: int) -> Responses:
     """What a vector responds to on texts of the world: its product with the residual stream after `layer`.
 
     Args:
@@ -340,7 +339,7 @@ def responses(
     correlations = pearson(product[:, None], concept_matrix(world, texts, concepts))[0].tolist()
     told = {concept.description: value for concept, value in zip(concepts, correlations)}
     places = [(document, at) for document in texts for at in range(len(document.words))]
-    top = [places[i] for i in product.topk(strongest).indices.tolist()]
+    top = [places[i] for i in product.topk(STRONGEST).indices.tolist()]
     return Responses(
         best=max(told, key=lambda text: told[text]),
         correlations=told,
@@ -349,13 +348,7 @@ def responses(
 
 
 def strongest_windows(
-    target: dict[str, Any],
-    corpus: str,
-    n_windows: int,
-    vector: Float[np.ndarray, " d_model"],
-    layer: int,
-    *,
-    strongest: int = 6,
+    target: dict[str, Any], corpus: str, n_windows: int, vector: Float[np.ndarray, " d_model"], layer: int
 ) -> tuple[tuple[str, str], ...]:
     """What a vector responds to on a corpus: (token, text around it) where its product with the residual stream after
     `layer` is largest, once for each window; the first token of a text is left out.
@@ -373,7 +366,7 @@ def strongest_windows(
             if ids:
                 highest = (stream[0].float().cpu() @ direction).max(dim=0)
                 found.append((float(highest.values), int(highest.indices), ids))
-    best = heapq.nlargest(strongest, found, key=lambda one: one[0])
+    best = heapq.nlargest(STRONGEST, found, key=lambda one: one[0])
     return tuple(_around(token_texts(loaded.tokenizer, ids), at) for _, at, ids in best)
 
 

@@ -1,7 +1,7 @@
 """Described answers by what a simulator, and a model that tells windows apart, make of them, where exemplars exist."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -45,7 +45,8 @@ def answered(described: pa.Table, questions: pa.Table, answers: Iterable[pa.Tabl
 def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: pa.Table) -> pa.Table:
     """`graded` with `simulated`, the correlation of what a simulator foretells from an answer with the activations of
     the feature asked about, and `detection`, the balanced accuracy of telling from it where the feature is active. Null
-    for other tasks and what could not be scored; an empty answer has 0 and 0.5, where others have any score.
+    for other tasks and what could not be scored; an empty answer has 0 and 0.5, unless none of the other answers about
+    its feature has a score: then it is of those that cannot be told apart, as where a feature is on in one window only.
     A text from which the simulator foretells the same for all tokens has 0 (as in the paper, 4.2): it is not left out.
 
     Args:
@@ -54,23 +55,22 @@ def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: 
     Raises:
         ValueError: `graded` is not of these answers, or one of them is not in `scored`.
     """
-    case, known = _cases(questions), dict[tuple[str, str], dict[str, Any]]()
+    case, known = _cases(questions), dict[str, dict[str, dict[str, Any]]]()
     for case_id, told in zip(scored["case_id"].to_pylist(), scored["descriptions"].to_pylist(), strict=True):
-        known |= {(case_id, one["description"]): one for one in told}
-    empty = {
-        "simulated": 0.0 if any(_correlation(one) is not None for one in known.values()) else None,
-        "detection": 0.5 if any(one["detection"] is not None for one in known.values()) else None,
-    }
+        known[case_id] = {one["description"]: one for one in told}
+    unsaid = _of_empty([one for own in known.values() for one in own.values()])  # where all are empty
     keys = ("question_id", "explainer", "control")
     said = {tuple(row[key] for key in keys): row["text"].strip() for row in answers.to_pylist()}
-    columns: dict[str, list[float | None]] = {name: [] for name in empty}
+    columns: dict[str, list[float | None]] = {name: [] for name in unsaid}
     for row in graded.select([*keys, "task"]).to_pylist():
         values: dict[str, float | None] = dict.fromkeys(columns)
         if row["task"] == "features":
             text = said.get(tuple(row[key] for key in keys))
-            one = known.get((case[row["question_id"]], text or ""))
+            own = known.get(case[row["question_id"]], {})
+            one = own.get(text or "")
             if text is None or (one is None and parse(text, "features").content is not None):
                 raise ValueError(f"no simulated score of the answer by {row['explainer']!r} to {row['question_id']}")
+            empty = _of_empty(own.values()) if own else unsaid
             values = {"simulated": _correlation(one), "detection": one["detection"]} if one else empty
         for name, value in values.items():
             columns[name].append(value)
@@ -78,6 +78,14 @@ def simulated(graded: pa.Table, questions: pa.Table, answers: pa.Table, scored: 
         at = graded.column_names.index(name)
         graded = graded.set_column(at, graded.schema.field(name), pa.array(column, pa.float64()))
     return graded
+
+
+def _of_empty(others: Collection[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What an answer without words has, beside others."""
+    return {
+        "simulated": 0.0 if any(_correlation(one) is not None for one in others) else None,
+        "detection": 0.5 if any(one["detection"] is not None for one in others) else None,
+    }
 
 
 def _correlation(told: Mapping[str, Any]) -> float | None:

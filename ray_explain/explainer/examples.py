@@ -88,19 +88,14 @@ def encode(
 
 
 def encode_prompt(
-    question: Question,
-    tokenizer: PreTrainedTokenizerBase,
-    markers: Markers,
-    *,
-    max_tokens: int,
-    d_model: int | None = None,
+    question: Question, tokenizer: PreTrainedTokenizerBase, markers: Markers, *, max_tokens: int
 ) -> Example:
     """A question without its answer, to be asked; `answer` is not looked at. Texts are not asked.
 
     Raises:
-        Refused: as `encode` does, as far as prompt and vectors go.
+        Refused: as `encode` does without a width, as far as prompt and vectors go.
     """
-    prompt, _ = _pieces(question._replace(answer=_ANY), tokenizer, markers, d_model)
+    prompt, _ = _pieces(question._replace(answer=_ANY), tokenizer, markers, None)
     return _checked_length(_example(question, prompt, []), max_tokens)
 
 
@@ -115,6 +110,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if tokenizer.chat_template:
         ids.add(_framed(_ANY, tokenizer)[1][0])
     return frozenset(ids - {None})
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for what a tokenizer cannot read; None where it reads all. Such ones, of bytes (GPT-2,
+    Pythia, OLMo 2), give their end token that name too: in a text it is one, as where a chat begins with it."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
 
 
 def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -254,8 +256,8 @@ def _check_tokens(
 ) -> None:
     if not answer:
         _refuse(question, "no answer", f"{question.answer!r} gives no token")
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    if special & set(answer):
+    known = [token for token in answer if token != unknown_id(tokenizer)]
+    if tokenizer.decode(known, skip_special_tokens=True) != tokenizer.decode(known):
         _refuse(question, "special token in the answer", f"{question.answer!r}")
     found = [token for token in prompt if token in markers.ids]
     if found != list(markers.ids) * len(question.vectors):

@@ -45,8 +45,8 @@ class Projection(nn.Module):
         start = _start(d_target, d_explainer, seed)
         self.weight = nn.Parameter(start.repeat(len(self.layers), 1, 1))
 
-    def set_weights(self, maps: Mapping[int, Float[Tensor, "d_explainer d_target"]], *, frozen: bool) -> None:
-        """Take the maps of each layer, such as those of `ridge_map`.
+    def set_weights(self, maps: Mapping[int, Float[Tensor, "d_explainer d_target"]]) -> None:
+        """Take the maps of each layer, such as those of `RidgeSums.map`.
 
         Raises:
             ValueError: a layer has no map, or an unknown one has.
@@ -55,7 +55,6 @@ class Projection(nn.Module):
             raise ValueError(f"maps of layers {sorted(maps)} for a projection of layers {list(self.layers)}")
         with torch.no_grad():
             self.weight.copy_(torch.stack([maps[layer] for layer in self.layers]))
-        self.weight.requires_grad_(not frozen)
 
     def forward(
         self, vectors: Float[Tensor, "n d_target"], layers: Sequence[tuple[int, ...]]
@@ -130,12 +129,3 @@ class RidgeSums:
         w = weight.double()
         error = self.yy - 2 * float((self.xy.T * w).sum()) + float((w @ self.xx * w).sum())
         return 1 - error / self.yy
-
-
-def ridge_map(
-    x: Float[Tensor, "n d_target"], y: Float[Tensor, "n d_explainer"], penalty: float = 1e-3
-) -> Float[Tensor, "d_explainer d_target"]:
-    """The ridge regression of `y` on `x` in closed form; see `RidgeSums.map`."""
-    sums = RidgeSums(x.shape[1], y.shape[1])
-    sums.add(x, y)
-    return sums.map(penalty)

@@ -191,13 +191,9 @@ def read_sidecar(folder: str | Path) -> Sidecar:
 
 
 def load_explainer(
-    folder: str | Path,
-    *,
-    base: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    folder: str | Path, *, base: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Explainer, Sidecar]:
-    """An explainer as it was saved, ready to answer; see `load_tokenizer`. `dtype` is that of the files unless given.
+    """An explainer as it was saved, ready to answer; see `load_tokenizer`.
 
     Of an adapter, `base` is where the model that it changes lies now, if not where the sidecar says.
 
@@ -206,7 +202,7 @@ def load_explainer(
             one that it was trained on.
     """
     folder, sidecar = Path(folder), read_sidecar(folder)
-    model = _load_model(folder, base or sidecar.base, sidecar, load_tokenizer(folder), dtype)
+    model = _load_model(folder, base or sidecar.base, sidecar, load_tokenizer(folder))
     extras = load_file(folder / EXTRAS)
     explainer = Explainer(
         model,
@@ -238,12 +234,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(
-    folder: Path, base: str, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
-) -> nn.Module:
+def _load_model(folder: Path, base: str, sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     source, revision = (base, sidecar.base_revision) if sidecar.lora else (str(folder), None)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        source, revision=revision, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
     _check_model(model, source, sidecar)
     make_room(model, tokenizer)

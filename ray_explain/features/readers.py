@@ -1,13 +1,13 @@
 """Other people's SAEs: SAELens, Llama Scope, Gemma Scope, EleutherAI sparsify, dictionary_learning, and our own.
 
-`read_sae` gives the one in-memory form, memory-mapped, one layer at a time. `stream_directions` reads the decoder
-directions alone, a few thousand features at a time, whatever the size of the file.
+`read_sae` gives the one in-memory form, memory-mapped, one layer at a time. `read_directions` reads some decoder
+directions alone, and no more than a few thousand at a time, whatever the size of the file.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -81,20 +81,6 @@ def read_sae(folder: str | Path, layer: int | None = None) -> SAE:
     )
     _refuse_not_finite(sae, layout)
     return sae
-
-
-def stream_directions(
-    folder: str | Path, layer: int | None = None, rows: int = ROWS_AT_A_TIME
-) -> Iterator[tuple[int, Float[Tensor, "rows d_model"]]]:
-    """Decoder directions at the norm the file gives them, float32, with the number of the first feature of each part.
-
-    Resident memory stays at a few times `rows` x d_model x 4 bytes: for 131,072 features of width 4,096, 64 MiB parts.
-
-    Raises:
-        as `read_sae`, and ValueError: a direction is not finite.
-    """
-    layout = layout_of(find_folder(folder, layer))
-    yield from _parts(layout, layout.directions, rows)
 
 
 def count_features(folder: str | Path, layer: int | None = None) -> int:
@@ -185,16 +171,11 @@ def _refuse_not_finite(sae: SAE, layout: Layout) -> None:
     for name, vector in vectors.items():
         if vector is not None and not bool(torch.isfinite(vector).all()):
             raise ValueError(f"{layout.weights}: its {name} holds NaN or infinite values; the file is not usable")
-    for stored in (layout.encoder, layout.directions):
-        for _ in _parts(layout, stored, ROWS_AT_A_TIME):
-            pass  # reading a part checks it
-
-
-def _parts(layout: Layout, stored: Stored, rows: int) -> Iterator[tuple[int, Float[Tensor, "rows d_model"]]]:
     file = _opened(layout)
-    d_sae = file.mapped(stored.name).shape[stored.axis]
-    for start in range(0, d_sae, rows):
-        yield start, _part(layout, file, stored, start, min(start + rows, d_sae))
+    for stored in (layout.encoder, layout.directions):
+        d_sae = file.mapped(stored.name).shape[stored.axis]
+        for start in range(0, d_sae, ROWS_AT_A_TIME):  # reading a part checks it
+            _part(layout, file, stored, start, min(start + ROWS_AT_A_TIME, d_sae))
 
 
 def _opened(layout: Layout) -> WeightsFile:
@@ -317,12 +298,7 @@ def _llama_scope(folder: Path) -> Layout:
             f"{folder}: a transcoder from {config['hook_point_in']} to {config['hook_point_out']}, not an SAE"
         )
     layer, site = _hook(config["hook_point_in"])
-    root = math.sqrt(config["d_model"])
-    normalisation, scale = {
-        "dataset-wise": lambda: ("scale", root / config["dataset_average_activation_norm"]["in"]),
-        "token-wise": lambda: ("token_norm", root),
-        "inference": lambda: ("none", 1.0),
-    }[config["norm_activation"]]()
+    normalisation, scale = _llama_scope_normalisation(config)
     return Layout(
         weights=folder / "checkpoints" / "final.safetensors",
         **_linear("decoder.bias"),
@@ -338,6 +314,15 @@ def _llama_scope(folder: Path) -> Layout:
             "declared": {"l0": float(config["top_k"])} if "top_k" in config else {},
         },
     )
+
+
+def _llama_scope_normalisation(config: dict[str, Any]) -> tuple[str, float]:
+    root = math.sqrt(config["d_model"])
+    return {
+        "dataset-wise": lambda: ("scale", root / config["dataset_average_activation_norm"]["in"]),
+        "token-wise": lambda: ("token_norm", root),
+        "inference": lambda: ("none", 1.0),
+    }[config["norm_activation"]]()
 
 
 def _gemma_scope(folder: Path) -> Layout:

@@ -44,7 +44,7 @@ def simulator_score(
     """Pearson correlation of simulated with true activations over all tokens of all windows, with its sign.
 
     True activations are clipped at 0, as in the paper (4.2). Its own score fits a line first, and so loses the sign: an
-    opposite description scores like a right one. `as_in_paper` gives that number.
+    opposite description scores like a right one. That number is the absolute value, and 0 where this is undefined.
 
     The interval is a bootstrap over windows, within each of `kinds` (such as top and random: their numbers are chosen,
     not sampled). Undefined where either side is constant, as for a simulator that says 0 throughout.
@@ -61,11 +61,6 @@ def simulator_score(
         return Score(float("nan"), float("nan"), float("nan"), len(true))
     low, high = _interval(sums, list(kinds or [""] * len(true)), seed)
     return Score(float(value), low, high, len(true))
-
-
-def as_in_paper(score: Score) -> float:
-    """The paper's number for the same windows: without sign, and 0 where it is undefined (4.2)."""
-    return 0.0 if np.isnan(score.value) else abs(score.value)
 
 
 def detection_score(said: Sequence[bool], active: Sequence[bool]) -> Score:
@@ -102,7 +97,7 @@ class Simulator:
 
     def of_ids(self, description: str, windows: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " pos"]]:
         """The activation, 0 to 10, that the description lets expect on each token of each window."""
-        prefix = self._tokenizer(prompt(description))["input_ids"]
+        prefix = opening(self._tokenizer, prompt(description))
         rows = [prefix + [self._special.get(token, token) for token in window] for window in windows]
         values: list[np.ndarray] = []
         for start in range(0, len(rows), self._batch_windows):
@@ -139,6 +134,14 @@ class Simulator:
 def pad_of(tokenizer: Any) -> int:
     """The id that rows are padded with; a tokenizer may have none of its own."""
     return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def opening(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that is to go on: with the special ones that the tokenizer puts before it, none behind."""
+    read = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    added = read["special_tokens_mask"]
+    behind = next((n for n, special in enumerate(reversed(added)) if not special), 0)
+    return list(read["input_ids"][: len(added) - behind])
 
 
 def prompt(description: str) -> str:

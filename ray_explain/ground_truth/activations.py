@@ -21,6 +21,7 @@ from ray_explain.interventions.extraction import residuals
 from ray_explain.stages import Result
 
 UNMATCHED = "a difference of one prompt only"
+FIRST_ALONE = "a text of one token, the first of all"
 
 ACTIVATION_CASES = pa.schema(
     [
@@ -39,16 +40,19 @@ def text_cases(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, layers: Sequence[int], per_text: int = 1, seed: int = 0
 ) -> Result:
     """The residual vectors of each text at `layers`, at `per_text` of its tokens drawn at random (fewer if it is
-    shorter; never a special token). A group is a text.
+    shorter; never a special token, nor the first of all, whose norm is often a hundred times the rest). A group is a
+    text.
 
-    Texts without a token, or with an unknown one, are dropped.
+    Texts without such a token, or with an unknown one, are dropped.
     """
     texts = list(dict.fromkeys(texts))
     tokens_of = reading(tokenizer, texts)
 
     def cases_of(text: str) -> list[dict[str, Any]]:
         group, tokens = records.content_id("text", text), tokens_of(text)
-        own = [at for at in range(len(tokens.ids)) if tokens.is_text(at)]
+        own = [at for at in range(1, len(tokens.ids)) if tokens.is_text(at)]
+        if not own:
+            raise Unusable(FIRST_ALONE)
         drawn = random.Random(f"{seed} {text}").sample(own, min(per_text, len(own)))
         return [_case(group, split_of(group), layer, (text, at)) for at in sorted(drawn) for layer in layers]
 

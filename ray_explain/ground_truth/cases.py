@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ray_explain.ground_truth import counterfact, jsonl, mmlu, pairs, released, released_files, world_cases
+from ray_explain.ground_truth import counterfact, jsonl, mmlu, pairs, released, world_cases
 from ray_explain.ground_truth.pairs import REPLACE, Block, Change
 from ray_explain.stages import Result
 from ray_explain.world.facts import World
@@ -20,7 +20,6 @@ BY_DESIGN = frozenset(
         mmlu.REPEATED,
         pairs.REPEATED,
         released.ENDS,
-        released_files.REPEATED,
     }
 )
 

@@ -5,7 +5,9 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from itertools import islice
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,16 @@ def rows_where(folder: str, condition: pc.Expression) -> pa.Table:
     system, path = storage.filesystem(folder)
     data = ds.dataset(path, filesystem=system, format="parquet", exclude_invalid_files=True)
     return data.to_table(filter=condition)
+
+
+def rows_about(folder: str, features: pa.Table, beside: Sequence[int] = (0,)) -> pa.Table:
+    """The rows of a table of features that are about these (layer and number), or of numbers so far `beside` theirs."""
+    parts = []
+    for layer in pc.unique(features["layer"]).to_pylist():
+        numbers = features.filter(pc.field("layer") == layer)["feature_id"].to_pylist()
+        wanted = pa.array(sorted({number + far for number in numbers for far in beside}), type=pa.int32())
+        parts.append((ds.field("layer") == layer) & ds.field("feature_id").isin(wanted))
+    return rows_where(folder, reduce(or_, parts, ds.scalar(False)))
 
 
 def _files(path: str) -> list[str]:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_explain import records
 from ray_explain.endpoints import Ask, Chat, Endpoint
-from ray_explain.features.simulate import pad_of
+from ray_explain.features.simulate import opening, pad_of
 from ray_explain.ground_truth.chats import chat_prompt
+from ray_explain.ground_truth.corpora import rows_about
 from ray_explain.ground_truth.exemplars import EXEMPLARS
-from ray_explain.ground_truth.neuronpedia import read_labels
 from ray_explain.interventions.tokens import token_batch
 from ray_explain.models import load_model
 from ray_explain.stages import Result
@@ -62,8 +62,8 @@ DESCRIBED = pa.schema(
 class Replies(Protocol):
     """A language model, wherever it runs."""
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
-        """What `read` makes of the reply to each request; None where none came that it could read."""
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
+        """What `read` makes of each request and the reply to it; None where none came that it could read."""
         ...
 
     def usage_so_far(self) -> Mapping[str, float]:
@@ -77,7 +77,7 @@ class EndpointModel:
     def __init__(self, endpoint: Endpoint) -> None:
         self._chat = Chat(endpoint)
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
         """Raises: BadInput, JobFailed: as `Chat.replies`."""
         return self._chat.replies(asks, read)
 
@@ -94,14 +94,14 @@ class LocalModel:
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._counts = {"asked": 0, "unanswered": 0}
 
-    def replies(self, asks: Sequence[Ask], read: Callable[[str], T | None]) -> list[T | None]:
+    def replies(self, asks: Sequence[Ask], read: Callable[[Ask, str], T | None]) -> list[T | None]:
         found: dict[Ask, T | None] = {}
         for warm in (False, True):  # sampled replies one by one, so that each depends on its own request alone
             some = list(dict.fromkeys(ask for ask in asks if (ask.temperature > 0) == warm))
             size = 1 if warm else self._batch_size
             for start in range(0, len(some), size):
                 batch = some[start : start + size]
-                found |= zip(batch, map(read, self._generated(batch)), strict=True)
+                found |= zip(batch, map(read, batch, self._generated(batch)), strict=True)
         self._counts["asked"] += len(found)
         self._counts["unanswered"] += sum(reply is None for reply in found.values())
         return [found[ask] for ask in asks]
@@ -138,8 +138,7 @@ class LocalModel:
             text = chat_prompt(self._tokenizer, user=ask.prompt, system=ask.system or None)
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
-            text = f"{ask.system}\n\n{ask.prompt}".strip() + "\n"
-            ids = self._tokenizer(text, verbose=False)["input_ids"]
+            ids = opening(self._tokenizer, f"{ask.system}\n\n{ask.prompt}".strip() + "\n")
         most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         return ids[-(most - ask.max_tokens) :] if most else ids  # type: ignore[no-any-return]
 
@@ -158,8 +157,19 @@ def shown(windows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def held_out(windows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The windows that descriptions are scored on: the top ones that no describer saw, random ones and near misses."""
-    return [window for window in windows if window["kind"] != "top" or window["rank"] % 2 == 1]
+    """The windows that descriptions are scored on: the top ones that no describer saw, random ones and near misses.
+
+    Each text once: corpora repeat themselves, so that a text may be among the shown ones too, and where a feature is
+    seldom off, its random windows and near misses are the same.
+    """
+    known = {tuple(window["tokens"]) for window in shown(windows)}
+    found = []
+    for window in windows:
+        text = tuple(window["tokens"])
+        if text not in known:
+            known.add(text)
+            found.append(window)
+    return found
 
 
 class DescribeStage:
@@ -178,7 +188,7 @@ class DescribeStage:
     def __call__(self, table: pa.Table) -> Result:
         features = table.to_pylist()
         asks = [self._ask(feature["windows"], i) for feature in features for i in range(self._candidates)]
-        replies = iter(self._model.replies(asks, description_in))
+        replies = iter(self._model.replies(asks, lambda _, reply: description_in(reply)))
         told = []
         for _ in features:
             own = dict.fromkeys(text for text in (next(replies) for _ in range(self._candidates)) if text)
@@ -214,11 +224,9 @@ class ImportStage:
 
     def _labels(self, table: pa.Table) -> dict[tuple[int, int], list[dict[str, str]]]:
         found: dict[tuple[int, int], list[dict[str, str]]] = {}
-        for layer in pc.unique(table["layer"]).to_pylist():
-            numbers = table.filter(pc.field("layer") == layer)["feature_id"].to_pylist()
-            for row in read_labels(self._folder, layer, min(numbers), max(numbers)):
-                told = {"description": row["description"], "origin": row["origin"]}
-                found.setdefault((row["layer"], row["feature_id"]), []).append(told)
+        for row in rows_about(self._folder, table).to_pylist():
+            told = {"description": row["description"], "origin": row["origin"]}
+            found.setdefault((row["layer"], row["feature_id"]), []).append(told)
         return found
 
 
@@ -227,15 +235,18 @@ def labelled(exemplars: pa.Table, descriptions: pa.Table) -> Result:
     them. A feature without any is dropped, unless it is one of the test split on whose windows answers can be scored.
     """
     told: dict[str, list[dict[str, str]]] = {}
+    descriptions = descriptions.filter(pc.is_in(descriptions["case_id"], pc.unique(exemplars["case_id"])))
     for row in descriptions.select(["case_id", "description", "origin"]).to_pylist():
         told.setdefault(row.pop("case_id"), []).append(row)
     features = exemplars.to_pylist()
     own = [told.get(feature["case_id"], []) for feature in features]
-    return _described(features, own, [feature["split"] == "test" and _can_score(feature) for feature in features])
+    kept = [feature["split"] == "test" and can_score(held_out(feature["windows"])) for feature in features]
+    return _described(features, own, kept)
 
 
-def _can_score(feature: dict[str, Any]) -> bool:
-    return any(window["kind"] == "top" for window in held_out(feature["windows"]))
+def can_score(windows: Sequence[dict[str, Any]]) -> bool:
+    """Whether these windows (`held_out`) tell a description from another: in some of them the feature is on."""
+    return any(window["kind"] == "top" for window in windows)
 
 
 def _described(

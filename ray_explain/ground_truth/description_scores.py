@@ -18,7 +18,7 @@ from jaxtyping import Float
 from ray_explain import records
 from ray_explain.endpoints import Ask
 from ray_explain.features.simulate import UNSCORED, Score, Simulator, detection_score, simulator_score
-from ray_explain.ground_truth.describers import DESCRIBED, Replies, held_out, language_model
+from ray_explain.ground_truth.describers import DESCRIBED, Replies, can_score, held_out, language_model
 from ray_explain.ground_truth.dictionaries import directions_of
 from ray_explain.models import load_model
 from ray_explain.stages import Result
@@ -78,12 +78,8 @@ def verdicts(model: Replies, asked: Sequence[tuple[str, Texts]]) -> list[list[bo
 
 def lists_of_numbers(model: Replies, asks: Sequence[tuple[Ask, int]], top: int) -> list[list[float] | None]:
     """The replies to requests for JSON lists of so many numbers, from 0 to `top`; None for any other."""
-    found: dict[tuple[Ask, int], list[float] | None] = {}
-    for length in sorted({length for _, length in asks}):
-        some = [ask for ask, own in asks if own == length]
-        replies = model.replies(some, partial(numbers_in, length=length, top=top))
-        found |= {(ask, length): reply for ask, reply in zip(some, replies, strict=True)}
-    return [found[one] for one in asks]
+    lengths = dict(asks)
+    return model.replies([ask for ask, _ in asks], lambda ask, reply: numbers_in(reply, length=lengths[ask], top=top))
 
 
 def numbers_in(reply: str, *, length: int, top: int) -> list[float] | None:
@@ -103,8 +99,8 @@ def numbers_in(reply: str, *, length: int, top: int) -> list[float] | None:
 class ScoreStage:
     """Directions with their descriptions and what those are worth: the effects of the task `features`.
 
-    A description that cannot be scored keeps a null, as do those of a feature without windows, of which nothing is
-    asked. Gold are those that are unscored or score at least `gold_from`.
+    A description that cannot be scored keeps a null, as do those of a feature that is on in no window of which its
+    describer knew nothing: nothing is asked about it. Gold are those that are unscored or score at least `gold_from`.
 
     Config: that of `directions_of`, `d_model`, `simulator`, `detector` (or None), `gold_from`,
     `seed`.
@@ -136,17 +132,17 @@ class ScoreStage:
 
     def __call__(self, table: pa.Table) -> Result:
         features = table.to_pylist()
+        scored = [windows if can_score(windows := held_out(feature["windows"])) else [] for feature in features]
         asked = [
-            (told["description"], held_out(feature["windows"]))
-            for feature in features
+            (told["description"], windows)
+            for feature, windows in zip(features, scored, strict=True)
+            if windows
             for told in feature["descriptions"]
         ]
-        shown = [one for one in asked if one[1]]
-        simulated, detected = iter(self._simulated(shown)), iter(self._detected(shown))
-        for feature in features:
-            is_shown = bool(held_out(feature["windows"]))
+        simulated, detected = iter(self._simulated(asked)), iter(self._detected(asked))
+        for feature, windows in zip(features, scored, strict=True):
             for told in feature["descriptions"]:
-                score, detection = (next(simulated), next(detected)) if is_shown else (UNSCORED, UNSCORED)
+                score, detection = (next(simulated), next(detected)) if windows else (UNSCORED, UNSCORED)
                 told |= _columns(score, ("score", "score_low", "score_high", "score_n"))
                 names = ("detection", "detection_low", "detection_high", "detection_n")
                 told |= _columns(detection, names)

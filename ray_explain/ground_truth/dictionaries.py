@@ -34,7 +34,7 @@ from ray_explain.features.readers import (
 from ray_explain.features.sae import SAE
 from ray_explain.features.training import train_sae
 from ray_explain.ground_truth.corpora import read_windows, rows_where
-from ray_explain.ground_truth.neuronpedia import UNKNOWN, read_labels
+from ray_explain.ground_truth.neuronpedia import UNKNOWN
 from ray_explain.ground_truth.positions import special_prefix
 from ray_explain.ground_truth.published import commit_of, fetched
 from ray_explain.ground_truth.splits import split_of
@@ -47,7 +47,6 @@ from ray_explain.stages import Result
 CHECKED_TOKENS = 4096  # that the doctor looks at
 TRAINING_NUMBERS = 1 << 28  # of activations that an SAE is trained on: 1 GiB in float32
 BATCH_TOKENS = 1024
-_HIGHEST = 2**31 - 1
 _DOWN_PROJECTIONS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2")
 
 LAYERS = pa.schema([pa.field("layer", pa.int32(), nullable=False)])
@@ -244,7 +243,8 @@ class DictionaryStage:
         """The features that can be asked about: all, or those that an export describes."""
         if self._config["labels"] is None:
             return range(d_sae)
-        return sorted({row["feature_id"] for row in read_labels(self._config["labels"], layer, 0, _HIGHEST)})
+        described = rows_where(self._config["labels"], ds.field("layer") == layer)
+        return sorted(pc.unique(described["feature_id"]).to_pylist())
 
     def _chosen(self, layer: int, possible: Sequence[int]) -> Sequence[int]:
         wanted = self._config["per_layer"]

@@ -16,9 +16,9 @@ demo. At .7 groups are pairs and quadruples; from .5 on they grow together into 
 _ROWS = 4096
 
 
-def grouped_by_direction(features: pa.Table, *, seed: int, same: float = SAME_DIRECTION) -> pa.Table:
+def grouped_by_direction(features: pa.Table, *, seed: int) -> pa.Table:
     """`features` (records.features, one vector each) with new groups and splits: features whose vectors have a cosine
-    of at least `same`, on whatever layers, are in one group, and so are those that others connect.
+    of at least `SAME_DIRECTION`, on whatever layers, are in one group, and so are those that others connect.
 
     A group is named after the least id of its features. The order of the rows does not matter, and stays.
     """
@@ -26,7 +26,7 @@ def grouped_by_direction(features: pa.Table, *, seed: int, same: float = SAME_DI
         return features
     vectors = np.concatenate(records.vectors_of(features["vectors"]))
     names = np.array(features["case_id"].to_pylist())
-    _, label = connected_components(_neighbours(vectors, same), directed=False)
+    _, label = connected_components(_neighbours(vectors), directed=False)
     least = [str(min(names[label == group])) for group in range(label.max() + 1)]
     groups = [f"direction {least[group]}" for group in label]
     splits = [split_of(group, salt=str(seed)) for group in groups]
@@ -36,8 +36,9 @@ def grouped_by_direction(features: pa.Table, *, seed: int, same: float = SAME_DI
     return features
 
 
-def _neighbours(vectors: Float[np.ndarray, "n d_model"], same: float) -> csr_matrix:
-    """True where two vectors have a cosine of at least `same`; some rows at a time."""
+def _neighbours(vectors: Float[np.ndarray, "n d_model"]) -> csr_matrix:
+    """True where two vectors have a cosine of at least `SAME_DIRECTION`; some rows at a time."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.where(norms > 0, norms, 1)
-    return vstack([csr_matrix(unit[i : i + _ROWS] @ unit.T >= same) for i in range(0, len(unit), _ROWS)]).tocsr()
+    parts = (unit[i : i + _ROWS] for i in range(0, len(unit), _ROWS))
+    return vstack([csr_matrix(part @ unit.T >= SAME_DIRECTION) for part in parts]).tocsr()

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import torch
 from transformers import AutoTokenizer
 
@@ -14,7 +13,7 @@ from ray_explain import records, storage
 from ray_explain.features.exemplars import Kind, TopWindows, Windows, search
 from ray_explain.features.readers import read_sae
 from ray_explain.features.sae import SAE
-from ray_explain.ground_truth.corpora import read_windows, rows_where
+from ray_explain.ground_truth.corpora import read_windows, rows_about
 from ray_explain.ground_truth.dictionaries import FEATURES, Windowed, dictionary
 from ray_explain.ground_truth.positions import special_prefix
 from ray_explain.ground_truth.target import Target
@@ -221,7 +220,7 @@ class MergeStage:
     def _best(self, features: pa.Table) -> dict[tuple[int, int], dict[str, Any]]:
         """Of each feature the rows to keep, with their ranks, and the sums over all shards."""
         order = [("layer", "ascending"), ("feature_id", "ascending"), ("kind", "ascending"), ("key", "descending")]
-        found = self._found(features).sort_by(order)
+        found = rows_about(self._config["found"], features).combine_chunks().sort_by(order)
         best: dict[tuple[int, int], dict[str, Any]] = {}
         light = found.drop_columns(["activations"]).to_pylist()
         for at, row in enumerate(light):
@@ -240,15 +239,6 @@ class MergeStage:
             for row in own["rows"]:
                 row["activations"] = values[row["at"]].as_py()
         return best
-
-    def _found(self, features: pa.Table) -> pa.Table:
-        numbers, layers = features["feature_id"], pc.unique(features["layer"])
-        low, high = pc.min_max(numbers).as_py().values()  # type: ignore[attr-defined]
-        wanted = ds.field("layer").isin(layers) & (ds.field("feature_id") >= low) & (ds.field("feature_id") <= high)
-        found = rows_where(self._config["found"], wanted).combine_chunks()
-        asked = {(row["layer"], row["feature_id"]) for row in features.select(["layer", "feature_id"]).to_pylist()}
-        pairs = zip(found["layer"].to_pylist(), found["feature_id"].to_pylist(), strict=True)
-        return found.filter(pa.array([pair in asked for pair in pairs], type=pa.bool_()))
 
     def _tokens(self, numbers: set[int]) -> dict[int, list[str]]:
         ids = read_windows(self._config["windows"], sorted(numbers))

@@ -2,8 +2,9 @@
 
 A patching line has `base_prompt`, `source_prompt`, `base_span` and `source_span`. Spans are [start, end] characters.
 The tokens that hold any of them are patched, so both spans must have as many. An ablation line has `prompt` and `span`.
-Every line may have `group` (default: its base prompt, or its prompt), `split` (default: drawn by group) and `stratum`;
-further `role`, `base_truth`, `source_truth`, `site` and `kind` (of the patch), or `kind` (of the span) and `truth`.
+Every line may have `group` (default: all lines with its base prompt; or with its prompt, whole or without the span),
+`split` (default: drawn by group) and `stratum`; further `role`, `base_truth`, `source_truth`, `site` and `kind` (of the
+patch), or `kind` (of the span) and `truth`.
 """
 
 import json
@@ -108,7 +109,9 @@ def patching_cases(
 def ablation_cases(path: str | Path, *, n: Mapping[str, int]) -> Result:
     """Up to `n` cases of each split (records.ABLATION_CASES), lines in order."""
     lines = read_lines(path)
-    rows, dropped = usable(lines.rows, lambda row: [_ablation_row(row)])
+    removals, _ = usable(((place, row) for place, row in lines.rows if row.get("group") is None), _removal)
+    linked = _linked(removals)
+    rows, dropped = usable(lines.rows, lambda row: [_ablation_row(row, linked)])
     return _limited(rows, n, lines, dropped, records.ABLATION_CASES)
 
 
@@ -129,17 +132,38 @@ def _patching_rows(
     return [patching_case(pair, _string(row, "role", "other"), block, *positions, change=change) for block in blocks]
 
 
-def _ablation_row(row: dict[str, Any]) -> dict[str, Any]:
+def _removal(row: dict[str, Any]) -> tuple[str, tuple[int, int]]:
     prompt = _text(row, "prompt")
-    span = checked_span(prompt, _span(row, "span"))
-    group, split = _group_and_split(row, prompt)
+    return prompt, checked_span(prompt, _span(row, "span"))
+
+
+def _linked(removals: Sequence[tuple[str, tuple[int, int]]]) -> dict[str, str]:
+    """For each prompt the first, by its text, of those whose answers it tells: two are linked where they are the same
+    whole or without a span, and so are those that a third one links."""
+    above: dict[str, str] = {}
+
+    def top(text: str) -> str:
+        while above.setdefault(text, text) != text:
+            above[text] = text = above[above[text]]
+        return text
+
+    for prompt, (start, end) in removals:
+        above[top(prompt)] = top(prompt[:start] + prompt[end:])
+    first: dict[str, str] = {}
+    return {prompt: first.setdefault(top(prompt), prompt) for prompt in sorted({prompt for prompt, _ in removals})}
+
+
+def _ablation_row(row: dict[str, Any], linked: Mapping[str, str]) -> dict[str, Any]:
+    prompt, span = _removal(row)
+    group, split = _group_and_split(row, linked.get(prompt, prompt))
     kind, stratum = _string(row, "kind", "span"), _string(row, "stratum", "all")
     truth = _string(row, "truth", None)
     return ablation_case(prompt, span, group=group, split=split, kind=kind, stratum=stratum, truth=truth)
 
 
 def _group_and_split(row: dict[str, Any], prompt: str) -> tuple[str, str]:
-    """Lines about one `prompt` are in one group: split up, training would tell what the target answers in the test."""
+    """Lines about one `prompt`, or ones linked to it, are in one group: split up, training would tell what the target
+    answers in the test."""
     group = _string(row, "group", records.content_id("line", prompt))
     if not group.strip():
         raise Unusable(NO_GROUP)

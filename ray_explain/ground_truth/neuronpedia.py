@@ -7,18 +7,17 @@ line of explanations has `layer` (the source, such as "19-llamascope-res-131k"),
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.fs as fs
 from scipy.stats import binomtest
 
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
 from ray_explain.ground_truth import public_files
-from ray_explain.ground_truth.corpora import opened, rows_where
+from ray_explain.ground_truth.corpora import opened, rows_about
 from ray_explain.ground_truth.jsonl import json_object
 from ray_explain.ground_truth.positions import Unusable
 from ray_explain.stages import Result
@@ -58,11 +57,34 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
     if "{layer}" in path:  # one by one: the descriptions of all layers are gigabytes as Python's objects
         parts = [labels(path.replace("{layer}", str(layer)), [layer], n_layers) for layer in sorted(layers)]
         return Result(pa.concat_tables(part.table for part in parts), [lost for part in parts for lost in part.dropped])
-    files = _files(path)
+    files, dropped = _files(path), list[tuple[str, str]]()
+    lines = _rows([file for file in files if "/activations/" not in file], dropped)
+    found = _descriptions(lines, path, layers, n_layers, dropped)
+    tokens = _top_tokens([file for file in files if "/activations/" in file], set(layers), dropped)
+    rows = [
+        {
+            "layer": layer,
+            "feature_id": number,
+            "description": text,
+            "origin": found[layer, number, text],
+            "top_tokens": sorted(tokens.get((layer, number), ())),
+        }
+        for layer, number, text in sorted(found)
+    ]
+    return Result(records.rows_table(rows, LABELS), dropped)
+
+
+def _descriptions(
+    lines: Iterable[tuple[str, dict[str, Any]]],
+    path: str,
+    layers: Sequence[int],
+    n_layers: int,
+    dropped: list[tuple[str, str]],
+) -> dict[tuple[int, int, str], str]:
+    """Layer, feature and description -> the model that wrote it."""
     found: dict[tuple[int, int, str], str] = {}
-    dropped: list[tuple[str, str]] = []
     sources: dict[int, str] = {}
-    for place, row in _rows([file for file in files if "/activations/" not in file], dropped):
+    for place, row in lines:
         layer, number = _feature(row)
         text = row.get("description")
         if layer is None or number is None:
@@ -81,30 +103,12 @@ def labels(path: str, layers: Sequence[int], n_layers: int) -> Result:
                 several = f"{sources[layer]!r} and {source!r}"
                 raise BadInput(f"the export {path} has layer {layer} of several SAEs, {several}: keep one of them")
             found[layer, number, text.strip()] = str(row.get("explanationModelName") or "neuronpedia")
-    tokens = _top_tokens([file for file in files if "/activations/" in file], set(layers), dropped)
-    rows = [
-        {
-            "layer": layer,
-            "feature_id": number,
-            "description": text,
-            "origin": found[layer, number, text],
-            "top_tokens": sorted(tokens.get((layer, number), ())),
-        }
-        for layer, number, text in sorted(found)
-    ]
-    return Result(records.rows_table(rows, LABELS), dropped)
+    return found
 
 
-def read_labels(folder: str, layer: int, low: int, high: int) -> list[dict[str, Any]]:
-    """The rows of a table LABELS about features `low` to `high` of a layer."""
-    number = ds.field("feature_id")
-    wanted = (ds.field("layer") == layer) & (number >= low) & (number <= high)
-    return rows_where(folder, wanted).to_pylist()  # type: ignore[no-any-return]
-
-
-def check_alignment(exemplars: pa.Table, folder: str) -> dict[str, float]:
+def check_alignment(exemplars: Iterable[pa.Table], folder: str) -> dict[str, float]:
     """Whether the export's features are ours: the share of features whose top tokens it names, as its ids say and with
-    ids that are off by one or two.
+    ids that are off by one or two. Each part of the exemplars is read and let go before the next.
 
     What it names are its own top tokens, or else the words of its descriptions.
 
@@ -113,16 +117,17 @@ def check_alignment(exemplars: pa.Table, folder: str) -> dict[str, float]:
     """
     hits: dict[int, list[bool]] = {offset: [] for offset in OFFSETS}
     of_tokens = False
-    for feature in exemplars.select(["layer", "feature_id", "windows"]).to_pylist():
-        number, own = feature["feature_id"], _ours(feature["windows"])
-        near = read_labels(folder, feature["layer"], number + OFFSETS[0], number + OFFSETS[-1])
-        named: dict[int, set[str]] = {}
-        for row in near:
+    for part in exemplars:
+        named: dict[tuple[int, int], set[str]] = {}
+        for row in rows_about(folder, part, OFFSETS).to_pylist():
             of_tokens = of_tokens or bool(row["top_tokens"])
-            named.setdefault(row["feature_id"] - number, set()).update(_named(row))
-        if own and all(offset in named for offset in OFFSETS):
-            for offset in OFFSETS:
-                hits[offset].append(bool(own & named[offset]))
+            named.setdefault((row["layer"], row["feature_id"]), set()).update(_named(row))
+        for feature in part.select(["layer", "feature_id", "windows"]).to_pylist():
+            own, at = _ours(feature["windows"]), (feature["layer"], feature["feature_id"])
+            near = {offset: named.get((at[0], at[1] + offset)) for offset in OFFSETS}
+            if own and None not in near.values():
+                for offset, words in near.items():
+                    hits[offset].append(bool(own & (words or set())))
     n = len(hits[0])
     if n < ENOUGH:
         return {"aligned features": n}

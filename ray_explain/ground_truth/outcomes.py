@@ -70,6 +70,11 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return piece if isinstance(piece, str) and piece else f"<{token}>"
 
 
+def special_answers(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Answers that are no text but tokens of their own, such as the end of a turn: decoding leaves them out."""
+    return frozenset(str(token).strip() for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
 def rows_with(table: pa.Table, rows: Sequence[int], columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     """Some rows of `table` with further columns (values, or a finished Arrow array), as a table of `schema`."""
     made = table.take(pa.array(rows, type=pa.int64()))

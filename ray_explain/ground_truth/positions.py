@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ray_explain.explainer.examples import unknown_id
+
 Case = TypeVar("Case")
 Made = TypeVar("Made")
 
@@ -117,7 +119,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: list[str], begun: bool
     # not verbose: whoever reads a prompt compares its length with the context
     more = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
     encoded = tokenizer(prompts, add_special_tokens=not begun, **more)
-    unknown = tokenizer.unk_token_id
+    unknown = unknown_id(tokenizer)
     for ids, offsets, added in zip(*(encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))):
         n = len(ids) - next((i for i, special in enumerate(reversed(added)) if not special), 0)
         tokens = PromptTokens(tuple(ids[:n]), tuple(offsets[:n]))

@@ -20,7 +20,6 @@ from ray_explain import records, storage
 from ray_explain.errors import BadInput
 from ray_explain.features.readers import find_folder, layout_of
 
-CACHE = Path(tempfile.gettempdir(), "ray_explain_saes")  # of each machine: SAEs fetched from storage
 _SMALL_BYTES = 1 << 20  # files up to this size are configurations, not weights
 
 
@@ -54,18 +53,20 @@ def commit_of(folder: Path) -> str | None:
 def _fetched_from_storage(place: str, layer: int) -> Path:
     system, root = storage.filesystem(place)
     found = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-    sizes = {info.path[len(root) :].strip("/"): info.size for info in found if info.type == fs.FileType.File}
+    files = {info.path[len(root) :].strip("/"): info for info in found if info.type == fs.FileType.File}
 
     def read(name: str) -> bytes:
         with system.open_input_stream(f"{root}/{name}") as stream:
             return stream.readall()
 
-    own = _where(sizes, _small(sizes), layer, read, place)
-    local = CACHE / records.content_id(place, own)
+    own = _where(files, _small({name: info.size for name, info in files.items()}), layer, read, place)
+    # What was replaced there since is fetched anew: else machines would read different SAEs by the same name.
+    stand = [(name, info.size, info.mtime_ns) for name, info in sorted(files.items()) if Path(name).is_relative_to(own)]
+    local = storage.own_scratch() / "saes" / records.content_id(place, stand) / own
     if not local.exists():  # new_folder: whole or not at all, also when several actors fetch it at once
-        with storage.new_folder(str(local / own)) as folder:
+        with storage.new_folder(str(local)) as folder:
             fs.copy_files(f"{root}/{own}", folder, source_filesystem=system)
-    return local / own
+    return local
 
 
 @cache  # stages ask for it with every slice; the hub limits how often it answers

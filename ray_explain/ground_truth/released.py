@@ -258,7 +258,7 @@ def _released_patch(effect: dict[str, Any], vectors: np.ndarray, tokenizer: PreT
             "counterfact_pos": positions[1],
             "orig_text_token": tokenizer.decode([read[0][positions[0]]]),
             "counterfact_text_token": tokenizer.decode([read[1][positions[1]]]),
-            "intervention_vector": vectors[0].tolist(),
+            "intervention_vector": vectors[0],
         },
         "counterfactual_text": effect["source_prompt"],
         "gt_original_target": effect["base_truth"],

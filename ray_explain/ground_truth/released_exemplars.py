@@ -36,6 +36,7 @@ NEAR = "a near miss"
 OTHER_TOKENS = "its text gives other tokens"
 CONFIG = "exemplar_config.json"
 _WRITTEN = "written"
+_FEATURES_AT_A_TIME = 256  # as Python's objects, whose windows take ten times the memory of the table's
 _TOP, _RANDOM = "train", "random_train"
 _RANDOM_PARTS = (_RANDOM, "random_valid", "random_test")
 _ACTIVATION_TYPES = {"sae": "SAE_RES", "neuron": "MLP"}
@@ -262,10 +263,11 @@ def write_exemplars(
 def _shape(exemplars: pa.Table, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The sizes that the config names: most windows of a kind, most tokens of a window, and windows seen."""
     most, longest = Counter[str](), 0
-    for windows in exemplars["windows"].to_pylist():
-        own = [one for one in windows if one["kind"] != "near"]
-        most |= Counter(one["kind"] for one in own)
-        longest = max([longest, *(len(one["tokens"]) for one in own)])
+    for part in exemplars.select(["windows"]).to_batches(_FEATURES_AT_A_TIME):
+        for windows in part["windows"].to_pylist():
+            own = [one for one in windows if one["kind"] != "near"]
+            most |= Counter(one["kind"] for one in own)
+            longest = max([longest, *(len(one["tokens"]) for one in own)])
     seen = max(exemplars["seen"].to_pylist(), default=0)
     sizes = {"k": max(1, most["top"]), "rand_seqs": most["random"]}
     return {"num_seqs": seen, "seq_len": len(special_prefix(tokenizer)) + longest} | sizes

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_explain import records, storage
 from ray_explain.ground_truth import released
 from ray_explain.ground_truth.features import joined, split_features
+from ray_explain.ground_truth.jsonl import REPEATED
 from ray_explain.ground_truth.mmlu import read_mmlu
 from ray_explain.stages import READ, Result
 
@@ -26,7 +27,6 @@ Key = tuple[int, int]
 """Layer and number of a feature."""
 _FEATURES_AT_A_TIME = 4096
 _ROWS_AT_A_TIME = 1024  # 16 MiB of vectors 4,096 wide
-REPEATED = "the same case as before"
 
 
 def read_folder(

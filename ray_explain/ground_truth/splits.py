@@ -5,24 +5,16 @@ import hashlib
 import pyarrow as pa
 import pyarrow.compute as pc
 
-VALIDATION_SHARE, TEST_SHARE = 0.10, 0.25
+VALIDATION_SHARE, TEST_SHARE = 0.10, 0.25  # expected, of groups, not of cases
 
 
-def split_of(group: str, *, validation: float = VALIDATION_SHARE, test: float = TEST_SHARE, salt: str = "") -> str:
-    """The split of all cases of `group`; another `salt` deals the groups anew.
-
-    `validation` and `test` are the expected shares of groups, not of cases.
-
-    Raises:
-        ValueError: the shares are negative or leave nothing for training.
-    """
-    if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(f"shares of validation {validation} and test {test}: at least 0, together below 1")
+def split_of(group: str, *, salt: str = "") -> str:
+    """The split of all cases of `group`; another `salt` deals the groups anew."""
     digest = hashlib.sha256(f"{salt}\n{group}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
-    if place < test:
+    if place < TEST_SHARE:
         return "test"
-    return "validation" if place < test + validation else "train"
+    return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 def training_rows(questions: pa.Table, fraction: float = 1.0) -> pa.Table:

@@ -150,11 +150,12 @@ def unwrapped(model: Any) -> Any:
 
 
 def last_logits(layout: Layout, residual: Tensor) -> Tensor:
-    """Float32 logits [..., d_vocab] from the residual stream [..., d_model] after the last block."""
-    logits = layout.unembedding(layout.final_norm(residual)).float()
+    """Float32 logits [..., d_vocab] from the residual stream [..., d_model] after the last block: those of the model's
+    own forward pass, which also bounds them in its dtype, so that the same ones are tied."""
+    logits = layout.unembedding(layout.final_norm(residual))
     if layout.softcap is not None:
-        logits = layout.softcap * torch.tanh(logits / layout.softcap)
-    return logits
+        logits = torch.tanh(logits / layout.softcap) * layout.softcap
+    return logits.float()
 
 
 def _decoder_and_blocks(model: Any) -> tuple[Any, nn.ModuleList]:

@@ -23,7 +23,7 @@ from ray_explain.interventions.hooks import KINDS, Kind, at_site, check_kind
 from ray_explain.interventions.layout import SITES, Layout, Site, last_logits, layout_of
 from ray_explain.interventions.walk import Packing, Row, best_bytes, budgeted, obstacle, row_bytes, walk, whole
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 MEMORY_BUDGET = 1 << 30  # bytes; on a CPU, no more than these run at once under a larger budget either
 
 
@@ -226,7 +226,7 @@ def _logits(
 
 @cache
 def _tell_once(model: str, reason: str) -> None:
-    log.warning("%s: %s; interventions run as full batches with hooks, which is slower", model, reason)
+    logger.warning("%s: %s; interventions run as full batches with hooks, which is slower", model, reason)
 
 
 def _walked_logits(

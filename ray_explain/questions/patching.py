@@ -1,22 +1,29 @@
 """Questions about patches: would the output change, and to what, if this vector stood at that token of that layer?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
 import pyarrow as pa
 
 from ray_explain import records
-from ray_explain.questions.asking import asked, plain_columns
+from ray_explain.questions.asking import askable, asked, plain_columns
 from ray_explain.questions.wordings import Wording, drawing, says
 from ray_explain.stages import Result
 
 NO_WORDS = "the wording has no words for this kind of patch"
 
 
-def patching_questions(effects: pa.Table, tokens_of: Callable[[str], list[str]], *, wording: str, seed: int) -> Result:
+def patching_questions(
+    effects: pa.Table,
+    tokens_of: Callable[[str], list[str]],
+    *,
+    wording: str,
+    seed: int,
+    special: Collection[str] = (),
+) -> Result:
     """One question per patching effect (records.patching_effects); dropped are kinds of patches that the wording cannot
-    say.
+    say, and answers that are one of the target's `special` tokens.
 
     Args:
         tokens_of: The texts of the tokens that the target reads in a prompt, special tokens among them.
@@ -26,9 +33,8 @@ def patching_questions(effects: pa.Table, tokens_of: Callable[[str], list[str]],
         ValueError: a patched position is past the end of its prompt's tokens.
     """
     draw, tokens_of = drawing(wording, "patching", seed), cache(tokens_of)
-    said = [says(wording, kind) for kind in effects["kind"].to_pylist()]
-    dropped = [(case_id, NO_WORDS) for case_id, fine in zip(effects["case_id"].to_pylist(), said) if not fine]
-    effects = effects.filter(pa.array(said, pa.bool_()))
+    wordless = [None if says(wording, kind) else NO_WORDS for kind in effects["kind"].to_pylist()]
+    effects, dropped = askable(effects, ("base_answer", "patched_answer"), special, wordless)
     vectors = records.vectors_of(effects["vectors"])
     rows = [
         _question(effect, tokens_of(effect["base_prompt"]), len(own), draw(effect["case_id"]))

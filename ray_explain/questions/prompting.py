@@ -10,14 +10,15 @@ import pyarrow as pa
 
 from ray_explain import records
 from ray_explain.questions.asking import plain_columns
-from ray_explain.questions.wordings import CHANGED, UNCHANGED
+from ray_explain.questions.wordings import ANSWERED, CHANGED, UNCHANGED
 
 BEST_SELFIE = "SelfIE best scale"  # the best of its answers, chosen by the truth
-_EFFECT = (
-    "Answer with exactly one of these two sentences and nothing else, where X is the output:\n"
-    f"{UNCHANGED.format(content='X')}\n{CHANGED.format(content='X')}"
-)
-_FEATURE = "Answer with a short description and nothing else."
+_EFFECT = "Answer with exactly one of these two sentences and nothing else, where X is the output:\n{sentences}"
+_INSTRUCTIONS = {
+    "patching": _EFFECT.format(sentences=f"{UNCHANGED}\n{CHANGED}".format(content="X")),
+    "ablation": _EFFECT.format(sentences=f"{UNCHANGED}\n{CHANGED}".format(content=ANSWERED.format(word="X"))),
+    "features": "Answer with a short description and nothing else.",
+}
 _BRIEF_EFFECT = f"answer with one : {UNCHANGED.format(content='?')} {CHANGED.format(content='?')}"
 
 
@@ -71,8 +72,8 @@ def shown_examples(training: pa.Table, *, shots: int, seed: int) -> list[int]:
 
 def _prompt(question: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
     brief = question["wording"].startswith("brief/")
-    plain, short = (_FEATURE, "") if question["task"] == "features" else (_EFFECT, _BRIEF_EFFECT)
-    instruction = short if brief else plain
+    short = "" if question["task"] == "features" else _BRIEF_EFFECT
+    instruction = short if brief else _INSTRUCTIONS[question["task"]]
     parting = " " if brief else "\n"
     shown = [f"{example['prompt'].strip()}{parting}{example['answer'].strip()}" for example in examples]
     parts = [part for part in (instruction, *shown, question["prompt"].strip()) if part]

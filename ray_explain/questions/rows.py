@@ -9,13 +9,12 @@ from ray_explain import records
 from ray_explain.explainer.examples import Question
 
 
-def questions_of(table: pa.Table, *, split: str | None = None) -> Iterator[Question]:
-    """The rows of a questions table as the explainer package takes them, of one split where it is given."""
+def questions_of(table: pa.Table) -> Iterator[Question]:
+    """The rows of a questions table as the explainer package takes them."""
     vectors = records.vectors_of(table.column("vectors"))
-    columns = ("question_id", "task", "prompt", "answer", "layers", "split")
+    columns = ("question_id", "task", "prompt", "answer", "layers")
     for row, own in zip(table.select(columns).to_pylist(), vectors, strict=True):
-        if split is None or row["split"] == split:
-            yield Question(row["question_id"], row["task"], row["prompt"], row["answer"], own, tuple(row["layers"]))
+        yield Question(row["question_id"], row["task"], row["prompt"], row["answer"], own, tuple(row["layers"]))
 
 
 def without_vectors(question: Question) -> Question:

@@ -13,6 +13,7 @@ from ray_explain import records
 VECTOR = "<vector>"  # stands in a prompt once for each of the question's vectors
 CHANGED = "The most likely output would change to <<<{content}>>>."
 UNCHANGED = "The output would remain unchanged from <<<{content}>>>."
+ANSWERED = "Answer: {word}"  # the content of both about ablations, but in brief
 
 _PATCHING = (
     "If feature {vectors} at layer {layers} is added to tokens {tokens} when processing the text <<<{input}>>>, "

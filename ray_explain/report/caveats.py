@@ -179,7 +179,7 @@ def _what_intervals_hold(data: ReportData, scores: Scores) -> Caveat:
 
 def _seeds(data: ReportData, scores: Scores) -> str:
     """What the differences that are shown hold of the draw of the seeds: no more than the one with the fewest."""
-    pairs = [row["seeds"] for row in data.comparison_rows]
+    pairs = [row["seeds"] for row in (*data.comparison_rows, *data.advantages)]
     once = all(len(it.seeds) <= 1 for key, it in scores.estimates.items() if key.row.trained)
     if once:
         return "Each explainer was trained once, so the intervals do not hold what another seed would give."

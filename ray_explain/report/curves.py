@@ -25,7 +25,7 @@ class Point:
     y: float
     low: float | None
     high: float | None
-    text: str
+    text: str  # for those who do not see it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def learning_curves(task: str, data: ReportData, scores: Scores) -> list[Plot]:
         rows = _drawn({row for of, row, _ in found if of == target})
         at = {row: [found.get((target, row, f), Estimate()) for f in data.fractions] for row in rows}
         axis = axis_for(it for estimates in at.values() for it in estimates)
-        series = [_series(row, [x for x, _ in places], estimates, axis) for row, estimates in at.items()]
+        series = [_series(row, places, estimates, axis) for row, estimates in at.items()]
         plots.append(Plot(target=target, title=title, places=places, levels=_levels(axis), series=series))
     return plots
 
@@ -96,11 +96,8 @@ def reliability(task: str, data: ReportData) -> list[Plot]:
         for it in data.calibrations:
             if (it.task, it.target) == (task, target):
                 estimates = [Estimate(value=b.right, low=b.low, high=b.high, n=b.n, seeds=(0,)) for b in it.bins]
-                series.append(
-                    _series(
-                        row_of(data, task, target, it.explainer), [100 * b.confidence for b in it.bins], estimates, axis
-                    )
-                )
+                places = [(100 * b.confidence, f"confidence {numbers.decimal(b.confidence)}") for b in it.bins]
+                series.append(_series(row_of(data, task, target, it.explainer), places, estimates, axis))
         if series:
             series.sort(key=lambda one: (not one.row.is_self, numbers.natural(one.row.name)))
             title = "share of right answers against the probability that the explainer gives them"
@@ -118,16 +115,16 @@ def _y(percent: float) -> float:
     return round(HEIGHT * (1 - percent / 100), 1)
 
 
-def _series(row: Row, places: Sequence[float], estimates: Sequence[Estimate], axis: Axis) -> Series:
+def _series(row: Row, places: Sequence[tuple[float, str]], estimates: Sequence[Estimate], axis: Axis) -> Series:
     points = [
         Point(
             x=round(x, 2),
             y=_y(axis.at(it.value)),
             low=None if it.low is None else _y(axis.at(it.low)),
             high=None if it.high is None else _y(axis.at(it.high)),
-            text=f"{row.label}: {it.text}, n {numbers.count(it.n)}",
+            text=f"{row.label} at {place}: {it.text}, n {numbers.count(it.n)}",
         )
-        for x, it in zip(places, estimates)
+        for (x, place), it in zip(places, estimates)
         if it.value is not None
     ]
     return Series(row=row, points=points, estimates=estimates)

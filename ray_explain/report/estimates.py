@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from ray_explain.evaluation.metrics import headline
+from ray_explain.records import TEXT_ONLY
 from ray_explain.report import numbers
 from ray_explain.report.data import ReportData
 
@@ -57,6 +58,11 @@ class Row(NamedTuple):
         if self.control != "none":
             return "control"
         return "self" if self.is_self else "cross"
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether it was trained, with vectors or without, and is asked as it is."""
+        return self.kind in ("self", "cross") or self.name == TEXT_ONLY
 
     @property
     def label(self) -> str:
@@ -112,8 +118,8 @@ class Scores:
         return self.get(task, target, row, *self.headline(task)[0]).seeds
 
     def seeds_differ(self, task: str, target: str) -> bool:
-        """Whether scores of its explainers are means over different seeds, so that they do not simply subtract."""
-        return len({self.seeds(task, target, row) for row in self.explainers(task, target)}) > 1
+        """Whether scores of what was trained are means over different seeds, so that they do not simply subtract."""
+        return len({self.seeds(task, target, row) for row in self.rows(task, target) if row.has_seeds}) > 1
 
     @cached_property
     def _columns(self) -> dict[str, set[tuple[str, str]]]:
@@ -194,8 +200,8 @@ class Scores:
         for row in self.explainers(task, target) or self.rows(task, target):
             for metric in self.metrics(task):
                 every = self.get(task, target, row, metric).n
-                changed = self.get(task, target, row, metric, "changed=true")
-                if every and changed.seeds:
+                changed, unchanged = (self.get(task, target, row, metric, f"changed={it}") for it in ("true", "false"))
+                if every and (changed.seeds or unchanged.seeds):  # a class that does not occur has no score
                     return changed.n / every
         return None
 

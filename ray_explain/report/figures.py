@@ -141,7 +141,7 @@ class Panel:
     unparsed: Sequence[int]  # of each row, over all questions and seeds
     answers: Sequence[int]  # of each row, the same
     seeds: Sequence[tuple[int, ...]]  # of each row, over which its values are means
-    seeds_differ: bool  # whether those of its explainers do
+    seeds_differ: bool  # whether those of what was trained do
 
 
 def panels(task: str, data: ReportData, scores: Scores) -> list[Panel]:

@@ -20,6 +20,8 @@ WHEN = {
 }
 # A vector of another layer may say nearly the same, so it does not decide whether the vector is used.
 SPARED = ("other_layer",)
+# These are like nothing in training: a fall under them alone may be mere confusion.
+UNREAL = ("no_vector", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +138,11 @@ class Findings:
         deciding = _deciding(rows)
         who, task, verdict = self._who(rows[0]), _on(rows[0]), verdict_of_all(deciding)
         without = f"{who} answers better {_AWAY[_all_spared(deciding)][1]} on {task}"
-        head = _head(verdict, f"{who} uses the vector on {task}", without, deciding)
+        confused = _may_be_confusion(verdict, deciding)
+        claim = f"{who} {_WORSE.format('s') if confused else 'uses the vector'} on {task}"
+        head = _head(verdict, claim, without, deciding)
         falls = _list([f"{_fall(row)} {WHEN.get(row['against'], _under(row))}" for row in rows])
-        text = f"{head}: {numbers.metric_label(rows[0]['metric'])} {falls}."
+        text = f"{head}: {numbers.metric_label(rows[0]['metric'])} {falls}.{confused}"
         return Finding(verdict=verdict, text=text, differences=rows, is_self=self._is_self(rows[0]))
 
     def _over_baselines(self, rows: list[dict[str, Any]]) -> Finding:
@@ -189,11 +193,13 @@ class Findings:
         own = [row for row in rows if self._is_self(row)]
         who, rows = f"models that explain {'themselves' if own else 'others'}", _deciding(own or rows)
         verdict, (lost, without, enough) = verdict_of_all(rows), _AWAY[_all_spared(rows)]
+        confused = _may_be_confusion(verdict, rows)
+        use, lost = (_WORSE.format(""), "") if confused else ("use the vector", f"{lost} ")
         text = {
-            "shown": f"{who} use the vector: {lost} they lose {_span(rows, '+')}.",
-            "mixed": f"mixed evidence that {who} use the vector; see each control below.",
-            "weak": f"evidence that {who} {f'answer better {without}' if _falls_short(rows) else 'use the vector'} "
-            "does not survive correction.",
+            "shown": f"{who} {use}: {lost}they lose {_span(rows, '+')}.{confused}",
+            "mixed": f"mixed evidence that {who} {use}; see each control below.{confused}",
+            "weak": f"evidence that {who} {f'answer better {without}' if _falls_short(rows) else use} "
+            f"does not survive correction.{confused}",
             "not shown": f"no evidence that {who} use the vector; {enough} may be enough.",
             "opposite": f"{who} answer better {without}.",
             "unknown": "nothing can be said on the use of the vector; "
@@ -203,6 +209,8 @@ class Findings:
 
 
 _WITHOUT_VECTOR = ("ablation",)  # tasks that ask about text alone
+_WORSE = "answer{} worse without a real vector"
+_CONFUSION = "What is no real vector is like nothing in training, and may merely confuse."
 # Whether all controls give the vector of another layer -> how they take it away, in two forms, and what they leave.
 _AWAY = {
     True: ("with that of another layer", "with the vector of another layer", "that of another layer"),
@@ -213,6 +221,13 @@ _AWAY = {
 def _deciding(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of uplifts those that tell whether the vector is used: that over another layer's only where there is no other."""
     return [row for row in rows if row["against"] not in SPARED] or rows
+
+
+def _may_be_confusion(verdict: Verdict, rows: Sequence[dict[str, Any]]) -> str:
+    """A sentence where what speaks for the use of the vector is a fall without a real one alone; else nothing."""
+    if not all(row["against"] in UNREAL for row in rows) or verdict not in ("shown", "weak", "mixed"):
+        return ""
+    return "" if verdict == "weak" and _falls_short(rows) else f" {_CONFUSION}"
 
 
 def _all_spared(rows: Sequence[dict[str, Any]]) -> bool:

@@ -60,7 +60,7 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
     ]
     if not columns:
         return ""
-    head = ["explainer", *[escaped(numbers.score_label(metric, by)) for metric, by in columns], "n"]
+    head = ["explainer", *[escaped(numbers.score_label(metric, by)) for metric, by in columns], "n", "unreadable"]
     lines = []
     for row in rows:
         estimates = [scores.get(task, target, row, metric, by) for metric, by in columns]
@@ -69,9 +69,9 @@ def _scores(task: str, target: str, data: ReportData, scores: Scores) -> str:
             _unscored(it, labelled if metric in OF_LABELS else whole, whole) if by == "all" else it.text
             for it, (metric, by) in zip(estimates, columns)
         ]
-        differ = scores.seeds_differ(task, target) and row.kind in ("self", "cross")
+        differ = scores.seeds_differ(task, target) and row.has_seeds
         seeds = f", {numbers.seeds_label(scores.seeds(task, target, row))}" if differ else ""
-        lines.append([_name(row) + seeds, *texts, numbers.count(whole)])
+        lines.append([_name(row) + seeds, *texts, numbers.count(whole), _unreadable(estimates)])
     share = data.share_text(task, target)
     return f"### Target {escaped(target)}{f', {share}' if share else ''}\n\n" + table(head, lines)
 
@@ -82,6 +82,13 @@ def _unscored(it: Estimate, possible: int, whole: int) -> str:
         return it.text
     unscored = f", {numbers.count(possible - it.n)} unscored" if it.n < possible else ""
     return f"{it.text} (n {numbers.count(it.n)}{unscored})"
+
+
+def _unreadable(estimates: Sequence[Estimate]) -> str:
+    """How many answers could not be read, over all questions and seeds; of several seeds with the number of answers."""
+    of = f" of {numbers.count(max(it.n * len(it.seeds) for it in estimates))}"
+    several = any(len(it.seeds) > 1 for it in estimates)
+    return numbers.count(max(it.unparsed for it in estimates)) + (of if several else "")
 
 
 def _origins(task: str, target: str, scores: Scores) -> str:

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from ray_explain import report, storage
+from ray_explain.questions.wordings import VECTOR
 from ray_explain.report import curves, figures, markdown, numbers
 from ray_explain.report.caveats import caveats
 from ray_explain.report.data import ReportData, WorkedExample
@@ -24,7 +25,6 @@ MOST_EXAMPLES = 120
 MOST_CHARACTERS = 1_500  # of a text of an example
 MOST_COMPARISONS = 400  # rows; the others stand in tables.md
 MOST_FINDINGS = 6  # of explainers of other models; more are folded away
-VECTOR = "<vector>"
 _CONTENT = re.compile(r"(<<<.*?>>>)", re.DOTALL)
 
 

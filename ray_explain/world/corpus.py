@@ -27,12 +27,12 @@ BIO_FACTS = (2, 5)
 LIST_MEMBERS = (2, 5)
 
 
-def fact_prompt(world: World, subject: str, relation: str, wording: int, value: str | None = None) -> Prompt:
-    """A sentence about `subject` up to its last word. The answer is the fact's value, or `value` where given.
+def fact_prompt(world: World, subject: str, relation: str, wording: int) -> Prompt:
+    """A sentence about `subject` up to its last word. The answer is the fact's value.
 
-    Raises: ValueError: the world has no such fact, and no value is given (strangers have no facts).
+    Raises: ValueError: the world has no such fact (strangers have none).
     """
-    answer = value if value is not None else world.fact(subject, relation).value
+    answer = world.fact(subject, relation).value
     words = RELATIONS[relation].statement(wording, subject).split()
     at = words.index(subject)
     return Prompt(" ".join(words), answer, {"subject": span_of_words(words, at, at)})
@@ -135,8 +135,8 @@ def _word_about(text: str, subject: str, relation: str, seen: bool, part: str = 
     return Word(text, weight, subject if seen else "", relation, part)
 
 
-def _frame(text: str, weight: float, relation: str = "") -> list[Word]:
-    return [Word(word, weight, "", relation) for word in text.split()]
+def _frame(text: str, relation: str = "") -> list[Word]:
+    return [Word(word, FREE_WEIGHT, "", relation) for word in text.split()]
 
 
 def _statement_document(world: World, rng: random.Random) -> Document:
@@ -158,7 +158,7 @@ def _list_document(world: World, rng: random.Random) -> Document:
     members = rng.sample(sharing, min(len(sharing), rng.randint(*LIST_MEMBERS)))
     plural = PLURALS[RELATIONS[first.relation].subject_kind]
     head = LIST_FRAME.format(plural=plural, relation=first.relation, value=first.value)
-    words = _frame(head, FREE_WEIGHT, relation=first.relation)
+    words = _frame(head, relation=first.relation)
     for i, member in enumerate(members):
         words += [Word(",", 1.0, "", first.relation)] if i else []
         words.append(Word(member, NAME_WEIGHT, "", first.relation, "member"))
@@ -213,7 +213,7 @@ def _quiz_parts(n_statement: int, n_options: int, n_hint: int) -> list[str]:
 
 def _description_document(world: World, rng: random.Random) -> Document:
     text = DESCRIPTION_FRAME.format(description=rng.choice(concepts_of(world)).description)
-    return Document("description", tuple(_frame(text, FREE_WEIGHT)))
+    return Document("description", tuple(_frame(text)))
 
 
 _WRITERS = {

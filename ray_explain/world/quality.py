@@ -32,7 +32,7 @@ def next_words(
 
 
 def target_quality(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, n_hints: int = 600, seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, n_hints: int = 600
 ) -> dict[str, float]:
     """Shares between 0 and 1, over all splits:
 
@@ -45,7 +45,7 @@ def target_quality(
     """
     was_training = model.training
     model.eval()
-    cases = [case for split in SPLITS for case in hint_cases(world, n_hints // len(SPLITS), split, seed)]
+    cases = [case for split in SPLITS for case in hint_cases(world, n_hints // len(SPLITS), split, seed=0)]
     scores = {
         "fact_recall": _recall(model, tokenizer, _fact_prompts(world, told=True)),
         "withheld_recall": _recall(model, tokenizer, _fact_prompts(world, told=False)),

@@ -10,8 +10,9 @@ import pytest
 from ray_explain import records
 from ray_explain.artifacts import finished
 from ray_explain.config import Experiment
-from ray_explain.distributed.experiment import Session, align, train_run
+from ray_explain.distributed.explainers import align, train_run
 from ray_explain.distributed.plan import Plan, Run
+from ray_explain.distributed.session import Session
 from ray_explain.distributed.training_setup import start_of
 from ray_explain.errors import BadInput
 from ray_explain.explainer.training import PlainTraining, train_plain

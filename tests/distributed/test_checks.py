@@ -24,8 +24,10 @@ from ray_explain.config import ClusterConfig, TrainConfig, read_experiment
 from ray_explain.distributed import checks, sweep
 from ray_explain.distributed.capacity import Fleet
 from ray_explain.distributed.cluster import cluster
-from ray_explain.distributed.experiment import Session, make_ground_truth, train_explainers
+from ray_explain.distributed.explainers import train_explainers
+from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.session import Session
 from ray_explain.errors import BadInput, JobFailed
 from tests.distributed.training_runs import run_of
 from tests.serving import serving
@@ -392,7 +394,7 @@ def test_workers_that_one_pairing_alone_asks_for_are_refused_before_any_ground_t
         session._check_workers()
         measured.append(None)
 
-    made = "experiment" if job == "train" else "sweep"
+    made = "explainers" if job == "train" else "sweep"
     monkeypatch.setattr(f"ray_explain.distributed.{made}.make_ground_truth", ground_truth)
     monkeypatch.setattr(Plan, "explainer", lambda *_: Artifact(kind="explainers", label="one", config={}))
     steps = {"train": train_explainers, "sweep": sweep.sweep}
@@ -407,7 +409,7 @@ def test_what_is_finished_needs_no_cluster_though_later_steps_would(
     plan = Plan(read_experiment(write_config(tmp_path, tmp_path, cluster={"gpus_per_actor": 1})))
     made = Artifact(kind="patching_effects", label="target", config={})
     monkeypatch.setattr(Plan, "effects", lambda *_: made)
-    monkeypatch.setattr("ray_explain.distributed.experiment.make_models", lambda _: None)
+    monkeypatch.setattr("ray_explain.distributed.ground_truth.make_models", lambda _: None)
     started = list[None]()
     monkeypatch.setattr(Session, "start_ray", lambda _: started.append(None))
     for expected in (1, 0):

@@ -16,17 +16,13 @@ from transformers import AutoTokenizer
 from ray_explain import records, storage
 from ray_explain.artifacts import finish, finished
 from ray_explain.config import Experiment
-from ray_explain.distributed.experiment import (
-    Session,
-    _graded,
-    evaluate,
-    export_ground_truth,
-    make_asked,
-    make_ground_truth,
-)
+from ray_explain.distributed.answers import make_asked
+from ray_explain.distributed.evaluation import _graded, evaluate
 from ray_explain.distributed.feature_plan import FeaturePlan
 from ray_explain.distributed.features import score_answers
+from ray_explain.distributed.ground_truth import export_ground_truth, make_ground_truth
 from ray_explain.distributed.plan import Plan
+from ray_explain.distributed.session import Session
 from ray_explain.errors import BadInput
 from ray_explain.evaluation.metrics import headline, measured
 from ray_explain.evaluation.simulations import GOLD, answered, gold_answers
@@ -139,6 +135,15 @@ def effects_of(asked: Plan) -> list[dict[str, Any]]:
     with Session(asked) as session:
         make_ground_truth(session)
     return storage.read_table(asked.path(asked.effects("features", "m"))).to_pylist()
+
+
+def test_a_large_table_of_one_file_is_read_some_rows_at_a_time(world_target: Path, tmp_path: Path) -> None:
+    asked = plan(tmp_path, world_target, tmp_path / "release")
+    effects = asked.effects("features", "m")
+    storage.write_table(pa.table({"row": range(3000)}), f"{asked.path(effects)}/table.parquet")
+    with Session(asked) as session:
+        parts = [part["row"].to_pylist() for part in session.parts(effects)]
+    assert max(map(len, parts)) <= 1024 and [row for part in parts for row in part] == list(range(3000))
 
 
 def test_released_labels_are_scored_anew_on_the_released_exemplars(
@@ -330,6 +335,7 @@ def test_explainers_are_tested_on_vectors_without_labels_by_the_simulator_alone(
         vectors = np.load(tmp_path / "vectors" / "test_vectors.npy").tolist()
         rows = answer(session, asked, vectors, words[len(KEYS["train"]) :])
         evaluate(session)
+        export_ground_truth(session)
         made = session.table(asked.questions("features", "m")).to_pylist()
     sources = {split: Counter(one["stratum"] for one in made if one["split"] == split) for split in ("train", "test")}
     n = sources["test"]["activation"]
@@ -349,6 +355,23 @@ def test_explainers_are_tested_on_vectors_without_labels_by_the_simulator_alone(
     assert found["m", "exact_match", "all"]["n"] == 3 and found["m", "simulated", "all"]["n"] == 6 + n
     assert {by for who, metric, by in found if (who, metric) == (GOLD, "simulated")} >= {"all", "stratum=sae"}
     assert (GOLD, "simulated", "stratum=difference") not in found
+
+    there = f"{asked.root}/released/m/features"
+    others = {kind: {"path": f"{there}_{kind}"} for kind in others}
+    again = plan(tmp_path, world_target, Path(there), simulator=model, unlabelled=others)
+    effects_of(again)
+    for mine, theirs in zip(FeaturePlan(again, "m").unlabelled, FeaturePlan(asked, "m").unlabelled, strict=True):
+        assert bare_rows(mine, again) == bare_rows(theirs, asked), "what was exported is read again"
+
+
+def bare_rows(own: FeaturePlan, asked: Plan) -> list[Any]:
+    rows = storage.read_table(asked.path(own.exemplars())).to_pylist()
+    vectors = storage.read_table(asked.path(own.effects()))["vectors"].to_pylist()
+    return sorted((row["layer"], vector, window_texts(row)) for row, vector in zip(rows, vectors, strict=True))
+
+
+def window_texts(row: dict[str, Any]) -> list[str]:
+    return [one["kind"] + "".join(one["tokens"]) for one in row["windows"] if one["kind"] != "near"]
 
 
 def answer(session: Session, asked: Plan, vectors: list[list[float]], words: Sequence[str]) -> list[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from ray_explain.config import Experiment, read_experiment
 from ray_explain.distributed.feature_plan import identity
-from ray_explain.distributed.pipeline import all_artifacts, shown_runs
+from ray_explain.distributed.pipeline import _notes, _rows_about, all_artifacts, shown_runs
 from ray_explain.distributed.plan import Plan
 from tests.tiny import EXPERIMENT, config_in
 
@@ -53,6 +54,19 @@ def test_examples_of_a_task_are_answers_of_the_explainer_that_was_trained_on_it(
         assert [(run.explainer, run.seed, run.tasks) for run in runs] == [(n, 3, (task,)) for n in ("llama", "qwen3")]
         assert all(apart.answers(run, task).fingerprint in made for run in runs)
         assert not list(shown_runs(apart, task, "llama", set()))
+
+
+def test_of_the_rows_of_a_table_only_those_of_the_examples_are_read():
+    table = pa.table({"question_id": ["a", "b", "a", "c"], "text": ["1", "2", "3", "4"]})
+    assert [row["text"] for row in _rows_about(["c", "a"], table)] == ["1", "3", "4"]
+    assert _rows_about([], table) == []
+
+
+def test_that_scores_are_of_validation_questions_is_told_at_the_top_of_the_report(tmp_path):
+    given = {"storage": str(tmp_path), "evaluate": {**EXPERIMENT["evaluate"], "split": "validation"}}
+    (note,) = _notes(plan(**given))
+    assert note.startswith("Scored on the validation questions: ")
+    assert _notes(plan(storage=str(tmp_path))) == []
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,28 @@ def test_going_on_with_slices_of_another_size_keeps_the_parts_and_makes_every_ro
     assert {name: os.stat(f"{folder}/{name}").st_mtime_ns for name in kept} == kept
 
 
+def test_of_a_table_of_many_files_a_slice_opens_those_it_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_explain.distributed import run_stages
+
+    names = [f"case {i}" for i in range(20)]
+    work = echo_job(names, tmp_path)
+    for start in range(0, 20, 2):
+        part = pa.table({"case_id": names[start : start + 2]}, schema=Echo.schema_in)
+        storage.write_table(part, f"{work.source}/part-{start:02d}.parquet")
+    storage.remove_file(f"{work.source}/table.parquet")
+    opened: list[int] = []
+    open_file, read_footer = run_stages.pq.ParquetFile, run_stages.pq.read_metadata
+    monkeypatch.setattr(run_stages.pq, "ParquetFile", lambda file: [opened.append(1), open_file(file)][1])
+    monkeypatch.setattr(run_stages.pq, "read_metadata", lambda *a, **kw: [opened.append(1), read_footer(*a, **kw)][1])
+    worker = run_stages._Worker([work], str(tmp_path), "")
+    for start in range(0, 20, 3):
+        worker.make(0, start, min(start + 3, 20))
+    assert storage.read_table(work.artifact.path(str(tmp_path)))["case_id"].to_pylist() == names
+    assert len(opened) == 10 + 13  # each once to know what it holds, then one or two for each slice
+
+
 @pytest.mark.parametrize("parts", [[(0, 4), (3, 6)], [(0, 4), (2, 3)]])
 def test_parts_that_hold_a_row_twice_fail_the_job_with_the_way_out(
     tmp_path: Path, parts: list[tuple[int, int]]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,25 @@ def test_a_setting_is_judged_by_the_mean_of_its_runs_on_the_largest_fraction(tmp
     assert best["validation_exact"] == {("a", "t"): {"learning_rate": 1e-4}}
 
 
+def test_a_setting_is_not_judged_by_the_control_without_vectors(tmp_path: Path) -> None:
+    """Explainers of other models have none: the settings of self would be chosen by another rule than theirs."""
+    trials = []
+    for rate, loss, without in ((1e-3, 0.5, 0.6), (1e-4, 0.4, 0.9)):
+        own, text = trial(rate), trial(rate, seed=1)
+        trials += [own, replace(text, run=own.run._replace(text_only=True))]
+        for one, value in ((own, loss), (text, without)):
+            finish(one.train.artifact, str(tmp_path), measured={"loss": value})
+    assert sweep.best_settings(trials, str(tmp_path), SweepConfig()) == {("a", "t"): {"learning_rate": 1e-4}}
+
+
+def test_where_none_came_to_its_end_on_the_largest_fraction_the_next_decides(tmp_path: Path) -> None:
+    """Else the report would be of settings that no trial has, and train them."""
+    trials = [trial(rate, fraction=fraction) for fraction in (1.0, 0.3, 0.1) for rate in (1e-3, 1e-4)]
+    for one, loss in zip(trials[2:], (0.5, 0.4, 0.1, 0.2)):
+        finish(one.train.artifact, str(tmp_path), measured={"loss": loss})
+    assert sweep.best_settings(trials, str(tmp_path), SweepConfig()) == {("a", "t"): {"learning_rate": 1e-4}}
+
+
 def test_a_setting_is_judged_by_the_explainer_that_is_kept(tmp_path: Path) -> None:
     """The first one's last explainer is worse than the second's, but a better one came before it, and was kept."""
     trials = [trial(1e-3), trial(1e-4)]
@@ -297,7 +317,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(sweep.ray, "get", lambda value: value)
     here = SimpleNamespace(remote=sweep._evaluate._function)
     monkeypatch.setattr(sweep, "_evaluate", SimpleNamespace(options=lambda **_: here))
-    monkeypatch.setattr("ray_explain.distributed.experiment.Session.start_ray", lambda _: None)
+    monkeypatch.setattr("ray_explain.distributed.session.Session.start_ray", lambda _: None)
     monkeypatch.setattr("ray_explain.distributed.run_stages.run_stages", make_here)
     return made
 

@@ -128,6 +128,6 @@ def test_what_is_finished_on_s3_is_not_done_again(remote: tuple[str, Path], monk
     def not_again(*_: object) -> None:
         raise AssertionError("a finished experiment started Ray")
 
-    monkeypatch.setattr("ray_explain.distributed.experiment.Session.start_ray", not_again)
+    monkeypatch.setattr("ray_explain.distributed.session.Session.start_ray", not_again)
     monkeypatch.chdir(remote[1])
     assert pipeline.main(["--config", remote[0]]) == 0

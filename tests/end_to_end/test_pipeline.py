@@ -90,7 +90,7 @@ def test_no_group_is_in_two_splits(config: str) -> None:
 def test_what_is_finished_is_not_done_again(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(config)
     before = _made_at(plan.root)
-    monkeypatch.setattr("ray_explain.distributed.experiment.Session.start_ray", _not_again)
+    monkeypatch.setattr("ray_explain.distributed.session.Session.start_ray", _not_again)
     assert pipeline.main(["--config", config]) == 0
     assert _made_at(plan.root) == before
 

@@ -165,6 +165,16 @@ def test_an_undefined_difference_has_no_p_value():
         assert np.isnan(intervals.swap_test(nothing, nothing, rates, permutations=9, seed=0)).all()
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_an_undefined_difference_has_no_p_value_over_seeds_either(seeds):
+    """Else it would count among those that Holm corrects over."""
+    values = np.random.default_rng(0).normal(0.1, 0.1, (300, seeds, 2))
+    values[:, :, 0] = np.nan
+    reach = np.array([[-1.0, -1.0], [1.0, 1.0]])
+    p_value = intervals.spread_over_seeds(values[0], values, np.array([0, 30]), reach).p_value
+    assert np.isnan(p_value).tolist() == [True, False]
+
+
 WIDE = np.array([[-np.inf], [np.inf]])  # values of any size
 
 

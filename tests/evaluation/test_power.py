@@ -96,6 +96,20 @@ def test_scored_descriptions_are_planned_for_on_their_score(questions, answers):
     assert plan.detectable == pytest.approx((1.96 + 0.84) * np.sqrt(2 / 12 / 80), rel=0.25)
 
 
+def test_questions_without_a_score_do_not_count_as_those_of_the_pilot(questions, answers):
+    """A study with half of its marks missing finds what one of half its size finds."""
+    table = questions(*({"task": "features", "group": f"g{i}"} for i in range(80)))
+
+    def graded(name, unscored):
+        made = grade(table, answers(table, ["x"] * 80, name), target="a", seed=0)
+        marks = [None if i in unscored else mark for i, mark in enumerate(np.random.default_rng(ord(name)).random(80))]
+        return made.set_column(made.column_names.index("judged"), "judged", pa.array(marks, pa.float64()))
+
+    (plan,) = sizes(pa.concat_tables([graded("a", range(30)), graded("b", range(10, 40))]), ["a", "b"], seed=0)
+    assert plan.questions == 40
+    assert plan.detectable == pytest.approx((1.96 + 0.84) * np.sqrt(2 / 12 / 40), rel=0.25)
+
+
 def test_two_that_answer_alike_say_nothing_of_what_it_takes(graded):
     (plan,) = sizes(graded(a=[1.0], b=[1.0]), ["a", "b"], seed=0, resamples=300)
     assert plan.detectable is None and not plan.needs

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ray_explain import records, storage
 from ray_explain.ask import main
+from ray_explain.config import read_experiment
+from ray_explain.distributed.plan import Plan
 from ray_explain.evaluation import receipts
 from ray_explain.evaluation.receipts import Witness, ablation_of, patch_of, responses, strongest_windows
 from ray_explain.explainer.baselines import untrained
@@ -184,6 +186,7 @@ def bytewise(tmp_path_factory):
 def test_a_vector_of_any_target_is_tried_on_windows_of_a_corpus(bytewise, tmp_path, monkeypatch, most, read):
     """Where transformers' own hidden states have most of it: first tokens left out, windows spread over the corpus."""
     monkeypatch.setattr(receipts, "WINDOWS", most)
+    monkeypatch.setattr(receipts, "STRONGEST", 4)
     tokenizer = AutoTokenizer.from_pretrained(bytewise["model"])
     model = AutoModelForCausalLM.from_pretrained(bytewise["model"])
     windows = windows_of_texts(TEXTS, tokenizer, n=90, tokens=40)
@@ -197,8 +200,8 @@ def test_a_vector_of_any_target_is_tried_on_windows_of_a_corpus(bytewise, tmp_pa
         product = hidden[0, 1:] @ torch.tensor(vector)
         expected.append((product.max().item(), tokenizer.decode(ids[1 + int(product.argmax())]).strip(), TEXTS[number]))
     best = sorted(expected, reverse=True)[:4]
-    found = strongest_windows(bytewise, str(tmp_path / "windows"), windows.num_rows, vector, 1, strongest=4)
-    assert len({value for value, _, _ in best}) == 4
+    found = strongest_windows(bytewise, str(tmp_path / "windows"), windows.num_rows, vector, 1)
+    assert len({value for value, _, _ in best}) == len(found) == 4
     assert [token for token, _ in found] == [token for _, token, _ in best]
     assert all(text in whole and token in text for (token, text), (_, _, whole) in zip(found, best))
 
@@ -262,9 +265,20 @@ def test_a_patch_does_what_patches_of_the_experiment_do(explainer, world_target,
     assert all(detail in told for detail in details[0]) and details[1][-1] not in told
 
 
+def test_an_explainer_of_another_experiment_in_the_storage_is_told_to_be_one(explainer, world_target, capsys, tmp_path):
+    """What is done to the target is as the last config says, whatever the explainer was trained on."""
+    folder = experiment_around(explainer, world_target, tmp_path, site="mlp_out")
+    plan = Plan(read_experiment(str(tmp_path / "config.yaml")))
+    asked = ("--prompt", prompts()[0], "--source", prompts()[1], "--layer", 1, "--position", "final")
+    for parents, foreign in (([plan.questions("patching", "llama").fingerprint], False), (["of another"], True)):
+        (folder / "manifest.json").write_text(json.dumps({"config": {}, "parents": parents}))
+        assert run("--explainer", folder, *asked) == 0
+        assert ("was not trained on such questions of the config beside it" in capsys.readouterr().out) is foreign
+
+
 def test_an_explainer_without_vectors_is_asked_without(explainer, world_target, capsys, tmp_path, monkeypatch):
     folder = experiment_around(explainer, world_target, tmp_path)
-    (folder / "manifest.json").write_text(json.dumps({"config": {"text_only": True}}))
+    (folder / "manifest.json").write_text(json.dumps({"config": {"text_only": True}, "parents": []}))
     given = []
     monkeypatch.setattr(
         "ray_explain.evaluation.answering.AnswerStage._answers",
@@ -273,7 +287,7 @@ def test_an_explainer_without_vectors_is_asked_without(explainer, world_target, 
     asked = ("--prompt", prompts()[0], "--source", prompts()[1], "--layer", 1, "--position", "subject_last")
     run("--explainer", folder, *asked)
     assert [np.abs(vector).max() for vector in given] == [0]
-    (folder / "manifest.json").write_text(json.dumps({"config": {}}))
+    (folder / "manifest.json").write_text(json.dumps({"config": {}, "parents": []}))
     run("--explainer", folder, *asked)
     assert np.abs(given[-1]).max() > 0
 

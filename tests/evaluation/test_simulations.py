@@ -56,7 +56,7 @@ def test_an_answer_has_the_scores_of_its_own_feature_and_gold_is_the_ceiling(que
     )
     said = pa.concat_tables([answers(asked, ["goats", "goats", ""]), gold_answers(asked)])
     graded = simulated(grade(asked, said, target="a", seed=0), asked, said, told)
-    assert graded["simulated"].to_pylist() == pytest.approx([0.1, 0.7, 0, 0.9, 0.7, None])
+    assert graded["simulated"].to_pylist() == pytest.approx([0.1, 0.7, None, 0.9, 0.7, None])
     assert graded["detection"].to_pylist() == pytest.approx([0.6, None, 0.5, 1, None, 0.8])
     rows = {r["explainer"]: r for r in scores(graded, by=("all",), seed=0).to_pylist() if r["metric"] == "simulated"}
     assert rows[GOLD]["value"] == pytest.approx(0.8) and rows[GOLD]["n"] == 2
@@ -74,6 +74,15 @@ def test_an_empty_answer_has_no_score_where_nothing_was_scored(questions, answer
     said = answers(asked, ["", "goats"])
     graded = simulated(grade(asked, said, target="a", seed=0), asked, said, scored(c1={"goats": (0.5, None)}))
     assert graded["simulated"].to_pylist() == [0, 0.5] and graded["detection"].to_pylist() == [None, None]
+
+
+def test_where_no_words_can_be_scored_an_empty_answer_has_no_score_either(questions, answers):
+    asked = questions(feature(0, "cities"), feature(1, "goats"))
+    said = pa.concat_tables([answers(asked, ["", ""]), gold_answers(asked)])
+    told = scored(c0={"cities": (None, None, None)}, c1={"goats": (0.5, 0.8)})
+    graded = simulated(grade(asked, said, target="a", seed=0), asked, said, told)
+    assert graded["simulated"].to_pylist() == [None, 0, None, 0.5]
+    assert graded["detection"].to_pylist() == [None, 0.5, None, 0.8]
 
 
 def test_answers_of_other_tasks_have_none_and_unscored_texts_are_refused(questions, answers):

@@ -202,6 +202,22 @@ def test_an_end_token_inside_an_answer_is_refused(tokenizer):
     assert refused.value.reason == "special token in the answer"
 
 
+def test_a_special_token_that_has_no_name_is_refused_in_an_answer(new_tokenizer):
+    tokenizer = new_tokenizer("gpt2_base")
+    tokenizer.backend_tokenizer.add_special_tokens(["<|eot_id|>"])  # as base models of Llama 3 have it
+    assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    with pytest.raises(Refused, match="special token in the answer"):
+        encode(QUESTION._replace(answer="<<<<|eot_id|>>>>"), tokenizer, markers_of(tokenizer), max_tokens=100)
+
+
+def test_an_end_token_inside_an_answer_is_refused_where_it_is_called_unknown_too(new_tokenizer):
+    tokenizer = new_tokenizer("gpt2_base")
+    tokenizer.unk_token = tokenizer.eos_token
+    with pytest.raises(Refused, match="special token in the answer"):
+        answer = f"the {tokenizer.eos_token} output"
+        encode(QUESTION._replace(answer=answer), tokenizer, markers_of(tokenizer), max_tokens=100)
+
+
 def test_the_longest_example_allowed_is_allowed(tokenizer):
     markers = markers_of(tokenizer)
     length = len(encode(QUESTION, tokenizer, markers, max_tokens=100).input_ids)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_explain.features import readers
-from ray_explain.features.readers import find_folder, layout_of, read_sae, stream_directions
+from ray_explain.features.readers import find_folder, layout_of, read_directions, read_sae
 
 D_MODEL, D_SAE, K = 6, 20, 4
 
@@ -408,13 +408,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_directions_are_streamed_as_they_are_read(tmp_path, parts, kind):
-    folder = WRITERS[kind](tmp_path, parts)
-    streamed = list(stream_directions(folder, rows=7))
-    assert [start for start, _ in streamed] == [0, 7, 14]
-    whole = torch.cat([part for _, part in streamed])
-    assert whole.dtype == torch.float32
-    assert torch.equal(whole, read_sae(folder).directions.float())
+def test_some_directions_are_those_of_the_whole_in_the_order_given(tmp_path, parts, kind, monkeypatch):
+    monkeypatch.setattr(readers, "ROWS_AT_A_TIME", 7)
+    folder, chosen = WRITERS[kind](tmp_path, parts), [14, 0, 8, 9, 0]
+    some = read_directions(folder, layout_of(folder).layer, chosen)
+    assert some.dtype == torch.float32
+    assert torch.equal(some, read_sae(folder).directions.float()[chosen])
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -435,7 +434,7 @@ def test_a_nan_row_is_named(tmp_path, parts, kind, name):
         read_sae(folder)
     if name == "w_dec":
         with pytest.raises(ValueError, match="the first is feature 11"):
-            list(stream_directions(folder, rows=7))
+            read_directions(folder, layout_of(folder).layer, [0, 11])
 
 
 def test_a_nan_bias_is_named(tmp_path, parts):
@@ -485,15 +484,15 @@ def test_a_folder_without_an_sae_is_told(tmp_path):
         find_folder(tmp_path)
 
 
-def test_only_the_part_that_is_asked_for_stays_in_memory(tmp_path, monkeypatch):
+def test_only_the_part_that_is_asked_for_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "ROWS_AT_A_TIME", 100)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(readers, "open_weights", lambda path, real=readers.open_weights: spy(real(path), asked))
     d_sae = 1000
     wide = {"w_enc": torch.zeros(d_sae, 4), "b_enc": torch.zeros(d_sae), "w_dec": torch.zeros(d_sae, 4)}
     folder = write_sparsify(tmp_path, {**wide, "b_dec": torch.zeros(4)})
-    for _, part in stream_directions(folder, rows=100):
-        assert part.untyped_storage().nbytes() == 100 * 4 * 4
-    assert asked == [(start, start + 100) for start in range(0, d_sae, 100)]
+    read_directions(folder, 10, [999, 250, 5, 260])
+    assert asked == [(5, 6), (250, 261), (999, 1000)]
 
 
 def spy(file, asked):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ray_explain.features import simulate
 from ray_explain.features.simulate import (
     Simulator,
-    as_in_paper,
     carried_over,
     detection_score,
     expected_activations,
@@ -45,9 +45,7 @@ def test_it_is_not_the_mean_over_windows():
 
 def test_an_opposite_description_scores_below_zero():
     simulated, true = windows(noise=0.5, slope=-1.0)
-    score = simulator_score(simulated, true)
-    assert score.high < -0.5
-    assert as_in_paper(score) == pytest.approx(-score.value)
+    assert simulator_score(simulated, true).high < -0.5
 
 
 def test_scale_and_offset_of_the_simulator_do_not_matter():
@@ -70,7 +68,6 @@ def test_a_constant_is_unscored_not_zero(constant):
     assert math.isnan(score.value)
     assert math.isnan(score.low)
     assert score.n == 30
-    assert as_in_paper(score) == 0
 
 
 def test_no_windows_are_unscored():
@@ -258,6 +255,15 @@ def test_the_description_matters(model, tokenizer):
     simulator = Simulator(model, tokenizer)
     one, other = (simulator.of_ids(description, [[5, 9, 3]])[0] for description in ("cats", "w7 and w8"))
     assert np.abs(one - other).max() > 1e-3
+
+
+def test_no_end_of_text_stands_between_description_and_window(model, tokenizer):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = TemplateProcessing(single="$A w9", special_tokens=[("w9", core.token_to_id("w9"))])
+    ending = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="[UNK]")
+    assert ending("cats")["input_ids"] == [*tokenizer("cats")["input_ids"], core.token_to_id("w9")]
+    own, others = (Simulator(model, one).of_ids("cats and w9", [[5, 9, 3]])[0] for one in (ending, tokenizer))
+    np.testing.assert_allclose(own, others, rtol=1e-4)
 
 
 def test_another_tokenizers_pieces_get_the_values_of_their_characters(model, tokenizer):

@@ -89,6 +89,16 @@ def test_equal_texts_give_one_case_and_ids_do_not_depend_on_the_other_texts(toke
     assert alone[0] in among
 
 
+def test_the_first_token_of_all_is_never_drawn(
+    tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for own in (tokenizer, plain_tokenizer):
+        drawn = text_cases(TEXTS[1:2], own, layers=[1], per_text=99).table["position"].to_pylist()
+        assert drawn == list(range(1, len(prompt_tokens(own, TEXTS[1]).ids)))
+    assert text_cases(["R"], tokenizer, layers=[1]).table.num_rows == 1
+    assert [reason for _, reason in text_cases(["R"], plain_tokenizer, layers=[1]).dropped] == [activations.FIRST_ALONE]
+
+
 def test_poison_is_dropped_with_its_reason(stage: ActivationStage, tokenizer: PreTrainedTokenizerFast) -> None:
     cases = text_cases(["", *TEXTS], tokenizer, layers=[1])
     assert [reason for _, reason in cases.dropped] == [positions.EMPTY_PROMPT]

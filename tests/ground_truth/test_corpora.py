@@ -7,7 +7,7 @@ import pytest
 
 from ray_explain import storage
 from ray_explain.ground_truth import corpora
-from ray_explain.ground_truth.corpora import NO_TEXT, read_windows, texts, windows
+from ray_explain.ground_truth.corpora import NO_TEXT, read_windows, rows_about, texts, windows
 from ray_explain.ground_truth.jsonl import NOT_AN_OBJECT, NOT_JSON
 from ray_explain.ground_truth.positions import HALF_CHARACTER
 from ray_explain.world.facts import World
@@ -96,3 +96,14 @@ def test_windows_are_read_back_by_number(tmp_path, corpus, tokenizer):
     (tmp_path / "table" / "manifest.json").write_text("{}")
     found = read_windows(str(tmp_path / "table"), [17, 2])
     assert found == {number: table["tokens"][number].as_py() for number in (2, 17)}
+
+
+def test_of_a_table_of_features_those_asked_for_are_read_and_not_what_lies_between_two_layers(tmp_path):
+    rows = [{"layer": layer, "feature_id": number} for layer in (0, 1) for number in range(6) for _ in range(2)]
+    table = pa.Table.from_pylist(rows, pa.schema([("layer", pa.int32()), ("feature_id", pa.int32())]))
+    storage.write_table(table, f"{tmp_path}/table.parquet", row_group_size=4)
+    asked = pa.Table.from_pylist([{"layer": 0, "feature_id": 5}, {"layer": 1, "feature_id": 0}], table.schema)
+    assert rows_about(str(tmp_path), asked).to_pylist() == [rows[10], rows[11], rows[12], rows[13]]
+    beside = rows_about(str(tmp_path), asked, beside=(-1, 1)).to_pylist()
+    assert beside == [rows[8], rows[9], rows[14], rows[15]]
+    assert rows_about(str(tmp_path), asked.slice(2)).num_rows == 0

@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_explain import records, storage
-from ray_explain.endpoints import Ask, Endpoint
+from ray_explain.endpoints import ENOUGH, Ask, Endpoint
 from ray_explain.errors import JobFailed
 from ray_explain.features.exemplars import projecting
 from ray_explain.ground_truth.describers import (
@@ -57,6 +58,10 @@ def section(endpoint, tmp_path):
     }
 
 
+def whole(_, reply):
+    return reply
+
+
 def describing(section, candidates=1):
     return DescribeStage({"describer": section, "candidates": candidates})
 
@@ -71,6 +76,14 @@ def test_a_describer_sees_every_second_top_window_and_no_other(endpoint, section
     windows = feature(0, "dog")["windows"]
     assert {w["rank"] for w in shown(windows)}.isdisjoint(w["rank"] for w in held_out(windows) if w["kind"] == "top")
     assert len(shown(windows)) + len(held_out(windows)) == len(windows)
+
+
+def test_windows_to_score_on_hold_each_text_once_and_none_that_a_describer_saw():
+    words = [["the", "dog"], ["the", "dog"], ["a", "dog"], ["my", "dog"]]
+    tops = [window("top", rank, own, [0.0, 1.0]) for rank, own in enumerate(words)]
+    off = [window(kind, 0, own, [0.0]) for kind in ("random", "near") for own in (["cat"], [kind])]
+    kept = [(one["kind"], "".join(one["tokens"])) for one in held_out(tops + off)]
+    assert kept == [("top", " my dog"), ("random", " cat"), ("random", " random"), ("near", " near")]
 
 
 def test_several_candidates_are_kept_once_each(endpoint, section):
@@ -191,6 +204,14 @@ def test_what_could_not_be_scored_is_null_and_counted(endpoint, scoring):
     assert counts["simulator: unanswered"] == 18 and counts["detector: unanswered"] == 1
 
 
+def test_windows_of_one_length_that_a_model_cannot_count_do_not_end_the_work(endpoint, scoring):
+    long = [window("random", i, ["some", f"long{i}", "text", "here"], [0.0] * 4) for i in range(ENOUGH)]
+    hard = feature(0, "dog") | {"windows": feature(0, "dog")["windows"] + long}
+    endpoint.script = lambda prompt, n: "[0, 0]" if "long" in prompt and "numbered" in prompt else knowing(prompt, n)
+    made = ScoreStage(scoring)(described([hard, feature(1, "cat")], [["dog"], ["cat"]]))
+    assert [told[0]["score"] is None for told in made.table["descriptions"].to_pylist()] == [True, False]
+
+
 def test_of_a_feature_without_windows_nothing_is_asked_and_its_descriptions_stay_gold(endpoint, scoring):
     endpoint.script = knowing
     bare = feature(0, "dog") | {"windows": [], "fired": 0, "seen": 0}
@@ -198,6 +219,17 @@ def test_of_a_feature_without_windows_nothing_is_asked_and_its_descriptions_stay
     (without,), (told,) = made.table["descriptions"].to_pylist()
     assert told["score"] > 0.95 and told["detection"] == 1
     assert without["gold"] and all(without[name] is None for name in ("score", "score_n", "detection", "detection_n"))
+    assert not any("responds to: dog" in body["messages"][-1]["content"] for _, body, _ in endpoint.asked)
+
+
+def test_a_feature_that_is_on_in_no_window_to_score_on_is_unscored_and_nothing_is_asked(endpoint, scoring):
+    """No description of it could be right or wrong there: a correlation with zeros is no 0."""
+    endpoint.script = knowing
+    once = feature(0, "dog", n=1)  # its only window is shown to describers
+    made = ScoreStage(scoring)(described([once, feature(1, "cat")], [["dog"], ["cat"]]))
+    (alone,), (told,) = made.table["descriptions"].to_pylist()
+    assert told["score"] > 0.95 and told["detection"] == 1
+    assert alone["gold"] and all(alone[name] is None for name in ("score", "score_n", "detection", "detection_n"))
     assert not any("responds to: dog" in body["messages"][-1]["content"] for _, body, _ in endpoint.asked)
 
 
@@ -262,15 +294,15 @@ def local(world_target):
 def test_a_local_models_replies_do_not_depend_on_the_other_requests(local):
     words = ("question", "options", "answer", "hint", "the")
     asks = [Ask("the " * i + word, max_tokens=6) for i, word in enumerate(words)]
-    together = local.replies(asks, str)
-    assert together == [local.replies([ask], str)[0] for ask in asks]
+    together = local.replies(asks, whole)
+    assert together == [local.replies([ask], whole)[0] for ask in asks]
     assert len(set(together)) > 1
 
 
 def test_a_local_models_samples_differ_from_each_other_and_not_from_run_to_run(local):
     asks = [Ask("question : the", max_tokens=8, temperature=1.0, sample=i) for i in range(4)]
-    replies = local.replies(asks, str)
-    assert len(set(replies)) > 1 and local.replies(asks[::-1], str) == replies[::-1]
+    replies = local.replies(asks, whole)
+    assert len(set(replies)) > 1 and local.replies(asks[::-1], whole) == replies[::-1]
 
 
 def test_a_local_model_says_what_transformers_would(local, world_target):
@@ -278,7 +310,15 @@ def test_a_local_model_says_what_transformers_would(local, world_target):
     tokenizer = AutoTokenizer.from_pretrained(world_target)
     ids = tokenizer("question :\n", return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert local.replies([Ask("question :", max_tokens=5)], str) == [tokenizer.decode(out, skip_special_tokens=True)]
+    assert local.replies([Ask("question :", max_tokens=5)], whole) == [tokenizer.decode(out, skip_special_tokens=True)]
+
+
+def test_a_plain_request_ends_in_no_end_of_text(local, world_target):
+    tokenizer = AutoTokenizer.from_pretrained(world_target)
+    end = ("the", tokenizer.convert_tokens_to_ids("the"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A the", special_tokens=[end])
+    ids = LocalModel(local._model, tokenizer)._ids(Ask("question :", max_tokens=2))
+    assert tokenizer.decode(ids).split() == ["question", ":"]
 
 
 def test_a_chat_model_reads_the_request_as_a_chat(world_target):
@@ -304,7 +344,7 @@ def test_a_request_too_long_for_a_local_model_keeps_its_end(local):
     most = local._model.config.max_position_embeddings
     ids = local._ids(Ask("the " * most + "question", max_tokens=4))
     assert len(ids) == most - 4
-    assert local.replies([Ask("the " * most, max_tokens=4)], lambda reply: reply or "-")[0]
+    assert local.replies([Ask("the " * most, max_tokens=4)], lambda _, reply: reply or "-")[0]
 
 
 def test_what_a_local_model_says_uselessly_is_undescribed(world_target):
@@ -317,6 +357,6 @@ def test_what_a_local_model_says_uselessly_is_undescribed(world_target):
 def test_endpoints_count_anew_for_every_slice(endpoint, section):
     endpoint.script = lambda prompt, n: "Description: dogs"
     model = EndpointModel(Endpoint(**{name: value for name, value in section.items() if name != "kind"}))
-    model.replies([Ask("a", max_tokens=5)], str)
+    model.replies([Ask("a", max_tokens=5)], whole)
     assert model.usage_so_far()["calls"] == 1
     assert model.usage_so_far() == {}

@@ -15,6 +15,7 @@ from ray_explain.config import AblationConfig, GroundTruthConfig, PatchingConfig
 from ray_explain.ground_truth import counterfact, jsonl, mmlu, outcomes, pairs, patching, positions, target
 from ray_explain.ground_truth.positions import prompt_tokens
 from ray_explain.interventions.hooks import Patch, capturing, replacing
+from ray_explain.questions.asking import SPECIAL
 from ray_explain.questions.patching import NO_WORDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ground_truth.md").read_text()
@@ -81,5 +82,5 @@ def test_every_reason_is_told(module: Any) -> None:
         if re.fullmatch(r"(NOT?|UN|OUT|EMPTY|TOO|REP)\w+", name) and isinstance(value, str)
     ]
     assert reasons
-    for reason in [*reasons, NO_WORDS]:
+    for reason in [*reasons, NO_WORDS, SPECIAL]:
         assert reason in PAGE

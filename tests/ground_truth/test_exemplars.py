@@ -332,20 +332,46 @@ def bucket(monkeypatch):
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
+    storage._s3.cache_clear()  # of the address that another test's bucket of this name had
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
     yield client
     server.stop()
 
 
-def test_an_sae_is_fetched_from_s3_alone_and_whole(bucket, saes, tmp_path, monkeypatch):
-    for path in Path(saes).rglob("*.*"):
+def upload(bucket, saes):
+    for path in saes.rglob("*.*"):
         bucket.upload_file(str(path), "bucket", f"saes/{path.relative_to(saes)}")
-    monkeypatch.setattr(published, "CACHE", tmp_path / "cache")
+
+
+def test_an_sae_is_fetched_from_s3_alone_and_whole(bucket, saes, tmp_path, monkeypatch):
+    upload(bucket, Path(saes))
+    monkeypatch.setattr(storage, "own_scratch", lambda: tmp_path / "cache")
     folder = fetched("s3://bucket/saes", 1)
     assert torch.equal(SAE.load(folder).directions, SAE.load(f"{saes}/layer_1").directions)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
     with pytest.raises(FileNotFoundError, match=r"s3://bucket/saes: no SAE of layer 5 among \['layer_0', 'layer_1'\]"):
         fetched("s3://bucket/saes", 5)
-    bucket.delete_object(Bucket="bucket", Key="saes/layer_1/sae.safetensors")
-    assert fetched("s3://bucket/saes", 1) == folder
+    bucket.delete_object(Bucket="bucket", Key="saes/layer_0/sae.safetensors")
+    assert fetched("s3://bucket/saes", 1) == folder, "nothing changed there"
+
+
+def test_an_sae_whose_fetch_broke_off_is_fetched_whole_and_one_that_was_replaced_anew(
+    bucket, saes, tmp_path, monkeypatch
+):
+    upload(bucket, Path(saes))
+    monkeypatch.setattr(storage, "own_scratch", lambda: tmp_path / "cache")
+    breaks, copy_files = [True], published.fs.copy_files
+
+    def copied(*args, **kwargs):
+        if breaks:
+            breaks.clear()
+            raise OSError("the connection was cut")
+        copy_files(*args, **kwargs)
+
+    monkeypatch.setattr(published.fs, "copy_files", copied)
+    before = fetched("s3://bucket/saes", 1)
+    assert torch.equal(SAE.load(before).directions, SAE.load(f"{saes}/layer_1").directions)
+    projecting(torch.eye(4), 1).save(tmp_path / "other" / "layer_1")
+    upload(bucket, tmp_path / "other")
+    assert SAE.load(fetched("s3://bucket/saes", 1)).d_sae == 4

@@ -61,11 +61,22 @@ def test_lines_about_one_prompt_are_one_group_and_so_in_one_split(
     *same, other = sorted(rows, key=lambda row: row["base_prompt"], reverse=True)
     assert len(same) == 3 and len({row["group"] for row in same}) == 1 and other["group"] != same[0]["group"]
     assert all(row["split"] == split_of(row["group"]) for row in rows)
-    removals = written(tmp_path, [REMOVAL, REMOVAL | {"span": [6, 9]}, REMOVAL | {"prompt": "Hint: C. Paris lies in"}])
-    groups = jsonl.ablation_cases(removals, n=ALL).table["group"].to_pylist()
-    assert len(groups) == 3 and len(set(groups)) == 2
     grouped = written(tmp_path, [line | {"group": "g"} for line in (PATCH, REMOVAL)])
     assert jsonl.ablation_cases(grouped, n=ALL).table["split"].to_pylist() == [split_of("g")]
+
+
+def test_removals_that_share_a_prompt_whole_or_without_its_span_are_one_group(tmp_path: Path) -> None:
+    hints = [REMOVAL | {"prompt": f"Hint: {letter}. Paris lies in"} for letter in "BC"]  # without it both are the same
+    others = [{"prompt": "Hint: D. Rome", "span": [0, 9]}, {"prompt": "Paris lies in", "span": [0, 5]}]
+    lines = [hints[1], others[0], REMOVAL | {"span": [6, 9]}, hints[0], others[1]]
+    by_prompt = {}
+    for some in (lines, lines[::-1]):
+        rows = jsonl.ablation_cases(written(tmp_path, some), n=ALL).table.to_pylist()
+        assert len(rows) == 5 and all(row["split"] == split_of(row["group"]) for row in rows)
+        by_prompt[some is lines] = {row["prompt"]: row["group"] for row in rows}
+    groups = by_prompt[True]
+    assert groups == by_prompt[False] and len(set(groups.values())) == 2
+    assert list(groups.values()).count(groups[others[0]["prompt"]]) == 1
 
 
 def test_an_ablation_line_gives_a_case(tmp_path: Path) -> None:

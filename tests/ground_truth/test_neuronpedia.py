@@ -3,10 +3,13 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pyarrow as pa
 import pytest
 
 from ray_explain import records, storage
 from ray_explain.errors import BadInput
+from ray_explain.ground_truth import neuronpedia
+from ray_explain.ground_truth.corpora import rows_about
 from ray_explain.ground_truth.exemplars import EXEMPLARS
 from ray_explain.ground_truth.neuronpedia import (
     NO_DESCRIPTION,
@@ -15,7 +18,6 @@ from ray_explain.ground_truth.neuronpedia import (
     UNKNOWN_LAYER,
     check_alignment,
     labels,
-    read_labels,
 )
 from tests.serving import serving
 
@@ -113,7 +115,8 @@ def test_descriptions_and_top_tokens_are_joined_by_layer_and_number(tmp_path):
         (3, 5, "references to dogs"),
     ]
     assert rows[1]["top_tokens"] == [" dog", "Ġhound"] and rows[1]["origin"] == "gpt-4o-mini"
-    found = read_labels(table_of(made, tmp_path), 3, 3, 9)
+    asked = pa.table({"layer": pa.array([3, 4], pa.int32()), "feature_id": pa.array([5, 2], pa.int32())})
+    found = rows_about(table_of(made, tmp_path), asked).to_pylist()
     assert [row["description"] for row in found] == ["animals that bark", "references to dogs"]
 
 
@@ -158,9 +161,19 @@ def test_an_export_that_fits_is_let_through(tmp_path, with_tokens):
     if with_tokens:
         write(tmp_path, "activations", [activation(i, f" {WORDS[i].upper()}") for i in range(N)])
     folder = table_of(labels(str(tmp_path), [3], 32), tmp_path)
-    measured = check_alignment(exemplars(WORDS), folder)
+    measured = check_alignment([exemplars(WORDS)], folder)
     assert measured["aligned features"] == N - 4  # the outermost have no neighbours to be told from
     assert measured["agreement at offset 0"] == 1 and measured["agreement at offset 1"] == 0
+
+
+def test_exemplars_part_by_part_are_compared_as_all_at_once_and_labels_read_once_for_each_part(tmp_path, monkeypatch):
+    write(tmp_path, "explanations", [explanation(i, f"mentions of {WORDS[i]}") for i in range(N)])
+    folder, whole = table_of(labels(str(tmp_path), [3], 32), tmp_path), exemplars(WORDS)
+    at_once = check_alignment([whole], folder)
+    reads = []
+    monkeypatch.setattr(neuronpedia, "rows_about", lambda *asked: reads.append(asked) or rows_about(*asked))
+    assert check_alignment((whole.slice(start, 7) for start in range(0, N, 7)), folder) == at_once
+    assert len(reads) == 9
 
 
 @pytest.mark.parametrize("with_tokens", [True, False], ids=["top tokens", "words of descriptions"])
@@ -171,7 +184,7 @@ def test_ids_that_are_off_by_one_are_caught(tmp_path, with_tokens, off):
         write(tmp_path, "activations", [activation(i + off, WORDS[i]) for i in range(1, N)])
     folder = table_of(labels(str(tmp_path), [3], 32), tmp_path)
     with pytest.raises(BadInput, match=rf"ids are off by {off}: top tokens agree for 0% of \d+ features as they are"):
-        check_alignment(exemplars(WORDS), folder)
+        check_alignment([exemplars(WORDS)], folder)
 
 
 def test_an_off_by_one_is_caught_when_half_of_the_labels_are_noise(tmp_path):
@@ -179,7 +192,7 @@ def test_an_off_by_one_is_caught_when_half_of_the_labels_are_noise(tmp_path):
     write(tmp_path, "explanations", [explanation(i + 1, text) for i, text in enumerate(texts)])
     folder = table_of(labels(str(tmp_path), [3], 32), tmp_path)
     with pytest.raises(BadInput, match="ids are off by 1"):
-        check_alignment(exemplars(WORDS), folder)
+        check_alignment([exemplars(WORDS)], folder)
 
 
 def test_an_export_of_other_features_is_refused_by_its_top_tokens(tmp_path):
@@ -187,13 +200,13 @@ def test_an_export_of_other_features_is_refused_by_its_top_tokens(tmp_path):
     write(tmp_path, "activations", [activation(i, f"other{i}") for i in range(N)])
     folder = table_of(labels(str(tmp_path), [3], 32), tmp_path)
     with pytest.raises(BadInput, match="the export is of other features: top tokens agree for 0% of 56 features"):
-        check_alignment(exemplars(WORDS), folder)
+        check_alignment([exemplars(WORDS)], folder)
 
 
 def test_a_few_features_are_no_evidence(tmp_path):
     write(tmp_path, "explanations", [explanation(i + 1, f"mentions of {WORDS[i]}") for i in range(12)])
     folder = table_of(labels(str(tmp_path), [3], 32), tmp_path)
-    assert check_alignment(exemplars(WORDS[:12]), folder) == {"aligned features": 8}
+    assert check_alignment([exemplars(WORDS[:12])], folder) == {"aligned features": 8}
 
 
 class Bucket(ThreadingHTTPServer):
@@ -256,13 +269,13 @@ def test_the_layout_of_the_bucket_is_read_alike_from_a_folder_and_over_the_web(t
     assert here.table["layer"].to_pylist() == [3] * N + [4] * N
     assert here.table["top_tokens"][7].as_py() == [f"\u0120{WORDS[7]}"]
     assert not any("/5-llamascope" in path or "/features/" in path for path in bucket.asked), "more than asked for"
-    assert check_alignment(exemplars(WORDS), table_of(there, tmp_path))["agreement at offset 0"] == 1
+    assert check_alignment([exemplars(WORDS)], table_of(there, tmp_path))["agreement at offset 0"] == 1
 
 
 def test_a_whole_source_that_is_off_by_one_is_caught(tmp_path):
     write_source(tmp_path, off=1)
     with pytest.raises(BadInput, match="ids are off by 1"):
-        check_alignment(exemplars(WORDS), table_of(labels(str(tmp_path), [3], 32), tmp_path))
+        check_alignment([exemplars(WORDS)], table_of(labels(str(tmp_path), [3], 32), tmp_path))
 
 
 def test_a_web_address_without_an_export_is_one_sentence(tmp_path, bucket):

@@ -1,10 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ray_explain.ground_truth.outcomes import answer_text, outcomes
+from ray_explain.ground_truth.outcomes import answer_text, outcomes, special_answers
 from ray_explain.world.facts import World
 from ray_explain.world.tokenizer import world_tokenizer
 
@@ -60,3 +61,12 @@ def test_an_answer_is_never_empty(tokenizer: PreTrainedTokenizerFast) -> None:
     (line_break,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert answer_text(tokenizer, line_break) == "Ċ"
     assert answer_text(tokenizer, len(tokenizer) + 7) == f"<{len(tokenizer) + 7}>"
+
+
+def test_special_answers_are_those_that_decoding_leaves_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.add_special_tokens(["<|eot_id|>"])
+    other.add_tokens(["<think>"])
+    left_out = [token for token in range(len(other)) if not other.decode([token], skip_special_tokens=True)]
+    assert special_answers(other) == {answer_text(other, token) for token in left_out}
+    assert special_answers(other) == {"<|begin|>", "<|end|>", "<|eot_id|>"}

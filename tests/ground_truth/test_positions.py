@@ -66,6 +66,14 @@ def test_an_unknown_word_is_unusable() -> None:
         prompt_tokens(tokenizer, "the word supercalifragilistic")
 
 
+def test_a_chat_that_begins_with_the_end_token_is_read_where_that_is_called_unknown_too(
+    plain_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    core, end = plain_tokenizer.backend_tokenizer, "<|end|>"
+    olmo = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, unk_token=end)
+    assert prompt_tokens(olmo, f"{end}[user]Rome") == prompt_tokens(plain_tokenizer, f"{end}[user]Rome")
+
+
 def test_a_rendered_chat_begins_only_once(tokenizer: PreTrainedTokenizerFast) -> None:
     once = prompt_tokens(tokenizer, "[user]Rome")
     rendered = prompt_tokens(tokenizer, f"{tokenizer.bos_token}[user]Rome")

@@ -177,16 +177,19 @@ def test_whether_a_patched_answer_changed_is_told_by_the_answers_where_the_relea
     assert made.table["changed"].to_pylist() == [True, False]
 
 
-def test_reading_released_patches_makes_no_python_numbers_of_their_vectors(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_released_patches_are_read_and_written_without_python_numbers_of_their_vectors(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     d_model, n = 4096, 20
     row = released_patch(tokenizer, begun=True)
     row["patch_position"] |= {"intervention_vector": [0.5] * d_model}
     table = table_of([row] * n, released.PATCHING)
     tracemalloc.start()
     made = released.read_patching(table, tokenizer, split="train", d_model=d_model)
+    written = released.write_patching(made.table, tokenizer)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert made.table.num_rows == n
+    assert made.table.num_rows == written.table.num_rows == n
     assert peak < 3 * n * d_model * 4  # bytes; a list of Python's numbers takes eight for the reference alone
 
 

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from ray_explain import records
 from ray_explain.ground_truth import released, released_files
 from ray_explain.ground_truth.features import split_features
+from ray_explain.ground_truth.jsonl import REPEATED
 from ray_explain.ground_truth.mmlu import Item
 from ray_explain.ground_truth.outcomes import NOT_FINITE
 from ray_explain.ground_truth.patching import PatchingStage
-from ray_explain.ground_truth.released_files import REPEATED, read_feature_folder, read_folder, write_folder
+from ray_explain.ground_truth.released_files import read_feature_folder, read_folder, write_folder
 from ray_explain.questions.features import features_questions
 from ray_explain.stages import READ, Result
 from tests.ground_truth.conftest import make_case, patching_table

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -35,6 +36,13 @@ def test_the_parts_are_those_the_model_computes_with(model):
     with capturing(model, [2]) as streams:
         logits = model(torch.tensor([[3, 4, 5, 6]])).logits
     torch.testing.assert_close(last_logits(layout, streams[2]), logits)
+
+
+def test_in_half_precision_soft_capped_logits_are_the_models_own_to_the_last_bit(named_model):
+    model = copy.deepcopy(named_model("gemma2")).bfloat16()
+    with capturing(model, [2]) as streams:
+        logits = model(torch.tensor([[3, 4, 5, 6]])).logits
+    assert torch.equal(last_logits(layout_of(model), streams[2]), logits.float())
 
 
 def test_what_attention_and_mlp_give_is_what_is_added_to_the_residual_stream(model):

@@ -2,6 +2,7 @@ import pytest
 
 from ray_explain import records
 from ray_explain.questions.ablation import ablation_questions
+from ray_explain.questions.asking import SPECIAL
 
 ROW = {
     "case_id": "a",
@@ -49,6 +50,13 @@ def test_a_span_that_is_no_hint_is_quoted_so_that_two_of_a_prompt_are_two_questi
 def test_an_unchanged_answer_is_the_one_with_the_hint():
     (row,) = ask("paper", changed=False, ablated_answer=" B").to_pylist()
     assert row["answer"] == "The output would remain unchanged from <<<Answer: B>>>."
+
+
+def test_an_answer_that_is_a_special_token_is_asked_for_by_no_question():
+    table = records.rows_table([ROW | {"changed": changed} for changed in (True, False)], records.ABLATION_EFFECTS)
+    for special, changed in (("B", True), ("C", False)):
+        made = ablation_questions(table, str, d_model=3, wording="paper", seed=0, special={special})
+        assert made.table["changed"].to_pylist() == [changed] and made.dropped == [("a", SPECIAL)]
 
 
 def test_in_brief_the_answer_is_the_word_alone():

@@ -3,6 +3,7 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
+from ray_explain.questions.asking import SPECIAL
 from ray_explain.questions.patching import NO_WORDS, patching_questions
 
 D = 4
@@ -45,8 +46,11 @@ def effects(*changes, vectors=None):
     return records.conform(pa.table(columns), schema)
 
 
-def ask(table, wording="brief", seed=0):
-    return patching_questions(table, lambda text: [" " + word for word in text.split()], wording=wording, seed=seed)
+def ask(table, wording="brief", seed=0, special=()):
+    def tokens_of(text):
+        return [" " + word for word in text.split()]
+
+    return patching_questions(table, tokens_of, wording=wording, seed=seed, special=special)
 
 
 def test_a_brief_question_names_layers_position_token_and_input():
@@ -99,6 +103,15 @@ def test_what_cannot_be_asked_is_dropped_with_its_reason():
     result = ask(effects({"base_prompt": "ann <vector> in"}, {"patched_answer": ">>> change to <<<x>>>"}, {}))
     assert result.table.num_rows == 1
     assert result.dropped == [("case 0", "text holds the mark <vector>"), ("case 1", "answer cannot be read back")]
+
+
+def test_an_answer_that_is_a_special_token_is_asked_for_by_no_question():
+    end, word = "<|im_end|>", {"changed": False}
+    rows = [{"patched_answer": end}, {"base_answer": end}, {"base_answer": end} | word, {"patched_answer": end} | word]
+    made = ask(effects(*rows), special={end})
+    assert made.table["case_id"].to_pylist() == ["case 1", "case 3"]
+    assert made.dropped == [("case 0", SPECIAL), ("case 2", SPECIAL)]
+    assert [own[0, 0] for own in records.vectors_of(made.table["vectors"])] == [1, 3]
 
 
 @pytest.mark.parametrize(

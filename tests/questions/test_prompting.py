@@ -3,8 +3,10 @@ import pyarrow as pa
 import pytest
 
 from ray_explain import records
+from ray_explain.evaluation.answers import normalise
 from ray_explain.questions import prompting
 from ray_explain.questions.prompting import shots_label, shown_examples
+from ray_explain.questions.wordings import CHANGED, UNCHANGED
 
 D = 3
 
@@ -47,6 +49,14 @@ def test_zero_shot_says_how_to_answer_and_keeps_all_else():
     prompt = made["prompt"][2].as_py()
     assert prompt.endswith("\n\nwhat of <vector> in text 2")
     assert "remain unchanged from <<<X>>>." in prompt and "most likely output would change to <<<X>>>." in prompt
+
+
+@pytest.mark.parametrize(("task", "content"), [("patching", " Rome"), ("ablation", "Answer: Rome")])
+def test_who_answers_as_told_and_is_right_says_the_sentence_that_is_scored_as_right(task, content):
+    prompt = prompted(table(1, task=task), table(3, task=task, first=10), shots=0, seed=0)["prompt"][0].as_py()
+    said = [line.replace("X", "Rome") for line in prompt.splitlines() if "<<<" in line]
+    right = [sentence.format(content=content) for sentence in (UNCHANGED, CHANGED)]
+    assert [normalise(sentence) for sentence in said] == [normalise(sentence) for sentence in right]
 
 
 @pytest.mark.parametrize("shots", [2, 4])

@@ -105,6 +105,24 @@ def test_no_more_seeds_are_claimed_than_the_differences_have(
     assert said in text and "trained once" not in text and "do not have the same seeds" not in text
 
 
+def test_the_difference_in_differences_may_have_fewer_seeds_than_any_pair(report, score_row, comparison_row) -> None:
+    """It has those alone that all pairings share."""
+    seeds = {
+        ("llama", "llama"): (0, 1),
+        ("llama", "qwen3"): (0, 1),
+        ("qwen3", "llama"): (1, 2),
+        ("qwen3", "qwen3"): (1, 2),
+    }
+    rows = [score_row("patching", *pair, seed=seed) for pair, own in seeds.items() for seed in own]
+    pairs = [
+        comparison_row("self_minus_cross", "patching", *pair, seeds=2)
+        for pair in (("llama", "llama", "qwen3"), ("qwen3", "qwen3", "llama"))
+    ]
+    advantage = comparison_row("advantage", "patching", "", "", "", seeds=1)
+    text = told(report(scores=rows, comparisons=pairs, advantages=[advantage]))
+    assert "Differences are of 1 to 2 seeds of training; those of one do not hold" in text
+
+
 def test_explainers_that_were_trained_once_are_called_so(report) -> None:
     assert "Each explainer was trained once" in told(report())
 

@@ -37,6 +37,11 @@ def test_a_curve_has_a_point_for_each_share_on_a_logarithmic_axis(report, score_
     (left, middle, right), _ = [[point.x for point in series.points] for series in plot.series][:2]
     assert middle - left == pytest.approx(right - middle, abs=0.02)
     assert [point.y for point in plot.series[0].points] == pytest.approx([HEIGHT * (1 - v) for v in (0.2, 0.4, 0.8)])
+    assert [point.text.replace("\u202f", " ").split(" [")[0] for point in plot.series[0].points] == [
+        "llama at 1 %: .20",
+        "llama at 10 %: .40",
+        "llama at 100 %: .80",
+    ]
 
 
 def test_a_share_that_nobody_was_trained_on_is_left_out_of_a_line(report, score_row):
@@ -65,6 +70,7 @@ def test_calibration_is_drawn_at_the_mean_confidence_self_first(report):
     assert plot.diagonal and [series.row.kind for series in plot.series] == ["self", "cross"]
     assert [point.x for point in plot.series[0].points] == [20, 60, 90]
     assert [point.y for point in plot.series[0].points] == pytest.approx([HEIGHT * (1 - v) for v in (0.2, 0.5, 0.7)])
+    assert plot.series[0].points[1].text == "llama at confidence .60: .50 [.40, .60], n 50"
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,12 @@ def test_the_changed_rate_is_that_of_the_questions(report) -> None:
     assert scores.changed_rate("features", "llama") is None
 
 
+@pytest.mark.parametrize(("by", "rate"), [("changed=false", 0.0), ("changed=true", 1.0)])
+def test_a_target_whose_answers_never_or_always_change_has_a_changed_rate(report, score_row, by, rate) -> None:
+    rows = [score_row("patching", "llama", "llama", n=40), score_row("patching", "llama", "llama", n=40, by=by)]
+    assert Scores(report(scores=rows, comparisons=[], examples=[])).changed_rate("patching", "llama") == rate
+
+
 def test_parts_are_found_by_kind_in_their_order(report) -> None:
     scores = Scores(report())
     assert scores.part_kinds("patching") == ["layer", "role"]

@@ -207,6 +207,24 @@ def test_another_layer_decides_where_it_is_the_only_control(findings, numbers, v
     assert vector_summary(found).text.endswith(told)
 
 
+@pytest.mark.parametrize("controls", [{"no_vector"}, {"no_vector", "random"}, {"no_vector", "other_layer"}])
+@pytest.mark.parametrize(("numbers", "verdict"), [(BETTER, "shown"), (WEAK, "weak")])
+def test_a_fall_without_a_real_vector_alone_is_not_told_as_use_of_it(findings, controls, numbers, verdict) -> None:
+    found = uplift(findings, **{control: numbers for control in controls})
+    (sentence,), summary = found.vector_use(), vector_summary(found)
+    assert sentence.verdict == summary.verdict == verdict
+    for text, worse in ((sentence.text, "answers worse without"), (summary.text, "answer worse without")):
+        assert f"{worse} a real vector" in text and text.endswith(" and may merely confuse.") and "use" not in text[:90]
+    if verdict == "shown":
+        assert "explain themselves answer worse without a real vector: they lose .21 exact match. What" in summary.text
+
+
+@pytest.mark.parametrize("numbers", [NOTHING, WORSE, WEAKLY_WORSE, UNDEFINED])
+def test_nothing_is_said_of_confusion_where_no_fall_speaks_for_the_vector(findings, numbers) -> None:
+    found = uplift(findings, no_vector=numbers)
+    assert not any("confuse" in it.text for it in [*found.vector_use(), *found.summary()])
+
+
 def test_without_any_control_nothing_is_said_on_the_vector(findings) -> None:
     summary = access(findings, BETTER).summary()
     told = [it.text for it in summary if "use of the vector" in it.text]

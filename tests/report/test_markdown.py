@@ -19,10 +19,23 @@ def test_the_table_of_a_target_has_the_numbers_of_the_scores(report, score_row) 
         score_row("patching", "llama", "llama", value=0.617, low=0.581, high=0.662, n=412),
         score_row("patching", "llama", "llama", value=0.348, low=0.3, high=0.4, n=150, by="changed=true"),
         score_row("patching", "llama", "majority", value=0.11, low=None, high=None, n=412),
+        *[score_row("patching", "llama", "qwen3", value=0.5, seed=seed, n=412, unparsed=7 + seed) for seed in (0, 1)],
     ]
+    rows[0]["unparsed"] = 3
     text = tables(report(scores=rows, comparisons=[]))
-    assert cells(text, "llama (self)") == [".62 \\[.58, .66\\]", ".35 \\[.30, .40\\]", "412"]
-    assert cells(text, "majority class") == [".11", "–", "412"]
+    assert cells(text, "llama (self), seed 0") == [".62 \\[.58, .66\\]", ".35 \\[.30, .40\\]", "412", "3"]
+    assert cells(text, "majority class") == [".11", "–", "412", "0"]
+    assert cells(text, "qwen3, seeds 0, 1")[1:] == ["–", "412", "15 of 824"]
+
+
+def test_a_control_without_vectors_of_other_seeds_is_told_to_be_of_these(report, score_row) -> None:
+    """Its score and the explainer's do not subtract to their difference, which is of the seeds that both have."""
+    seeds = [("llama", 0), ("llama", 1), ("text only", 1), ("majority", 0)]
+    rows = [score_row("patching", "llama", name, seed=seed) for name, seed in seeds]
+    text = tables(report(scores=rows, comparisons=[], examples=[]))
+    assert cells(text, "trained without vectors, seed 1") and cells(text, "llama (self), seeds 0, 1")
+    assert cells(text, "majority class")
+    assert "Explainers do not have the same seeds on activation patching of llama" in text
 
 
 def test_every_comparison_is_there_with_three_decimals(report, comparison_row) -> None:
@@ -47,7 +60,7 @@ def test_text_cannot_break_a_table_or_become_markup(report, score_row) -> None:
     assert "<script" not in text.replace("\\<script", "")
     assert "[x](" not in text.replace("\\[x\\](", "")
     rows = [line for line in text.splitlines() if line.startswith("| llama")]
-    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4]  # the name, one metric, n
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [5]  # the name, one metric, n, unreadable
 
 
 def test_dropped_rows_are_told_with_their_reasons(report) -> None:

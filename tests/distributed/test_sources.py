@@ -1,28 +1,25 @@
-"""The steps of an experiment that need no Ray: what is read from files, and when that is too little."""
+"""What is read from files as ground truth, and when that is too little."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from ray_explain import storage
 from ray_explain.artifacts import finished
-from ray_explain.config import Experiment, read_experiment
-from ray_explain.distributed import experiment
-from ray_explain.distributed.experiment import Session, answer_jobs, checked, make_ground_truth, train_run
+from ray_explain.config import Experiment
+from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.plan import Plan
-from ray_explain.errors import BadInput, JobFailed
+from ray_explain.distributed.session import Session
+from ray_explain.distributed.sources import cases_of, checked
+from ray_explain.errors import JobFailed
 from ray_explain.ground_truth import jsonl, released
 from ray_explain.ground_truth.cases import BY_DESIGN
-from ray_explain.models import files_fingerprint
 from ray_explain.stages import READ, Result
 from tests.ground_truth.test_released import ITEMS, released_hint
-from tests.tiny import config_in
 
 LINE = {"prompt": "anna lives in paris", "span": [0, 4]}
 
@@ -42,14 +39,12 @@ def plan(target: Path, folder: Path, section: dict[str, Any], *, task: str = "ab
 
 def made_of(lines: list[str], target: Path, folder: Path, **cluster: Any) -> tuple[int, dict[str, int]]:
     """Rows and dropped of the cases made of a file of these lines."""
-    from ray_explain.distributed.experiment import _cases
-
     path = folder / "cases.jsonl"
     path.write_text("\n".join(lines))
     asked = plan(target, folder, {"source": "jsonl", "path": str(path)}, **cluster)
     cases = asked.cases("ablation", "m")
     with Session(asked) as session:
-        session.make_table(cases, lambda: _cases(asked, "ablation", "m"))
+        session.make_table(cases, lambda: cases_of(asked, "ablation", "m"))
     manifest = finished(cases, asked.root)
     assert manifest is not None and manifest.measured == {READ: len(lines)}
     return manifest.rows, manifest.dropped
@@ -78,12 +73,6 @@ def test_what_is_left_out_by_design_counts_in_no_share(world_target: Path, tmp_p
     assert made_of(lines, world_target, tmp_path) == (4, {jsonl.REPEATED: 36})
 
 
-def test_explainers_are_held_against_the_weights_of_the_target_that_is_here(world_target: Path, tmp_path: Path) -> None:
-    jobs = answer_jobs(plan(world_target, tmp_path, {}))
-    known = [job.config["target_weights"] for job in jobs if "folder" in job.config]
-    assert known == [files_fingerprint(str(world_target))] and known[0]
-
-
 def test_reading_stops_with_the_part_that_makes_it_too_much() -> None:
     empty, seen = pa.table({"case_id": pa.array([], pa.string())}), []
     by_design, fault = ("a", min(BY_DESIGN)), ("b", "broken")
@@ -110,42 +99,3 @@ def test_a_released_data_set_of_which_too_much_cannot_be_read_fails_the_job(worl
         pytest.raises(JobFailed, match=r"`ground_truth.ablation`: rows in .*1 of 8 were dropped.*train row 1"),
     ):
         make_ground_truth(session)
-
-
-def test_a_control_that_the_questions_do_not_allow_is_told_before_any_training(
-    questions: tuple[str, str], world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    every = storage.read_table(questions[0])
-    one = every.filter(pc.equal(every["split"], "validation")).slice(0, 1)
-    at = one.schema.get_field_index("split")
-    asked = one.set_column(at, one.schema.field(at), pa.array(["test"]))
-    alone = plan(world_target, tmp_path, {"source": "world"}, task="patching")
-    monkeypatch.setattr(experiment, "make_ground_truth", lambda session: None)
-    monkeypatch.setattr(Session, "start_ray", lambda session: pytest.fail("training was to start"))
-    with Session(alone) as session:
-        session.make_table(alone.questions("patching", "m"), lambda: asked)
-        with pytest.raises(BadInput, match="control 'shuffled': no two questions with 1 vectors"):
-            experiment.evaluate(session)
-
-
-def test_examples_come_with_their_vectors_in_the_order_in_which_they_are_shown(
-    world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = plan(world_target, tmp_path, {"source": "jsonl", "path": ""})
-    questions = asked.questions("ablation", "m")
-    columns = {"split": ["train", "test", "train", "train"], "group": list("abcd"), "changed": [True] * 4}
-    table = pa.table(columns | {"vectors": [[[float(row)]] for row in range(4)]})
-    storage.write_table(table, f"{asked.path(questions)}/{experiment.TABLE}")
-    for shown, rows in (([2, 0], [3, 0]), ([], []), ([1, 2, 0], [2, 3, 0])):
-        monkeypatch.setattr(experiment, "shown_examples", lambda training, *, shots, seed, shown=shown: shown)
-        assert experiment._examples(Session(asked), questions, 2, 0).equals(table.take(pa.array(rows, pa.int64())))
-
-
-def test_a_run_counts_its_training_questions_without_reading_their_vectors(tmp_path: Path) -> None:
-    own = Plan(read_experiment(config_in(tmp_path, train={"mixtures": [["patching", "ablation"]], "replay": 0.5})))
-    (run,) = [run for run in own.runs() if (run.explainer, run.target) == ("qwen3", "llama")]
-    for task, splits in (("patching", ["train", "train", "test"]), ("ablation", ["train", "train", "validation"])):
-        keys = pa.table({"split": splits, "group": ["a", "b", "c"]})  # reading any other column would fail
-        storage.write_table(keys, f"{own.path(own.questions(task, 'llama'))}/part.parquet")
-    with Session(own) as session:
-        assert len(train_run(session, run).replay) == 2
