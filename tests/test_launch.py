@@ -84,6 +84,31 @@ def test_a_target_that_is_nowhere_is_bad_input(tmp_path: Path, capsys: pytest.Ca
     assert "`models.target.path`" in capsys.readouterr().err
 
 
+def test_of_a_relative_path_that_is_nowhere_is_said_where_it_was_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ground_truth.main(["--config", write_config(tmp_path, "models/llama/nowhere")]) == 2
+    assert f"there is no folder {tmp_path}/models/llama/nowhere, and as a hub id: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"source": "released", "path": "data/{target}"}, "`ground_truth.patching.path`: there is no folder /"),
+        ({"source": "released", "path": "s3://bucket/x"}, "there is no folder s3://bucket/x; released data are read"),
+        ({"source": "counterfact", "path": "s3://bucket/x.json"}, "x.json: it is not on this machine's disk"),
+    ],
+)
+def test_cases_that_are_nowhere_are_bad_input(
+    tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str], section: dict[str, Any], said: str
+) -> None:
+    patching = {**section, "cases": {"train": 8, "test": 4}}
+    config = write_config(tmp_path, world_target, ground_truth={"patching": patching})
+    assert ground_truth.main(["--config", config]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_target_without_a_tokenizer_is_bad_input(
     tmp_path: Path, world_target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The models of an experiment: made where they are to be, read and checked where they lie elsewhere."""
 
+import os
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -104,6 +105,8 @@ def _config_at(key: str, place: str, revision: str | None) -> Any:
 
 def _unreadable(key: str, place: str, what: str, error: Exception) -> BadInput:
     reason = str(error).strip().partition("\n")[0]
+    if not (storage.is_remote(place) or place.startswith(("/", ".")) or os.path.isdir(place)):
+        reason = f"there is no folder {storage.absolute(place)}, and as a hub id: {reason}"
     return BadInput(f"`{key}` = {place!r}: no {what} can be read there: {reason}")
 
 

@@ -308,4 +308,5 @@ def _digest(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise BadInput(f"cannot read the cases in {path}: {error.strerror}") from error
+        reason = "it is not on this machine's disk" if storage.is_remote(path) else error.strerror
+        raise BadInput(f"cannot read the cases in {path}: {reason}") from error

@@ -1,10 +1,12 @@
 """Where ground truth comes from: the cases that are tried on a target, and released data sets."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
+from ray_explain import storage
 from ray_explain.config import FeaturesConfig, Task
 from ray_explain.distributed.feature_plan import released_folder
 from ray_explain.distributed.models import d_model, n_layers, tokenizer_of
@@ -23,16 +25,19 @@ def released_effects(plan: Plan, task: Task, target: str) -> Iterator[Result]:
     """The effects of a released data set, part by part.
 
     Raises:
-        BadInput: none of the target is in the folder.
+        BadInput: there is no folder, or none of the target is in it.
         JobFailed: too much of it cannot be used.
     """
-    section = getattr(plan.experiment.ground_truth, task)
+    section, place = getattr(plan.experiment.ground_truth, task), plan.released_folder(task, target)
+    if not os.path.isdir(place):
+        on_disk = "; released data are read from this machine's disk, not from S3" if storage.is_remote(place) else ""
+        raise BadInput(f"`ground_truth.{task}.path`: there is no folder {storage.absolute(place)}{on_disk}")
     if task == "features":
         yield from released_features(plan, target, section, feature_layers(plan, target))
         return
-    folder, width = plan.released_folder(task, target), d_model(plan, target)
-    parts = read_folder(folder, task, tokenizer_of(plan, target), d_model=width, n=section.cases.model_dump())
-    yield from _checked_rows(plan, task, folder, parts)
+    width, n = d_model(plan, target), section.cases.model_dump()
+    parts = read_folder(place, task, tokenizer_of(plan, target), d_model=width, n=n)
+    yield from _checked_rows(plan, task, place, parts)
 
 
 def released_features(
