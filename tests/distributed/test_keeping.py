@@ -9,7 +9,8 @@ import torch
 
 from ray_explain import storage
 from ray_explain.artifacts import finished
-from ray_explain.config import TrainConfig
+from ray_explain.config import ClusterConfig, TrainConfig
+from ray_explain.distributed import train as driver
 from ray_explain.distributed.train import best_folder
 from ray_explain.distributed.training_loop import _Best, _save
 from ray_explain.distributed.training_setup import start_of
@@ -97,3 +98,27 @@ def test_a_worker_lost_while_it_keeps_a_better_explainer_does_not_take_the_one_b
     assert saved.language_model.get_input_embeddings().weight.unique().tolist() == [2]
     manifest = finished(run.artifact, root)
     assert manifest is not None and manifest.measured["kept_validation_exact"] == 0.5
+
+
+def test_an_explainer_that_another_job_has_finished_meanwhile_is_neither_replaced_nor_trained_again(
+    questions: tuple[str, str], world_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = TrainConfig.model_validate({"max_tokens": 100})
+    run, root = run_of(train, "twice", questions, world_target), str(tmp_path)
+    start = start_of(run, workers=1)
+    engine: Any = SimpleNamespace(module=start.explainer)
+    weight = start.explainer.language_model.get_input_embeddings().weight
+    for job in (1, 2):
+        with torch.no_grad():
+            weight.fill_(job)
+        watch = Watch(None, run, root, 1, first=True)
+        _save(engine, run, root, start, watch, _Best(run, root, start, watch), {"workers": job}, seconds=1.0)
+        watch.close()
+    saved, _ = load_explainer(run.artifact.path(root))
+    assert saved.language_model.get_input_embeddings().weight.unique().tolist() == [1]
+    manifest = finished(run.artifact, root)
+    assert manifest is not None and manifest.measured["workers"] == 1
+    begun = list[Any]()
+    monkeypatch.setattr(driver, "fit", lambda *given: begun.append(given))
+    assert driver._beside_others(run, root, ClusterConfig(), board=None) is None
+    assert not begun
