@@ -49,7 +49,19 @@ def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if dist.get_world_size() == 1 and _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
         engine.enable_backward_allreduce = False  # it would copy all gradients to add them to nobody's
+    if config["bf16"]["enabled"] and not engine.zero_optimization_stage():
+        _take_back_step(engine.optimizer)
     return engine
+
+
+@torch.no_grad()
+def _take_back_step(wrapped: Any) -> None:
+    """Where it keeps float32 copies without ZeRO, DeepSpeed (0.19.8) makes Adam's state by a step of no gradients: the
+    copies have decayed, and Adam would take the first steps too small, as if one had been before them."""
+    wrapped.optimizer.state.clear()
+    for own, copies in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+        for one, copy in zip(own, copies, strict=True):
+            copy.copy_(one)
 
 
 def _round_all(module: nn.Module) -> None:
