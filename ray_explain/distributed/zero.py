@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ray_explain.config import TrainConfig
 from ray_explain.explainer.training import check_norm
+from ray_explain.models import NUMBERS_READ
 
 
 def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
@@ -136,6 +137,8 @@ def gathered(parameters: Iterable[nn.Parameter], zero_stage: int) -> AbstractCon
 def whole_state(module: nn.Module, zero_stage: int) -> dict[str, Tensor] | None:
     """The module's tensors on the first worker's CPU where ZeRO-3 keeps a share on each, gathered one after the other;
     all workers must call it, the others get an empty dictionary. None below stage 3, where the module itself is whole.
+
+    Of frozen parameters, those of the model below adapters, only the numbers that tell which model it is.
     """
     if zero_stage < 3:
         return None
@@ -144,5 +147,6 @@ def whole_state(module: nn.Module, zero_stage: int) -> dict[str, Tensor] | None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         with gathered([parameter], zero_stage):
             if first and name in kept:
-                state[name] = parameter.detach().cpu().clone()
+                part = parameter if parameter.requires_grad else parameter.flatten()[:NUMBERS_READ]
+                state[name] = part.detach().cpu().clone()
     return state
