@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Disagreement beyond rounding, as a share of the largest magnitude: two ways to compute the same in this dtype.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
-_NUMBERS_READ = 64  # of each tensor, for a fingerprint; fewer than any embedding has, so that added rows do not count
+NUMBERS_READ = 64  # of each tensor, for a fingerprint; fewer than any embedding has, so that added rows do not count
 
 
 class ModelError(BadInput):
@@ -147,7 +147,7 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     rows added to a vocabulary. Cheap also for large models: a few pages of each tensor are read."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        numbers = tensors[name].detach().flatten()[:_NUMBERS_READ].to("cpu", torch.bfloat16)
+        numbers = tensors[name].detach().flatten()[:NUMBERS_READ].to("cpu", torch.bfloat16)
         digest.update(f"{name}\0".encode() + numbers.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -175,7 +175,7 @@ def files_fingerprint(path_or_id: str, revision: str | None = None) -> str | Non
 def _first_rows(tensor: Any) -> Tensor:
     """Of a safetensors slice: rows enough for a fingerprint."""
     shape = tensor.get_shape()
-    return tensor[: -(-_NUMBERS_READ // max(1, math.prod(shape[1:])))] if shape else tensor[...]
+    return tensor[: -(-NUMBERS_READ // max(1, math.prod(shape[1:])))] if shape else tensor[...]
 
 
 def check_folder(path_or_id: str) -> None:

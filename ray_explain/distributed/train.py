@@ -11,7 +11,7 @@ import ray.train.torch
 from ray.exceptions import RayActorError
 
 from ray_explain import storage
-from ray_explain.artifacts import Artifact
+from ray_explain.artifacts import Artifact, finished
 from ray_explain.config import ClusterConfig, TrainConfig
 from ray_explain.distributed.capacity import check_capacity, fleet
 from ray_explain.distributed.checks import check_worker, code_here, way_out
@@ -75,7 +75,10 @@ def train_all(runs: Sequence[TrainRun], root: str, cluster: ClusterConfig) -> No
 
 
 def _beside_others(run: TrainRun, root: str, cluster: ClusterConfig, board: Any) -> str | None:
-    """As `fit`, but whatever fails it is said while the others go on, which may take days."""
+    """As `fit`, but whatever fails it is said while the others go on, which may take days. Another job may have made
+    the explainer while it waited for its turn."""
+    if finished(run.artifact, root) is not None:
+        return None
     try:
         failure = fit(run, root, cluster, board)
     except RayActorError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ray_explain import storage
-from ray_explain.artifacts import finish
+from ray_explain.artifacts import finish, finished
 from ray_explain.distributed.checkpoints import load_shares, save_share, state_of
 from ray_explain.distributed.checks import way_out
 from ray_explain.distributed.halting import Halted, Hearing
@@ -328,10 +328,11 @@ def _save(
     """The explainer's folder and, last, its manifest; written by the first worker, the others give it their shares.
     They do not wait for it: NCCL gives up what waits for half an hour, and 140 GB take longer to be uploaded.
 
-    `how` it was trained at the end: it went on from the checkpoint of step `resumed_at`, 0 without an interruption.
+    `how` it was trained at the end: it went on from the checkpoint of step `resumed_at`, 0 without an interruption. One
+    that another job has finished meanwhile stays as it is: it may be read by now.
     """
     state = whole_state(engine.module, run.train.zero_stage)
-    if watch.first:
+    if watch.first and finished(run.artifact, root) is None:
         with storage.new_folder(run.artifact.path(root)) as folder:
             if best.folder is not None:
                 with storage.local_folder(best.folder) as kept:

@@ -112,7 +112,7 @@ def _asked(plan: Plan, run: Run, task: Task) -> _Asked:
     if finished(questions, plan.root) is not None:
         every = storage.read_table(plan.path(questions), ["split", "group", "layers"])
         rows = training_rows(every, run.fraction)
-        return _Asked(rows.num_rows, set(pc.list_flatten(rows["layers"]).to_pylist()), True)
+        return _Asked(rows.num_rows, set(pc.unique(pc.list_flatten(every["layers"])).to_pylist()), True)
     section, layers = getattr(plan.experiment.ground_truth, task), _layers(plan, run, task)
     each, parts = (_per_layer(section), len(layers)) if task == "features" else (section.cases.train, 1)
     return _Asked(None if each is None else max(1, round(run.fraction * parts * each)), layers, False)

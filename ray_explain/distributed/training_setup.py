@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -62,7 +63,7 @@ def start_of(run: TrainRun, workers: int, read: Reader = read_here) -> Start:
         make_room(loaded.model, loaded.tokenizer)
     examples, dropped = examples_of(run, loaded.tokenizer, markers, read)
     torch.manual_seed(run.seed)
-    explainer = new_explainer(run, loaded.model, markers, examples)
+    explainer = new_explainer(run, loaded.model, markers, examples, layers_of(run.questions))
     try:
         steps = steps_of(run, examples, workers)
     except ValueError as error:
@@ -153,13 +154,21 @@ def _shared_rows(file: VectorFile, writer: int) -> Float[np.ndarray, "n d_target
     return rows
 
 
-def new_explainer(run: TrainRun, model: Any, markers: Markers, examples: Sequence[Example]) -> Explainer:
-    """The explainer before its first step: the model, adapters where asked for, and the projection."""
+def layers_of(questions: Sequence[str]) -> list[int]:
+    """Those of the target that vectors of these tables belong to, in whatever split: a small share of the training
+    questions may lack one that is asked about afterwards."""
+    columns = [storage.read_table(folder, ["layers"])["layers"] for folder in questions]
+    return sorted({layer for column in columns for layer in pc.unique(pc.list_flatten(column)).to_pylist()})
+
+
+def new_explainer(
+    run: TrainRun, model: Any, markers: Markers, examples: Sequence[Example], layers: Sequence[int]
+) -> Explainer:
+    """The explainer before its first step: the model, adapters where asked for, and the projection from `layers`."""
     train = run.train
     model.requires_grad_(train.lora is None)
     if train.lora is not None:
         model = with_lora(model, **train.lora.model_dump(), seed=run.seed)
-    layers = sorted({layer for example in examples for layer in example.layers})
     d_target = next(example.vectors.shape[1] for example in examples)
     d_explainer = model.config.get_text_config().hidden_size
     kind = projection_kind(train, d_target, d_explainer, len(layers))

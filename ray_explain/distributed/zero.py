@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ray_explain.config import TrainConfig
 from ray_explain.explainer.training import check_norm
+from ray_explain.models import NUMBERS_READ
 
 
 def zero_config(train: TrainConfig, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
@@ -49,7 +50,19 @@ def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if dist.get_world_size() == 1 and _is_bare(engine.zero_optimization_stage(), engine.bfloat16_enabled()):
         engine.enable_backward_allreduce = False  # it would copy all gradients to add them to nobody's
+    if config["bf16"]["enabled"] and not engine.zero_optimization_stage():
+        _take_back_step(engine.optimizer)
     return engine
+
+
+@torch.no_grad()
+def _take_back_step(wrapped: Any) -> None:
+    """Where it keeps float32 copies without ZeRO, DeepSpeed (0.19.8) makes Adam's state by a step of no gradients: the
+    copies have decayed, and Adam would take the first steps too small, as if one had been before them."""
+    wrapped.optimizer.state.clear()
+    for own, copies in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+        for one, copy in zip(own, copies, strict=True):
+            copy.copy_(one)
 
 
 def _round_all(module: nn.Module) -> None:
@@ -124,6 +137,8 @@ def gathered(parameters: Iterable[nn.Parameter], zero_stage: int) -> AbstractCon
 def whole_state(module: nn.Module, zero_stage: int) -> dict[str, Tensor] | None:
     """The module's tensors on the first worker's CPU where ZeRO-3 keeps a share on each, gathered one after the other;
     all workers must call it, the others get an empty dictionary. None below stage 3, where the module itself is whole.
+
+    Of frozen parameters, those of the model below adapters, only the numbers that tell which model it is.
     """
     if zero_stage < 3:
         return None
@@ -132,5 +147,6 @@ def whole_state(module: nn.Module, zero_stage: int) -> dict[str, Tensor] | None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         with gathered([parameter], zero_stage):
             if first and name in kept:
-                state[name] = parameter.detach().cpu().clone()
+                part = parameter if parameter.requires_grad else parameter.flatten()[:NUMBERS_READ]
+                state[name] = part.detach().cpu().clone()
     return state
