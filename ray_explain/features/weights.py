@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -24,18 +25,19 @@ FETCH_AGAIN = "fetch the file again"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class WeightsFile:
+class WeightsFile(ABC):
     """A file of named tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @abstractmethod
     def names(self) -> set[str]:
-        raise NotImplementedError
+        """Those of its tensors."""
 
+    @abstractmethod
     def mapped(self, name: str) -> Tensor:
         """The tensor, memory-mapped where the file allows it."""
-        raise NotImplementedError
 
     def rows(self, name: str, start: int, stop: int, axis: int) -> Tensor:
         """A copy of the part `start:stop` of the axis, resident memory: that part only."""

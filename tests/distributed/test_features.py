@@ -33,6 +33,7 @@ from ray_explain.ground_truth.released_exemplars import write_exemplars
 from ray_explain.ground_truth.released_files import write_folder
 from ray_explain.world.corpus import documents
 from ray_explain.world.facts import World
+from tests.distributed.planning import planned
 
 SIZES = {"top": 6, "random": 4}
 D_MODEL = 32
@@ -119,16 +120,12 @@ def model(endpoint: Any) -> dict[str, Any]:
 
 
 def plan(folder: Path, target: Path, path: Path, **section: Any) -> Plan:
-    config = {
-        "name": "read",
-        "storage": str(folder / "run"),
-        "models": {"m": {"path": str(target)}},
-        "targets": ["m"],
-        "explainers": ["m"],
-        "evaluate": {"untrained": False, "shots": [], "selfie": [], "controls": ["shuffled"], "resamples": 200},
-        "ground_truth": {"features": {"source": "released", "path": str(path), "exemplars": SIZES, **section}},
-    }
-    return Plan(Experiment.model_validate(config))
+    return planned(
+        target,
+        folder,
+        evaluate={"untrained": False, "shots": [], "selfie": [], "controls": ["shuffled"], "resamples": 200},
+        ground_truth={"features": {"source": "released", "path": str(path), "exemplars": SIZES, **section}},
+    )
 
 
 def effects_of(asked: Plan) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from ray_explain.artifacts import finished
-from ray_explain.config import Experiment
 from ray_explain.distributed.ground_truth import make_ground_truth
 from ray_explain.distributed.plan import Plan
 from ray_explain.distributed.session import Session
@@ -19,22 +18,15 @@ from ray_explain.errors import JobFailed
 from ray_explain.ground_truth import jsonl, released
 from ray_explain.ground_truth.cases import BY_DESIGN
 from ray_explain.stages import READ, Result
+from tests.distributed.planning import planned
 from tests.ground_truth.test_released import ITEMS, released_hint
 
 LINE = {"prompt": "anna lives in paris", "span": [0, 4]}
 
 
 def plan(target: Path, folder: Path, section: dict[str, Any], *, task: str = "ablation", **cluster: Any) -> Plan:
-    config = {
-        "name": "read",
-        "storage": str(folder / "run"),
-        "models": {"m": {"path": str(target)}},
-        "targets": ["m"],
-        "explainers": ["m"],
-        "ground_truth": {task: {"cases": {"train": 5, "test": 5}, **section}},
-        "cluster": cluster,
-    }
-    return Plan(Experiment.model_validate(config))
+    truth = {task: {"cases": {"train": 5, "test": 5}, **section}}
+    return planned(target, folder, ground_truth=truth, cluster=cluster)
 
 
 def made_of(lines: list[str], target: Path, folder: Path, **cluster: Any) -> tuple[int, dict[str, int]]:

@@ -143,8 +143,10 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused_and_can_still_be_asked
 def test_an_end_of_turn_or_an_end_token_is_enough(new_tokenizer):
     chat, base = new_tokenizer("qwen_chat"), new_tokenizer("gpt2_base")
     chat.eos_token = None
-    check_end(chat)
-    check_end(base)
+    for tokenizer in (chat, base):
+        check_end(tokenizer)
+        made = encode(QUESTION, tokenizer, markers_of(tokenizer), max_tokens=100)
+        assert tokenizer.decode(made.input_ids[-1:]) == ENDS["qwen_chat" if tokenizer is chat else "gpt2_base"]
 
 
 def test_a_question_is_asked_as_it_was_learned(tokenizer):

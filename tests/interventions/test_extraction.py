@@ -11,15 +11,15 @@ PROMPTS = [[3, 14, 15, 92, 65, 35, 89], [26], [43, 38, 32, 79, 50, 28, 84], [93,
 
 @pytest.mark.parametrize("site", SITES)
 def test_what_is_read_is_what_passes_by_in_the_models_own_forward_pass(model, site):
-    check_against_hooks(model, site)
+    assert_same_as_hooks(model, site)
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_a_family_that_cannot_be_walked_is_read_by_hooks(fallback_model, site):
-    check_against_hooks(fallback_model, site)
+    assert_same_as_hooks(fallback_model, site)
 
 
-def check_against_hooks(model, site):
+def assert_same_as_hooks(model, site):
     layers, wanted = [2, 0], [[6, 1, 1], [0], [], [2]]
     some, every = residuals(model, PROMPTS, layers, wanted, site), residuals(model, PROMPTS, layers, site=site)
     for ids, at, few, all_of_them in zip(PROMPTS, wanted, some, every, strict=True):
